@@ -1,0 +1,97 @@
+"""Adapters: trainable maps from the student's feature to the teacher's shape."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from mmkd.errors import ConfigError
+from mmkd.registry import ADAPTERS
+
+
+@ADAPTERS.register_module()
+class ConvAdapter(nn.Module):
+    """One convolution from the student's channels to the teacher's, keeping height and width.
+
+    Args:
+        in_channels: The student's channels; filled in from the probed shapes.
+        out_channels: The teacher's channels; filled in from the probed shapes.
+        kernel_size: An odd number. Default 1.
+        bias: Default True.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: int = 1, bias: bool = True):
+        super().__init__()
+        self.conv = nn.Conv2d(in_channels, out_channels, kernel_size, padding=kernel_size // 2, bias=bias)
+
+    def forward(self, feature: torch.Tensor) -> torch.Tensor:
+        return self.conv(feature)
+
+
+class Adapters(nn.ModuleList):
+    """One adapter per level, made from probed shapes.
+
+    Args:
+        spec: ``'auto'`` makes a 1x1 convolution exactly where channels differ and resizes (bilinear) where strides
+            differ; None takes the student's features as they are; a dict with ``type`` builds that adapter from
+            ``mmkd.registry.ADAPTERS`` or a dotted path, given ``in_channels`` and ``out_channels``.
+        student: The student's levels for one image, each (B, C, H, W).
+        teacher: The teacher's levels for the same image.
+        names: What to call the two in an error.
+
+    Raises:
+        ConfigError: where the shapes cannot be made to agree.
+    """
+
+    def __init__(
+        self,
+        spec: str | Mapping | None,
+        student: Sequence[torch.Tensor],
+        teacher: Sequence[torch.Tensor],
+        names: tuple[str, str] = ('student', 'teacher'),
+    ):
+        super().__init__()
+        if spec != 'auto' and spec is not None and not (isinstance(spec, Mapping) and 'type' in spec):
+            raise ConfigError(f"adapter={spec!r}: expected 'auto', None or a dict with type")
+        both = f'student {names[0]!r} and teacher {names[1]!r}'
+        if len(student) != len(teacher):
+            raise ConfigError(f'{both} have {len(student)} and {len(teacher)} levels; tap layers with as many levels')
+        self.resize = []
+        for level, (s, t) in enumerate(zip(student, teacher)):
+            if s.dim() != 4 or t.dim() != 4:
+                raise ConfigError(
+                    f'{both}: level {level} has shapes {tuple(s.shape)} and {tuple(t.shape)}; expected (B, C, H, W) maps'
+                )
+            if spec is None:
+                adapter: nn.Module = nn.Identity()
+            elif spec != 'auto':
+                adapter = ADAPTERS.build(
+                    dict(spec, in_channels=s.shape[1], out_channels=t.shape[1], _scope_='mmkd'),
+                )
+            elif s.shape[1] != t.shape[1]:
+                adapter = ConvAdapter(s.shape[1], t.shape[1])
+            else:
+                adapter = nn.Identity()
+            with torch.no_grad():
+                s = adapter(s)
+            if s.shape[1] != t.shape[1]:
+                raise ConfigError(
+                    f"{both}: level {level} has {s.shape[1]} and {t.shape[1]} channels with adapter={spec!r}; use "
+                    f"adapter='auto', which adds a 1x1 convolution"
+                )
+            if s.shape[2:] != t.shape[2:] and spec is None:
+                raise ConfigError(
+                    f"{both}: level {level} has size {tuple(s.shape[2:])} and {tuple(t.shape[2:])} for the same image "
+                    f"(different strides) with adapter=None; use adapter='auto', which resizes, or tap other layers"
+                )
+            self.append(adapter)
+            self.resize.append(s.shape[2:] != t.shape[2:])
+
+    def forward(self, student: Sequence[torch.Tensor], teacher: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """The student's levels in the teacher's shapes."""
+        adapted = [adapter(level) for adapter, level in zip(self, student)]
+        return [
+            F.interpolate(s, t.shape[2:], mode='bilinear', align_corners=False) if resize else s
+            for s, t, resize in zip(adapted, teacher, self.resize)
+        ]

@@ -1,0 +1,172 @@
+"""What a distiller is, the common case of comparing two features, and the collection that a student trains with."""
+
+import inspect
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import nn
+
+from mmkd.adapters import Adapters
+from mmkd.distillers.schedule import Weight
+from mmkd.errors import ConfigError, nearest
+from mmkd.registry import DISTILLERS
+from mmkd.taps import Taps
+
+
+class Distiller(nn.Module):
+    """One method: reads the taps of both models and returns named losses.
+
+    A subclass sets ``student_layers`` and ``teacher_layers``, the layers it reads, and writes :meth:`forward`. Any
+    ``nn.Module`` with these three works in a config by its dotted path; inheriting is not needed.
+    """
+
+    student_layers: Sequence[str] = ()
+    teacher_layers: Sequence[str] = ()
+
+    def setup(self, student: Taps, teacher: Taps) -> None:
+        """Called once at build time with the taps of a (1, 3, 256, 256) image: make adapters, refuse what cannot work.
+
+        Raises:
+            ConfigError: naming the option and what to do.
+        """
+
+    def forward(self, student: Taps, teacher: Taps, data_samples: list | None) -> dict[str, torch.Tensor]:
+        """Losses by name. A key that starts with ``loss`` is optimised; a statistic must not contain that word.
+
+        The student's tensors carry gradients, the teacher's do not; both are float32.
+        """
+        raise NotImplementedError(f'{type(self).__name__} has no forward')
+
+
+class FeatureDistiller(Distiller):
+    """Compares the levels of one layer (or several) of both models, level by level.
+
+    ``loss = weight * sum over levels of compare(adapter(student level), teacher level)``
+
+    Args:
+        layer: The student's layer, a dotted name, or a list of them.
+        weight: A number or a schedule, see :class:`mmkd.distillers.schedule.Weight`.
+        teacher_layer: The teacher's, where its name differs.
+        adapter: ``'auto'``, None or a dict, see :class:`mmkd.adapters.Adapters`.
+    """
+
+    def __init__(
+        self,
+        layer: str | Sequence[str],
+        weight: float | Mapping = 1.0,
+        teacher_layer: str | Sequence[str] | None = None,
+        adapter: str | Mapping | None = 'auto',
+    ):
+        super().__init__()
+        self.student_layers = (layer,) if isinstance(layer, str) else tuple(layer)
+        other = layer if teacher_layer is None else teacher_layer
+        self.teacher_layers = (other,) if isinstance(other, str) else tuple(other)
+        self.weight = Weight(weight)
+        self.adapter = adapter
+
+    def setup(self, student: Taps, teacher: Taps) -> None:
+        names = (', '.join(self.student_layers), ', '.join(self.teacher_layers))
+        self.adapters = Adapters(self.adapter, self._levels(student), self._levels(teacher, of_teacher=True), names)
+
+    def _levels(self, taps: Taps, of_teacher: bool = False) -> list[torch.Tensor]:
+        layers = self.teacher_layers if of_teacher else self.student_layers
+        return [level for layer in layers for level in taps[layer]]
+
+    def compare(self, student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+        """The loss between one level of both, already of the same shape."""
+        raise NotImplementedError(f'{type(self).__name__} has no compare')
+
+    def forward(self, student: Taps, teacher: Taps, data_samples: list | None) -> dict[str, torch.Tensor]:
+        features, targets = self._levels(student), self._levels(teacher, of_teacher=True)
+        if torch.is_grad_enabled() and not all(feature.requires_grad for feature in features):
+            raise ConfigError(
+                f'student layer {self.student_layers}: its output has no gradient, so nothing would be learnt from it (is '
+                f'it frozen, or inside a checkpointed module?)'
+            )
+        adapted = self.adapters(features, targets)
+        return {'loss': self.weight() * sum(self.compare(s, t) for s, t in zip(adapted, targets))}
+
+
+class Distillers(nn.ModuleDict):
+    """The distillers of one student, by name.
+
+    Args:
+        specs: Name to config dict, as in a config file.
+
+    Raises:
+        ConfigError: for a name that cannot be logged, a distiller that does not exist, or an option it does not have.
+    """
+
+    def __init__(self, specs: Mapping[str, Mapping]):
+        super().__init__()
+        if not isinstance(specs, Mapping) or not specs:
+            raise ConfigError(f"distillers={specs!r}: expected a dict such as dict(gid=dict(type='GID'))")
+        for name, spec in specs.items():
+            if 'loss' in name or '.' in name:
+                raise ConfigError(f"distillers.{name}: a name must not contain 'loss' or a dot (it starts the log keys)")
+            self[name] = build_distiller(name, spec)
+        self.student_layers = _union(each.student_layers for each in self.values())
+        self.teacher_layers = _union(each.teacher_layers for each in self.values())
+
+    def setup(self, student: Taps, teacher: Taps) -> None:
+        """Let each distiller make its adapters from probed shapes, and check each tapped layer."""
+        for taps, layers in ((student, self.student_layers), (teacher, self.teacher_layers)):
+            for layer in layers:
+                taps[layer]  # raises if it was never called or changed in place
+        for name, distiller in self.items():
+            try:
+                getattr(distiller, 'setup', lambda *_: None)(student, teacher)
+            except ConfigError as error:
+                raise ConfigError(f'distillers.{name}: {error}') from None
+
+    def forward(self, student: Taps, teacher: Taps, data_samples: list | None) -> dict[str, torch.Tensor]:
+        """All losses, each under ``<name>.<key>``, computed in float32."""
+        results = {}
+        device = next(student.model.parameters()).device
+        with torch.autocast(device.type, enabled=False):
+            for name, distiller in self.items():
+                for key, value in distiller(student, teacher, data_samples).items():
+                    if 'loss' in key and not key.startswith('loss'):
+                        raise ConfigError(f"distillers.{name}: key {key!r} contains 'loss' but does not start with it")
+                    results[f'{name}.{key}'] = value
+        return results
+
+
+def build_distiller(name: str, spec: Mapping) -> nn.Module:
+    """Build one entry of ``distillers`` from ``DISTILLERS`` or a dotted path."""
+    if not isinstance(spec, Mapping) or 'type' not in spec:
+        raise ConfigError(f"distillers.{name}={spec!r}: expected a dict with type, such as dict(type='GID')")
+    kind = spec['type']
+    if isinstance(kind, str):
+        try:
+            found = DISTILLERS.get(kind)
+        except RuntimeError:
+            found = None
+        if found is None:
+            known = nearest(kind.removeprefix('mmkd.'), DISTILLERS.module_dict)
+            raise ConfigError(f'distillers.{name}: there is no distiller {kind!r}; the nearest are {known}')
+        kind = found
+    options = {key: value for key, value in spec.items() if key not in ('type', '_scope_')}
+    parameters = inspect.signature(kind).parameters
+    if not any(each.kind is inspect.Parameter.VAR_KEYWORD for each in parameters.values()):
+        for option in options:
+            if option not in parameters:
+                raise ConfigError(
+                    f'distillers.{name}: {kind.__name__} has no option {option!r}; the nearest are '
+                    f'{nearest(option, parameters)}'
+                )
+    missing = [
+        each.name
+        for each in parameters.values()
+        if each.default is each.empty and each.kind is each.POSITIONAL_OR_KEYWORD and each.name not in options
+    ]
+    if missing:
+        raise ConfigError(f'distillers.{name}: {kind.__name__} needs {", ".join(missing)}')
+    try:
+        return DISTILLERS.build(dict(options, type=kind, _scope_='mmkd'))
+    except ConfigError as error:
+        raise ConfigError(f'distillers.{name}: {error}') from None
+
+
+def _union(layers) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(layer for each in layers for layer in each))

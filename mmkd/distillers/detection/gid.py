@@ -1,0 +1,334 @@
+"""General Instance Distillation (GID).
+
+Dai, Jiang, Wu, Bao, Wang, Liu, Zhou, "General Instance Distillation for Object Detection", CVPR 2021, arXiv 2103.02340.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+import torch.nn.functional as F
+from mmdet.structures.bbox import bbox_overlaps
+
+from mmkd.adapters import Adapters
+from mmkd.distillers.base import Distiller
+from mmkd.distillers.detection.dense_heads import DenseHead, dense_head
+from mmkd.distillers.detection.roi_pool import pool_boxes
+from mmkd.distillers.schedule import Weight
+from mmkd.errors import ConfigError
+from mmkd.registry import DISTILLERS
+from mmkd.taps import Taps
+
+
+def instance_scores(
+    student: Sequence[torch.Tensor], teacher: Sequence[torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    r"""How much the two networks differ at each slot, and which of them is surer there.
+
+    .. math:: P(r) = \max_c |\sigma(z^T_{rc}) - \sigma(z^S_{rc})|
+
+    Args:
+        student: Class logits per level, (B, A, C, H, W).
+        teacher: The same shapes.
+
+    Returns:
+        The scores, (B, slots), in [0, 1], and whether the teacher has the larger probability for the class at which
+        the maximum is reached, (B, slots), bool.
+    """
+    scores, teacher_larger = [], []
+    for s, t in zip(student, teacher):
+        difference = t.sigmoid() - s.sigmoid()
+        above, below = difference.amax(2), -difference.amin(2)
+        scores.append(torch.maximum(above, below).permute(0, 2, 3, 1).flatten(1))
+        teacher_larger.append((above >= below).permute(0, 2, 3, 1).flatten(1))
+    return torch.cat(scores, 1), torch.cat(teacher_larger, 1)
+
+
+def suppress(
+    scores: torch.Tensor, boxes: torch.Tensor, iou_threshold: float, number: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Non-maximum suppression, the first ``number`` boxes of each image, for a batch at once.
+
+    Greedy suppression needs only as many rounds as boxes are kept, so the whole batch takes ``number`` rounds of tensor
+    operations, and nothing waits for the device.
+
+    Args:
+        scores: (B, N); -inf for a box that must not be taken.
+        boxes: (B, N, 4), xyxy.
+        iou_threshold: A box that overlaps a better one by more than this is dropped.
+        number: Boxes to keep per image.
+
+    Returns:
+        Indices into N, (B, number), best first, and whether a box was left for each, (B, number), bool.
+    """
+    scores = scores.clone()
+    kept, valid = [], []
+    for _ in range(number):
+        best, index = scores.max(1, keepdim=True)
+        kept.append(index)
+        valid.append(best > -torch.inf)
+        chosen = boxes.gather(1, index[..., None].expand(-1, -1, 4))
+        scores.masked_fill_(bbox_overlaps(chosen, boxes).squeeze(1) > iou_threshold, -torch.inf)
+        scores.scatter_(1, index, -torch.inf)
+    return torch.cat(kept, 1), torch.cat(valid, 1)
+
+
+def feature_loss(
+    student: torch.Tensor, teacher: torch.Tensor, valid: torch.Tensor, distance: str = 'squared_l2'
+) -> torch.Tensor:
+    r"""Mean distance of the pooled features over instances and cells.
+
+    .. math:: L = \frac{1}{n\,h\,w} \sum_{i=1}^n \lVert t_i - s_i \rVert_2^2
+        \qquad\text{or, with } \texttt{distance='l2'}, \qquad \frac{1}{n} \sum_{i=1}^n \lVert t_i - s_i \rVert_2
+
+    Args:
+        student: (B, K, C, h, w), adapted.
+        teacher: The same shape.
+        valid: (B, K), False for an instance that is not there; n counts the others in the whole batch.
+        distance: ``'squared_l2'`` or ``'l2'``.
+    """
+    squared = ((teacher - student) ** 2).flatten(2).sum(2)
+    count = valid.sum().clamp(min=1)
+    if distance == 'squared_l2':
+        return (squared * valid).sum() / (count * student.shape[-1] * student.shape[-2])
+    # the gradient of the root is infinite at 0, where the networks agree
+    norm = torch.where(squared > 0, squared, 1.0).sqrt() * (squared > 0)
+    return (norm * valid).sum() / count
+
+
+def relation_loss(student: torch.Tensor, teacher: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
+    r"""Difference of the normalised distances between instances, within each group.
+
+    .. math::
+        L = \frac{1}{G} \sum_g \frac{1}{n(n-1)} \sum_{i \ne j}
+            \operatorname{smooth}_{L1}\!\left(\frac{\lVert t_i - t_j \rVert}{\psi(t)},
+            \frac{\lVert s_i - s_j \rVert}{\psi(s)}\right),
+        \qquad \psi(e) = \frac{1}{n(n-1)} \sum_{i \ne j} \lVert e_i - e_j \rVert_2
+
+    with smooth L1 of beta 1. Unchanged when all of a group's features are scaled; 0 for a group of fewer than two.
+
+    Args:
+        student: (G, K, ...), adapted; G groups (images) of at most K instances.
+        teacher: The same shape.
+        valid: (G, K), False for an instance that is not there.
+    """
+    pairs = valid[:, :, None] & valid[:, None] & ~torch.eye(valid.shape[1], dtype=torch.bool, device=valid.device)
+    count = pairs.sum((1, 2)).clamp(min=1)
+
+    def distances(features: torch.Tensor) -> torch.Tensor:
+        # direct differences: their zeros are exact and have gradient 0, unlike those of |a|^2 + |b|^2 - 2ab
+        flat = features.flatten(2)
+        distance = torch.cdist(flat, flat, compute_mode='donot_use_mm_for_euclid_dist') * pairs
+        mean = distance.sum((1, 2)) / count
+        return distance / mean.clamp(min=1e-12)[:, None, None]
+
+    difference = F.smooth_l1_loss(distances(student), distances(teacher), reduction='none')
+    return ((difference * pairs).sum((1, 2)) / count).mean()
+
+
+def response_losses(
+    student_logits: Sequence[torch.Tensor],
+    teacher_logits: Sequence[torch.Tensor],
+    student_regression: torch.Tensor,
+    teacher_regression: torch.Tensor,
+    mask: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    r"""Difference of the heads' outputs at the slots of the mask.
+
+    .. math::
+        L_{cls} = \frac{1}{N_m} \sum_r M_r \sum_c \operatorname{KL}(\sigma(z^T_{rc}) \,\|\, \sigma(z^S_{rc})),
+        \qquad L_{reg} = \frac{1}{N_m} \sum_r M_r \lVert b^T_r - b^S_r \rVert_1
+
+    KL between Bernoulli distributions is the binary cross-entropy with the teacher's probability as target, less
+    the target's entropy: the gradient is the same, and it is 0 where the networks agree.
+
+    Args:
+        student_logits: Per level (B, A, C, H, W).
+        teacher_logits: The same shapes.
+        student_regression: (B, slots, 4), in the head's unit (deltas).
+        teacher_regression: The same shape and unit.
+        mask: (B, slots), bool; N_m counts it over the batch.
+
+    Returns:
+        L_cls and L_reg, scalars.
+    """
+    count = mask.sum().clamp(min=1)
+    sizes = [level[:, :, 0].numel() // len(level) for level in student_logits]
+    classification = 0.0
+    for s, t, slots in zip(student_logits, teacher_logits, mask.split(sizes, 1)):
+        batch, anchors, _, height, width = s.shape
+        slots = slots.view(batch, height, width, anchors).permute(0, 3, 1, 2)[:, :, None]
+        divergence = F.softplus(s) - F.softplus(t) - t.sigmoid() * (s - t)
+        classification = classification + (divergence * slots).sum()
+    regression = ((teacher_regression - student_regression).abs().sum(2) * mask).sum()
+    return classification / count, regression / count
+
+
+@DISTILLERS.register_module()
+class GID(Distiller):
+    """General Instance Distillation for dense detectors with RetinaNet-like heads.
+
+    Selects the instances at which the two networks differ most, without ground truth: at each slot
+    the score of :func:`instance_scores` and the box of the network that is surer; NMS; the first ``topk`` of each
+    image. There it compares pooled features (:func:`feature_loss`), the relations between them (:func:`relation_loss`)
+    and, at the slots that the detector's own assigner gives to these boxes, the heads' outputs
+    (:func:`response_losses`). Logs ``loss_feature``, ``loss_relation``, ``loss_class``, ``loss_box`` and the number of
+    ``instances`` per image.
+
+    Weights, ``topk`` and ``nms_iou`` are those of the authors' detectron2 code (RetinaNet, 800x1333 images). Where that
+    code differs from the paper this class follows the paper: the score is the maximum of the class-wise
+    differences (the code: the difference of the maxima), and relations are taken within each image (the code: over
+    the batch; ``relation='batch'``). Adapters, which the code builds but never applies, are applied to the pooled
+    features and trained. Two choices follow the code, because its weights belong to them: the feature distance is
+    squared and divided by the number of cells (``feature_distance='l2'`` gives the paper's plain norm), and at most
+    3000 slots per image enter the NMS. The code also drops boxes with a side of at most 10 pixels (``min_box_side=10``).
+
+    Args:
+        neck: The layer whose levels are pooled.
+        head: The dense head.
+        topk: Instances per image. Default 10.
+        nms_iou: A box that overlaps a better one by more is dropped. Default 0.3.
+        nms_pre: Slots per image that enter the NMS, best first. Default 3000.
+        min_box_side: Boxes with a side of at most this many pixels, after clipping to the image, are not selected.
+        feature_weight: A number or a schedule, as all weights. Default 5e-4.
+        relation_weight: Default 40.
+        class_weight: Default 0.1.
+        box_weight: Default 1.
+        relation: ``'image'`` or ``'batch'``.
+        feature_distance: ``'squared_l2'`` or ``'l2'``.
+        pooled_size: Cells along each side of a pooled box. Default 10.
+        sampling_ratio: Samples along each side of a cell. Default 2.
+        adapter: ``'auto'`` (1x1 convolution exactly where channels differ), None or a dict. One for all levels.
+        teacher_neck: The teacher's layer, where its name differs.
+        teacher_head: The teacher's head, where its name differs.
+
+    Example:
+        >>> distillers = dict(gid=dict(type='GID', topk=10))
+    """
+
+    def __init__(
+        self,
+        neck: str = 'neck',
+        head: str = 'bbox_head',
+        topk: int = 10,
+        nms_iou: float = 0.3,
+        nms_pre: int = 3000,
+        min_box_side: float = 0.0,
+        feature_weight: float | Mapping = 5e-4,
+        relation_weight: float | Mapping = 40.0,
+        class_weight: float | Mapping = 0.1,
+        box_weight: float | Mapping = 1.0,
+        relation: str = 'image',
+        feature_distance: str = 'squared_l2',
+        pooled_size: int = 10,
+        sampling_ratio: int = 2,
+        adapter: str | Mapping | None = 'auto',
+        teacher_neck: str | None = None,
+        teacher_head: str | None = None,
+    ):
+        super().__init__()
+        if relation not in ('image', 'batch'):
+            raise ConfigError(f"relation={relation!r}: expected 'image' or 'batch'")
+        if feature_distance not in ('squared_l2', 'l2'):
+            raise ConfigError(f"feature_distance={feature_distance!r}: expected 'squared_l2' or 'l2'")
+        if topk < 1 or nms_pre < topk:
+            raise ConfigError(f'topk={topk}, nms_pre={nms_pre}: expected 1 <= topk <= nms_pre')
+        self.neck, self.head = neck, head
+        self.teacher_neck, self.teacher_head = teacher_neck or neck, teacher_head or head
+        self.student_layers = (self.neck, self.head)
+        self.teacher_layers = (self.teacher_neck, self.teacher_head)
+        self.topk, self.nms_iou, self.nms_pre, self.min_box_side = topk, nms_iou, nms_pre, min_box_side
+        self.feature_weight, self.relation_weight = Weight(feature_weight), Weight(relation_weight)
+        self.class_weight, self.box_weight = Weight(class_weight), Weight(box_weight)
+        self.relation, self.feature_distance = relation, feature_distance
+        self.pooled_size, self.sampling_ratio = pooled_size, sampling_ratio
+        self.adapter = adapter
+
+    def _heads(self, student: Taps, teacher: Taps) -> tuple[DenseHead, DenseHead]:
+        return (
+            dense_head(student.model.get_submodule(self.head)),
+            dense_head(teacher.model.get_submodule(self.teacher_head)),
+        )
+
+    def setup(self, student: Taps, teacher: Taps) -> None:
+        s, t = self._heads(student, teacher)
+        s.check_assigner()
+        if s.classes != t.classes:
+            raise ConfigError(
+                f'the heads predict {s.classes} (student) and {t.classes} (teacher) classes, and GID compares them class by '
+                f'class; use a teacher that was trained on the same classes'
+            )
+        if s.unit != t.unit:
+            raise ConfigError(f'the heads predict boxes in different units: {s.unit} (student), {t.unit} (teacher)')
+        shapes = [
+            [tuple(level.shape) for level in head.class_logits(taps[layer])]
+            for head, taps, layer in ((s, student, self.head), (t, teacher, self.teacher_head))
+        ]
+        if shapes[0] != shapes[1]:
+            raise ConfigError(
+                f'the heads have different slots (image, anchors, classes, height, width per level): {shapes[0]} (student), '
+                f'{shapes[1]} (teacher); GID needs the same strides and the same number of anchors'
+            )
+        levels, targets = student[self.neck], teacher[self.teacher_neck]
+        if not len(levels) == len(targets) == len(s.strides):
+            raise ConfigError(
+                f'{self.neck!r} has {len(levels)} (student) and {len(targets)} (teacher) levels, the head {len(s.strides)}'
+            )
+        # pooled features have one size whatever the level, so one adapter serves all
+        pooled = [level.new_zeros(1, level.shape[1], self.pooled_size, self.pooled_size) for level in (levels[0], targets[0])]
+        self.adapters = Adapters(self.adapter, pooled[:1], pooled[1:], (self.neck, self.teacher_neck))
+
+    @torch.no_grad()
+    def select(self, student: Taps, teacher: Taps, metas: Sequence[dict]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The general instances of each image.
+
+        Returns:
+            Boxes, (B, topk, 4), xyxy in pixels of the input; their scores, (B, topk); and which of them are there,
+            (B, topk), bool.
+        """
+        s, t = self._heads(student, teacher)
+        s_out, t_out = student[self.head], teacher[self.teacher_head]
+        scores, teacher_larger = instance_scores(s.class_logits(s_out), t.class_logits(t_out))
+        scores, slots = scores.topk(min(self.nms_pre, scores.shape[1]), dim=1)
+        teacher_larger = teacher_larger.gather(1, slots)[..., None]
+        index = slots[..., None].expand(-1, -1, 4)
+        boxes = torch.where(
+            teacher_larger,
+            t.decode(t.priors(t_out)[slots], t.regression(t_out).gather(1, index)),
+            s.decode(s.priors(s_out)[slots], s.regression(s_out).gather(1, index)),
+        )
+        limits = torch.tensor([[*meta['img_shape'][1::-1]] * 2 for meta in metas], dtype=boxes.dtype)
+        limits = limits.to(boxes.device, non_blocking=True)[:, None]
+        boxes = torch.minimum(boxes.clamp(min=0), limits)
+        sides = boxes[..., 2:] - boxes[..., :2]
+        scores = scores.masked_fill((sides <= self.min_box_side).any(2), -torch.inf)
+        kept, valid = suppress(scores, boxes, self.nms_iou, self.topk)
+        boxes = boxes.gather(1, kept[..., None].expand(-1, -1, 4))
+        return boxes, scores.gather(1, kept), valid
+
+    def forward(self, student: Taps, teacher: Taps, data_samples: list | None) -> dict[str, torch.Tensor]:
+        metas = [sample.metainfo for sample in data_samples]
+        s, t = self._heads(student, teacher)
+        boxes, _, valid = self.select(student, teacher, metas)
+
+        pooled_s = pool_boxes(student[self.neck], boxes, s.strides, self.pooled_size, self.sampling_ratio)
+        with torch.no_grad():
+            pooled_t = pool_boxes(teacher[self.teacher_neck], boxes, s.strides, self.pooled_size, self.sampling_ratio)
+        adapted = self.adapters([pooled_s.flatten(0, 1)], [pooled_t.flatten(0, 1)])[0].view_as(pooled_t)
+        groups = (lambda each: each) if self.relation == 'image' else (lambda each: each.flatten(0, 1)[None])
+        relation = relation_loss(groups(adapted), groups(pooled_t), groups(valid))
+
+        s_out, t_out = student[self.head], teacher[self.teacher_head]
+        classification, regression = response_losses(
+            s.class_logits(s_out),
+            t.class_logits(t_out),
+            s.regression(s_out),
+            t.regression(t_out),
+            s.assigned(s_out, boxes, valid, metas),
+        )
+        return {
+            'loss_feature': self.feature_weight() * feature_loss(adapted, pooled_t, valid, self.feature_distance),
+            'loss_relation': self.relation_weight() * relation,
+            'loss_class': self.class_weight() * classification,
+            'loss_box': self.box_weight() * regression,
+            'instances': valid.sum(1).float().mean(),
+        }

@@ -1,0 +1,76 @@
+"""Loss weights that change with the training iteration."""
+
+import math
+from collections.abc import Mapping
+
+from mmengine.logging import MessageHub
+
+from mmkd.errors import ConfigError, nearest
+
+OPTIONS = {
+    'constant': {'value', 'begin', 'end'},
+    'linear': {'value', 'start', 'begin', 'end'},
+    'cosine': {'value', 'start', 'begin', 'end'},
+    'step': {'value', 'milestones', 'gamma'},
+}
+
+
+class Weight:
+    """A loss weight: a number, or a schedule over the runner's iterations.
+
+    ==========  ==========================================================================================
+    type        weight at iteration i
+    ==========  ==========================================================================================
+    constant    ``value`` where ``begin <= i < end``, else 0 (default: always)
+    linear      from ``start`` (default 0) at ``begin`` (default 0) to ``value`` at ``end``, constant outside
+    cosine      the same along half a cosine
+    step        ``value * gamma ** n`` after n of the ``milestones`` (``gamma`` default 0.1)
+    ==========  ==========================================================================================
+
+    Args:
+        spec: The number, or a dict with ``type``, ``value`` and the options above.
+
+    Example:
+        >>> Weight(dict(type='linear', value=10.0, begin=0, end=500)).at(250)
+        5.0
+    """
+
+    def __init__(self, spec: float | Mapping):
+        if isinstance(spec, Mapping):
+            self.spec = dict(spec)
+        else:
+            self.spec = {'type': 'constant', 'value': spec}
+        kind = self.spec.get('type')
+        if kind not in OPTIONS:
+            raise ConfigError(f'weight {spec!r}: type {kind!r} is unknown; expected one of {sorted(OPTIONS)}')
+        for option in set(self.spec) - OPTIONS[kind] - {'type'}:
+            raise ConfigError(f'weight {spec!r}: {kind} has no option {option!r}; nearest {nearest(option, OPTIONS[kind])}')
+        required = {'value'} | ({'end'} if kind in ('linear', 'cosine') else set())
+        required |= {'milestones'} if kind == 'step' else set()
+        if required - set(self.spec):
+            raise ConfigError(f'weight {spec!r}: {kind} needs {sorted(required - set(self.spec))}')
+        value = self.spec['value']
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+            raise ConfigError(f'weight {spec!r}: expected a finite number, found {value!r}')
+        if kind in ('linear', 'cosine') and self.spec['end'] <= self.spec.get('begin', 0):
+            raise ConfigError(f'weight {spec!r}: end has to come after begin')
+
+    def at(self, iteration: int) -> float:
+        """The weight at an iteration."""
+        spec, value = self.spec, self.spec['value']
+        begin, end = spec.get('begin', 0), spec.get('end', math.inf)
+        if spec['type'] == 'constant':
+            return value if begin <= iteration < end else 0.0
+        if spec['type'] == 'step':
+            return value * spec.get('gamma', 0.1) ** sum(iteration >= each for each in spec['milestones'])
+        progress = min(max((iteration - begin) / (end - begin), 0.0), 1.0)
+        if spec['type'] == 'cosine':
+            progress = (1 - math.cos(math.pi * progress)) / 2
+        start = spec.get('start', 0.0)
+        return start + (value - start) * progress
+
+    def __call__(self) -> float:
+        """The weight at the runner's current iteration."""
+        if self.spec['type'] == 'constant' and len(self.spec) == 2:
+            return self.spec['value']
+        return self.at(MessageHub.get_current_instance().get_info('iter', 0))

@@ -1,0 +1,18 @@
+"""The one error type of mmkd."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class ConfigError(ValueError):
+    """A config, or a file it names, cannot be used.
+
+    Its message is one line: the option, what was found, what to do. The tools print that line and stop; it is always
+    raised before the first training iteration.
+    """
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+    """The existing names most like ``name``, best first, for an error message."""
+    found = difflib.get_close_matches(name, list(names), n=3, cutoff=0.3)
+    return ', '.join(repr(each) for each in found) or 'none'

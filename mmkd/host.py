@@ -1,0 +1,71 @@
+"""What mmkd adds to mmengine 0.10: ``mmkd::`` config paths, and resuming on torch >= 2.6."""
+
+from pathlib import Path
+from pickle import UnpicklingError
+
+import numpy as np
+import torch
+from mmengine.config import Config
+from mmengine.logging import HistoryBuffer
+
+from mmkd.errors import ConfigError, nearest
+
+CONFIG_ROOT = Path(__file__).parent / '.mim' / 'configs'
+
+
+def config_path(name: str) -> str:
+    """The file of ``mmkd::NAME``, wherever mmkd is installed.
+
+    Raises:
+        ConfigError: if there is no such config; the message has the nearest names.
+    """
+    relative = name.removeprefix('mmkd::')
+    path = CONFIG_ROOT / relative
+    if not path.is_file():
+        known = (str(each.relative_to(CONFIG_ROOT)) for each in CONFIG_ROOT.rglob('*.py'))
+        raise ConfigError(f'{name}: mmkd has no such config; the nearest are {nearest(relative, known)}')
+    return str(path)
+
+
+def accept_mmkd_configs() -> None:
+    """Let ``_base_ = 'mmkd::gid_retinanet.py'`` resolve.
+
+    mmengine 0.10 looks for a package's configs at its distribution's location, which is wrong for editable installs,
+    and refuses names without a folder. A config of mmkd is therefore read as a plain file.
+    """
+    stock = Config._get_cfg_path
+
+    def get_cfg_path(cfg_path: str, filename: str) -> tuple[str, str | None]:
+        if cfg_path.startswith('mmkd::'):
+            return config_path(cfg_path), None
+        return stock(cfg_path, filename)
+
+    Config._get_cfg_path = staticmethod(get_cfg_path)
+
+
+def _history_method(owner: object, name: str) -> object:
+    """Stand-in for ``getattr`` in checkpoints: mmengine's history buffers name their four methods through it."""
+    if owner is HistoryBuffer and name in ('min', 'max', 'mean', 'current'):
+        return getattr(HistoryBuffer, name)
+    raise UnpicklingError(f'a checkpoint may not read attribute {name!r} of {owner!r}')
+
+
+def accept_training_checkpoints() -> None:
+    """Let ``torch.load(weights_only=True)``, torch >= 2.6's default, read mmengine's training checkpoints.
+
+    They hold loss histories (:class:`HistoryBuffer`) and numpy scalars. These are data, no code; the check itself stays
+    on, and ``getattr`` is replaced by :func:`_history_method`.
+    """
+    if not hasattr(torch.serialization, 'add_safe_globals'):  # torch < 2.4 loads them unchecked, as mmengine expects
+        return
+    multiarray = np._core.multiarray if hasattr(np, '_core') else np.core.multiarray
+    numpy_data = [np.ndarray, np.dtype, multiarray.scalar, multiarray._reconstruct]
+    numpy_data += [type(np.dtype(code)) for code in '?bBhHiIlLqQefd']
+    # numpy 1 and numpy 2 write different module names for the same functions
+    renamed = [
+        (getattr(multiarray, name), f'{module}.multiarray.{name}')
+        for name in ('scalar', '_reconstruct')
+        for module in ('numpy.core', 'numpy._core')
+    ]
+    history = [HistoryBuffer, (_history_method, 'builtins.getattr')]
+    torch.serialization.add_safe_globals([*numpy_data, *renamed, *history])

@@ -1,0 +1,174 @@
+"""Read what named layers of a model took in and put out during one forward pass."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from mmengine.structures import BaseDataElement
+from torch import nn
+
+from mmkd.errors import ConfigError, nearest
+
+INPUT = ':input'
+
+
+class _Reached(Exception):
+    """Every tapped layer has been called: the rest of the forward pass is not needed."""
+
+
+def find_layer(model: nn.Module, layer: str) -> nn.Module:
+    """The module that ``layer`` names, a dotted name with an optional ``:input`` at its end.
+
+    Raises:
+        ConfigError: if the model has no such module; the message has the nearest existing names.
+    """
+    name = layer.removesuffix(INPUT)
+    try:
+        return model.get_submodule(name)
+    except AttributeError:
+        known = [each for each, _ in model.named_modules() if each and not each.startswith('distillers')]
+        raise ConfigError(
+            f'layer {name!r}: {type(model).__name__} has no such module; the nearest are {nearest(name, known)}'
+        ) from None
+
+
+class Taps(Mapping):
+    """The outputs of named layers, recorded while the ``with`` block runs.
+
+    ``taps[layer]`` is always a tuple: the layer's output where that is a tuple or list already (an FPN's levels), a
+    single output in a tuple of one, or one entry per call where the layer was called several times (a convolution that
+    a head shares between levels). ``taps['name:input']`` holds the positional inputs of a layer in the same form.
+    Half-precision tensors are handed out as float32, so that losses are computed in float32 whatever the autocast
+    state.
+
+    Args:
+        model: The model to read from; also ``taps.model``, for its prior generator, coder or assigner.
+        layers: Dotted names, as in ``model.get_submodule``, with ``:input`` appended for a layer's inputs.
+        stop_after: How often each layer is called in a full forward pass. If given, the forward pass ends
+            as soon as all layers have been called as often, and what comes after them is never run.
+
+    Raises:
+        ConfigError: if a layer does not exist, or on reading one that was never called or whose tensor
+            was changed in place after it was recorded.
+
+    Example:
+        >>> with Taps(detector, ['neck']) as taps:
+        ...     detector.extract_feat(images)
+        >>> p3, p4, p5, p6, p7 = taps['neck']
+    """
+
+    def __init__(self, model: nn.Module, layers: Iterable[str], stop_after: Mapping[str, int] | None = None):
+        self.model = model
+        self._modules = {layer: find_layer(model, layer) for layer in layers}
+        self._records: dict[str, list[tuple[Any, list[tuple[torch.Tensor, int]]]]] = {}
+        self._missing = sum(stop_after.values()) if stop_after is not None else -1
+        self._handles: list[Any] = []
+
+    def __enter__(self) -> 'Taps':
+        self._records = {layer: [] for layer in self._modules}
+        self._handles = [module.register_forward_hook(self._hook(layer)) for layer, module in self._modules.items()]
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: Any) -> bool:
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        return kind is _Reached
+
+    def _hook(self, layer: str):
+        read_input = layer.endswith(INPUT)
+
+        def hook(module: nn.Module, inputs: tuple, output: Any) -> None:
+            value = inputs if read_input else output
+            self._records[layer].append((value, [(each, each._version) for each in tensors(value)]))
+            self._missing -= 1
+            if self._missing == 0:
+                raise _Reached
+
+        return hook
+
+    @property
+    def calls(self) -> dict[str, int]:
+        """How often each layer was called."""
+        return {layer: len(records) for layer, records in self._records.items()}
+
+    def __getitem__(self, layer: str) -> tuple:
+        if layer not in self._modules:
+            raise ConfigError(f'layer {layer!r} is not tapped; tapped are {sorted(self._modules)}')
+        records = self._records.get(layer, [])
+        if not records:
+            raise ConfigError(
+                f'layer {layer!r} of {type(self.model).__name__} was never called in the forward pass; tap a module that '
+                f"is called itself (mmseg heads call `self.forward`: tap 'decode_head.conv_seg', not 'decode_head')"
+            )
+        if any(tensor._version != version for _, versions in records for tensor, version in versions):
+            raise ConfigError(
+                f'layer {layer!r} of {type(self.model).__name__}: its output is changed in place by a later module (an '
+                f'activation with inplace=True, most likely); tap that module instead'
+            )
+        values = [_float32(value) for value, _ in records]
+        if len(values) == 1:
+            return tuple(values[0]) if isinstance(values[0], (tuple, list)) else (values[0],)
+        return tuple(values)
+
+    def __iter__(self):
+        return iter(self._modules)
+
+    def __len__(self) -> int:
+        return len(self._modules)
+
+
+def run(model: nn.Module, layers: Sequence[str], inputs: torch.Tensor, data_samples: list | None) -> None:
+    """One forward pass of a mmdet or mmseg model, no further than needed for ``layers``; no loss, no assignment."""
+    roots = dict.fromkeys(layer.removesuffix(INPUT).partition('.')[0] for layer in layers)
+    heads = [root for root in roots if root not in ('backbone', 'neck')]
+    if set(heads) <= {'rpn_head', 'bbox_head'} and not hasattr(model, 'forward_transformer'):
+        # called as in training, as modules: mmdet's tensor mode calls `head.forward`, past the hooks
+        features = model.extract_feat(inputs)
+        for head in heads:
+            getattr(model, head)(features)
+    else:
+        model(inputs, data_samples, mode='tensor')
+
+
+@torch.no_grad()
+def probe(model: nn.Module, layers: Sequence[str], size: int = 256) -> Taps:
+    """Taps of one forward pass over a random image, (1, 3, size, size), for shapes and checks at build time.
+
+    Batch-norm statistics, training modes and random states stay as they were.
+    """
+    shape = (size, size)
+    sample = BaseDataElement(
+        metainfo=dict(img_shape=shape, ori_shape=shape, pad_shape=shape, batch_input_shape=shape, scale_factor=(1.0, 1.0))
+    )
+    modes = {module: module.training for module in model.modules()}
+    device = next(model.parameters()).device
+    with torch.random.fork_rng([device] if device.type == 'cuda' else []), Taps(model, layers) as taps:
+        torch.manual_seed(0)
+        model.eval()
+        if layers:
+            run(model, layers, torch.randn(1, 3, size, size, device=device), [sample])
+    for module, mode in modes.items():
+        module.training = mode
+    return taps
+
+
+def tensors(value: Any) -> Iterable[torch.Tensor]:
+    """The tensors in a nest of tuples, lists and dicts."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, (tuple, list)):
+        for each in value:
+            yield from tensors(each)
+    elif isinstance(value, dict):
+        yield from tensors(list(value.values()))
+
+
+def _float32(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.float() if value.dtype in (torch.float16, torch.bfloat16) else value
+    if isinstance(value, (tuple, list)):
+        return tuple(_float32(each) for each in value)
+    if isinstance(value, dict):
+        return {key: _float32(each) for key, each in value.items()}
+    return value

@@ -1,0 +1,43 @@
+"""Train a student, or any plain model, with mmengine's Runner.
+
+    python tools/train.py configs/gid_retinanet.py
+"""
+
+import argparse
+
+from mmkd import cli
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description='Train a model; options as in mmdet and mmseg.')
+    parser.add_argument('config', help="a config file, or a config of mmkd: 'mmkd::gid_retinanet.py'")
+    cli.add_common_options(parser)
+    parser.add_argument('--amp', action='store_true', help='train in mixed precision')
+    parser.add_argument('--auto-scale-lr', action='store_true', help='scale the learning rate to the batch size')
+    parser.add_argument(
+        '--resume',
+        nargs='?',
+        const='auto',
+        metavar='CHECKPOINT',
+        help='continue from a checkpoint, or without one from the latest in the work directory',
+    )
+    args = parser.parse_args()
+    with cli.clear_errors():
+        config = cli.read_config(args)
+        if args.amp:
+            config.optim_wrapper.type = 'AmpOptimWrapper'
+            config.optim_wrapper.setdefault('loss_scale', 'dynamic')
+        if args.auto_scale_lr:
+            cli.scale_learning_rate(config)
+        if args.resume:
+            config.resume = True
+            config.load_from = None if args.resume == 'auto' else args.resume
+        cli.check_data(config, ('train_dataloader', 'val_dataloader'))
+        cli.check_teacher(config)
+        runner = cli.build_runner(config)
+        cli.compare_batch_sizes(runner)
+        runner.train()
+
+
+if __name__ == '__main__':
+    main()
