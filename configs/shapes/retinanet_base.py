@@ -11,13 +11,20 @@ model = dict(
         pad_size_divisor=32),
     backbone=dict(type='ResNet', depth=18, base_channels=32, style='pytorch'),
     neck=dict(
-        type='FPN', in_channels=[32, 64, 128, 256], out_channels=64, start_level=1, add_extra_convs='on_input', num_outs=4),
+        type='FPN',
+        in_channels=[32, 64, 128, 256],
+        out_channels=64,
+        start_level=1,
+        add_extra_convs='on_input',
+        num_outs=4,
+        norm_cfg=dict(type='BN')),
     bbox_head=dict(
         type='RetinaHead',
         num_classes=6,
         in_channels=64,
         feat_channels=64,
         stacked_convs=4,
+        norm_cfg=dict(type='BN'),
         anchor_generator=dict(
             type='AnchorGenerator', octave_base_scale=3, scales_per_octave=2, ratios=[1.0], strides=[8, 16, 32, 64]),
         bbox_coder=dict(type='DeltaXYWHBBoxCoder', target_means=[0.] * 4, target_stds=[1.] * 4),
@@ -78,7 +85,7 @@ val_cfg = dict(type='ValLoop')
 test_cfg = dict(type='TestLoop')
 optim_wrapper = dict(
     type='OptimWrapper',
-    optimizer=dict(type='AdamW', lr=1e-3, weight_decay=1e-4),
+    optimizer=dict(type='AdamW', lr=3e-3, weight_decay=1e-4),
     clip_grad=dict(max_norm=10, norm_type=2))
 param_scheduler = [
     dict(type='LinearLR', start_factor=0.1, by_epoch=False, begin=0, end=50),

@@ -1,0 +1,42 @@
+"""Random batches for tests and benchmarks."""
+
+import torch
+from mmengine.structures import InstanceData
+from torch import nn
+
+
+def random_batch(
+    detector: nn.Module, shape: tuple[int, int, int, int], objects: int = 4, seed: int = 0
+) -> dict[str, list]:
+    """A batch as a data loader yields it, before the data preprocessor.
+
+    Args:
+        detector: For its number of classes.
+        shape: (B, 3, H, W).
+        objects: Boxes per image; 0 for images without any.
+        seed: The random seed.
+
+    Returns:
+        ``inputs``, a list of uint8 images, and ``data_samples``.
+    """
+    from mmdet.structures import DetDataSample
+
+    random = torch.Generator().manual_seed(seed)
+    batch, channels, height, width = shape
+    head = detector.roi_head.bbox_head if hasattr(detector, 'roi_head') else detector.bbox_head
+    inputs, data_samples = [], []
+    for index in range(batch):
+        inputs.append(torch.randint(0, 256, (channels, height, width), dtype=torch.uint8, generator=random))
+        size = torch.tensor([width, height])
+        first = torch.rand(objects, 2, generator=random) * 0.7 * size
+        sides = (0.05 + 0.25 * torch.rand(objects, 2, generator=random)) * size
+        labels = torch.randint(0, head.num_classes, (objects,), generator=random)
+        sample = DetDataSample(
+            metainfo=dict(
+                img_id=index, img_shape=(height, width), ori_shape=(height, width), scale_factor=(1.0, 1.0), flip=False
+            )
+        )
+        sample.gt_instances = InstanceData(bboxes=torch.cat([first, first + sides], 1), labels=labels)
+        sample.ignored_instances = InstanceData(bboxes=torch.zeros(0, 4), labels=torch.zeros(0, dtype=torch.long))
+        data_samples.append(sample)
+    return {'inputs': inputs, 'data_samples': data_samples}

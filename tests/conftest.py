@@ -1,0 +1,20 @@
+import pytest
+import torch
+from mmengine.registry import DefaultScope
+
+from mmkd.testing import detectors
+
+
+@pytest.fixture(autouse=True)
+def _reproducible():
+    torch.manual_seed(0)
+    with DefaultScope.overwrite_default_scope('mmdet'):
+        yield
+
+
+@pytest.fixture(scope='session')
+def teacher_options(tmp_path_factory) -> dict:
+    """A small RetinaNet teacher, wider than the default student, with a checkpoint."""
+    config = detectors.retinanet(channels=24, base=12)
+    checkpoint = detectors.save_weights(config, tmp_path_factory.mktemp('teacher') / 'teacher.pth')
+    return dict(config=config, checkpoint=checkpoint)

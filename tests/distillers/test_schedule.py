@@ -1,0 +1,45 @@
+import math
+
+import pytest
+from mmengine.logging import MessageHub
+
+from mmkd.distillers.schedule import Weight
+from mmkd.errors import ConfigError
+
+
+@pytest.mark.parametrize(
+    ('spec', 'expected'),
+    [
+        (3.0, {0: 3.0, 10**6: 3.0}),
+        (dict(type='constant', value=2.0, begin=10, end=20), {9: 0.0, 10: 2.0, 19: 2.0, 20: 0.0}),
+        (dict(type='linear', value=10.0, end=500), {0: 0.0, 250: 5.0, 500: 10.0, 900: 10.0}),
+        (dict(type='linear', value=0.0, start=8.0, begin=100, end=200), {50: 8.0, 150: 4.0, 300: 0.0}),
+        (dict(type='cosine', value=4.0, end=100), {0: 0.0, 25: 4 * (1 - math.cos(math.pi / 4)) / 2, 50: 2.0, 100: 4.0}),
+        (dict(type='step', value=8.0, milestones=[10, 20], gamma=0.5), {9: 8.0, 10: 4.0, 20: 2.0}),
+    ],
+)
+def test_weight_at_an_iteration(spec, expected):
+    weight = Weight(spec)
+    assert {iteration: pytest.approx(weight.at(iteration)) for iteration in expected} == expected
+
+
+def test_the_iteration_is_the_runners():
+    weight = Weight(dict(type='linear', value=1.0, end=100))
+    MessageHub.get_instance('schedule test').update_info('iter', 40)
+    assert weight() == pytest.approx(0.4)
+
+
+@pytest.mark.parametrize(
+    ('spec', 'message'),
+    [
+        (dict(type='linaer', value=1), "type 'linaer' is unknown"),
+        (dict(type='linear', value=1), "linear needs \\['end'\\]"),
+        (dict(type='linear', value=1, end=9, stop=3), "no option 'stop'"),
+        (dict(type='cosine', value=1, begin=9, end=9), 'end has to come after begin'),
+        ('10', 'expected a finite number'),
+        (float('nan'), 'expected a finite number'),
+    ],
+)
+def test_what_is_no_weight_is_an_error(spec, message):
+    with pytest.raises(ConfigError, match=message):
+        Weight(spec)

@@ -1,0 +1,64 @@
+import pytest
+import torch
+from torch import nn
+
+from mmkd.adapters import Adapters, ConvAdapter
+from mmkd.errors import ConfigError
+
+
+def maps(channels, *sizes):
+    return [torch.randn(2, channels, size, size) for size in sizes]
+
+
+def test_auto_adds_nothing_where_shapes_agree():
+    adapters = Adapters('auto', maps(8, 16, 8), maps(8, 16, 8))
+    assert not list(adapters.parameters())
+    student = maps(8, 16, 8)
+    assert all(adapted is level for adapted, level in zip(adapters(student, maps(8, 16, 8)), student))
+
+
+def test_auto_makes_a_1x1_convolution_exactly_where_channels_differ():
+    adapters = Adapters('auto', [*maps(8, 16), *maps(4, 8)], maps(8, 16, 8))
+    assert isinstance(adapters[0], nn.Identity)
+    assert adapters[1].conv.weight.shape == (8, 4, 1, 1)
+
+
+def test_auto_resizes_where_strides_differ_whatever_the_image_size():
+    adapters = Adapters('auto', maps(8, 16), maps(8, 32))
+    adapted = adapters([torch.randn(2, 8, 10, 12)], [torch.randn(2, 8, 20, 24)])
+    assert adapted[0].shape == (2, 8, 20, 24)
+
+
+def test_a_dict_builds_that_adapter_for_each_level():
+    adapters = Adapters(dict(type='ConvAdapter', kernel_size=3), maps(8, 16, 8), maps(6, 16, 8))
+    assert [type(each) for each in adapters] == [ConvAdapter, ConvAdapter]
+    assert adapters(maps(8, 16, 8), maps(6, 16, 8))[1].shape == (2, 6, 8, 8)
+
+
+class Doubled(nn.Module):
+    def __init__(self, in_channels, out_channels):
+        super().__init__()
+
+    def forward(self, feature):
+        return 2 * feature
+
+
+def test_an_adapter_by_its_dotted_path():
+    adapters = Adapters(dict(type=f'{__name__}.Doubled'), maps(8, 4), maps(8, 4))
+    (student,) = maps(8, 4)
+    assert torch.equal(adapters([student], maps(8, 4))[0], 2 * student)
+
+
+@pytest.mark.parametrize(
+    ('spec', 'student', 'teacher', 'message'),
+    [
+        (None, maps(8, 16), maps(6, 16), "8 and 6 channels with adapter=None; use adapter='auto'"),
+        (None, maps(8, 16), maps(8, 8), r"size \(16, 16\) and \(8, 8\).*different strides.*adapter='auto'"),
+        ('auto', maps(8, 16, 8), maps(8, 16), '2 and 1 levels'),
+        ('auto', [torch.randn(2, 8)], [torch.randn(2, 8)], 'expected .B, C, H, W. maps'),
+        ('conv', maps(8, 16), maps(8, 16), "adapter='conv': expected 'auto', None or a dict"),
+    ],
+)
+def test_shapes_that_cannot_agree_are_errors(spec, student, teacher, message):
+    with pytest.raises(ConfigError, match=message):
+        Adapters(spec, student, teacher)

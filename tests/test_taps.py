@@ -1,0 +1,136 @@
+import pytest
+import torch
+from torch import nn
+
+from mmkd.errors import ConfigError
+from mmkd.taps import Taps, find_layer, probe, run
+from mmkd.testing import detectors
+
+
+class Toy(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 4, 1)
+        self.relu = nn.ReLU(inplace=True)
+        self.head = nn.Conv2d(4, 2, 1)
+        self.unused = nn.Conv2d(4, 2, 1)
+        self.finished = 0
+
+    def forward(self, images):
+        feature = self.relu(self.stem(images))
+        outputs = [self.head(feature), self.head(feature[..., ::2, ::2])]
+        self.finished += 1
+        return outputs
+
+
+@pytest.fixture
+def images():
+    return torch.randn(1, 3, 8, 8)
+
+
+def test_a_layer_called_once_gives_a_tuple_of_one(images):
+    model = Toy()
+    with Taps(model, ['relu']) as taps:
+        model(images)
+    (feature,) = taps['relu']
+    assert feature.shape == (1, 4, 8, 8)
+
+
+def test_a_layer_called_once_per_level_gives_one_entry_per_call(images):
+    model = Toy()
+    with Taps(model, ['head']) as taps:
+        outputs = model(images)
+    assert len(taps['head']) == 2
+    assert all(torch.equal(tapped, out) for tapped, out in zip(taps['head'], outputs))
+
+
+def test_inputs_of_a_layer(images):
+    model = Toy()
+    with Taps(model, ['stem:input']) as taps:
+        model(images)
+    assert taps['stem:input'][0] is images
+
+
+def test_an_fpn_gives_its_levels():
+    model = detectors.build(detectors.retinanet())
+    taps = probe(model, ['neck'])
+    assert [tuple(level.shape) for level in taps['neck']] == [(1, 16, 32, 32), (1, 16, 16, 16), (1, 16, 8, 8)]
+
+
+def test_hooks_exist_only_inside_the_block(images):
+    model = Toy()
+    with Taps(model, ['head']):
+        assert len(model.head._forward_hooks) == 1
+    assert not model.head._forward_hooks
+    with pytest.raises(RuntimeError), Taps(model, ['head']):
+        raise RuntimeError
+    assert not model.head._forward_hooks
+
+
+def test_an_output_changed_in_place_is_an_error(images):
+    model = Toy()
+    with Taps(model, ['stem']) as taps:
+        model(images)
+    with pytest.raises(ConfigError, match="'stem'.*changed in place"):
+        taps['stem']
+
+
+def test_a_layer_that_was_never_called_is_an_error(images):
+    model = Toy()
+    with Taps(model, ['unused']) as taps:
+        model(images)
+    with pytest.raises(ConfigError, match="'unused'.*never called.*conv_seg"):
+        taps['unused']
+
+
+def test_an_unknown_layer_names_the_nearest():
+    model = detectors.build(detectors.retinanet())
+    with pytest.raises(ConfigError, match="'bbox_head.retina_cl'.*'bbox_head.retina_cls'"):
+        find_layer(model, 'bbox_head.retina_cl')
+
+
+def test_the_pass_ends_at_the_last_tapped_call(images):
+    model = Toy()
+    with Taps(model, ['relu'], stop_after={'relu': 1}) as taps:
+        model(images)
+    assert model.finished == 0
+    assert taps['relu'][0].shape == (1, 4, 8, 8)
+    with Taps(model, ['head'], stop_after={'head': 2}) as taps:
+        model(images)
+    assert len(taps['head']) == 2
+
+
+def test_errors_of_the_model_are_not_swallowed():
+    model = Toy()
+    with pytest.raises(RuntimeError, match='channels'), Taps(model, ['relu'], stop_after={'relu': 1}):
+        model(torch.randn(1, 5, 8, 8))
+
+
+def test_half_precision_is_handed_out_as_float32(images):
+    model = Toy()
+    with torch.autocast('cpu', torch.bfloat16), Taps(model, ['head']) as taps:
+        outputs = model(images)
+    assert outputs[0].dtype is torch.bfloat16
+    assert all(level.dtype is torch.float32 for level in taps['head'])
+
+
+def test_run_goes_no_further_than_the_neck():
+    model = detectors.build(detectors.retinanet())
+    calls = []
+    model.bbox_head.register_forward_hook(lambda *_: calls.append('head'))
+    run(model, ['backbone.layer1', 'neck'], torch.randn(1, 3, 64, 64), None)
+    assert not calls
+    run(model, ['neck', 'bbox_head.retina_cls'], torch.randn(1, 3, 64, 64), None)
+    assert calls == ['head']
+
+
+def test_a_probe_leaves_no_trace():
+    model = detectors.build(detectors.retinanet(backbone=dict(norm_eval=False))).train()
+    model.neck.eval()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    modes = [module.training for module in model.modules()]
+    random = torch.get_rng_state()
+    probe(model, ['neck', 'bbox_head'])
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    assert [module.training for module in model.modules()] == modes
+    assert torch.equal(torch.get_rng_state(), random)

@@ -1,0 +1,144 @@
+"""Time and peak memory of one training step: plain student, stock teacher, distilled; in turn, in one process.
+
+    python tools/benchmark.py configs/gid_retinanet.py --shape 2 3 256 320
+
+The weights are random: neither data nor checkpoints are needed. "Floor ratio" is the distilled step over the sum of the
+plain student's step and the teacher's forward pass as stock mmdet or mmseg runs it, as far as the same layers.
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+from mmengine.registry import MODELS, init_default_scope
+from torch.profiler import ProfilerActivity, profile
+
+from mmkd import cli
+from mmkd.taps import run
+from mmkd.teacher import build_teacher
+from mmkd.testing.batches import random_batch
+
+
+def training_step(model: torch.nn.Module, data: dict, amp: bool) -> Callable[[], None]:
+    """One optimisation step with SGD, as a function."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-6, momentum=0.9)
+    device = next(model.parameters()).device
+    scaler = torch.amp.GradScaler(device.type, enabled=amp and device.type == 'cuda')
+
+    def step() -> None:
+        with torch.autocast(device.type, enabled=amp):
+            batch = model.data_preprocessor(data, True)
+            loss, _ = model.parse_losses(model(**batch, mode='loss'))
+        optimizer.zero_grad()
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+
+    return step
+
+
+def teacher_pass(model: torch.nn.Module, layers: tuple[str, ...], data: dict, amp: bool) -> Callable[[], None]:
+    """The forward pass of a stock model in eval mode, as far as the tapped layers, as a function."""
+    model.eval()
+    device = next(model.parameters()).device
+
+    @torch.no_grad()
+    def step() -> None:
+        with torch.autocast(device.type, enabled=amp):
+            batch = model.data_preprocessor(data, False)
+            run(model, layers, batch['inputs'], batch['data_samples'])
+
+    return step
+
+
+def timed(step: Callable[[], None], device: torch.device) -> float:
+    """Milliseconds."""
+    if device.type == 'cuda':
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    step()
+    if device.type == 'cuda':
+        torch.cuda.synchronize()
+    return (time.perf_counter() - start) * 1e3
+
+
+def peak_memory(step: Callable[[], None], device: torch.device) -> float:
+    """MiB that a step takes on top of what is allocated before it."""
+    if device.type == 'cuda':
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        step()
+        torch.cuda.synchronize()
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        step()
+    now = peak = 0
+    events = [each for each in recorded.profiler.kineto_results.events() if each.name() == '[memory]']
+    for event in sorted(events, key=lambda each: each.start_ns()):
+        now += event.nbytes()
+        peak = max(peak, now)
+    return peak / 2**20
+
+
+def weights(*models: torch.nn.Module) -> float:
+    """MiB of parameters and buffers."""
+    tensors = [tensor for model in models for tensor in (*model.parameters(), *model.buffers())]
+    return sum(tensor.nbytes for tensor in tensors) / 2**20
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description='Time and peak memory of one training step.')
+    parser.add_argument('config', help='a distilled config')
+    parser.add_argument('--shape', type=int, nargs=4, default=(2, 3, 256, 320), metavar=('B', 'C', 'H', 'W'))
+    parser.add_argument('--objects', type=int, default=8, help='objects per image')
+    parser.add_argument('--rounds', type=int, default=15)
+    parser.add_argument('--amp', action='store_true')
+    parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
+    cli.add_common_options(parser)
+    args = parser.parse_args()
+    with cli.clear_errors():
+        config = cli.read_config(args)
+        init_default_scope(config.default_scope)
+        device = torch.device(args.device)
+        plain = MODELS.build(config.model.student).to(device)
+        stock = build_teacher(config.model.teacher).model.to(device)
+        distilled = MODELS.build(config.model).to(device)
+        distilled._teacher.speed_up()
+        data = random_batch(plain, tuple(args.shape), args.objects)
+
+    steps = {
+        'plain student': training_step(plain.train(), data, args.amp),
+        'stock teacher': teacher_pass(stock, distilled._teacher.layers, data, args.amp),
+        'distilled': training_step(distilled.train(), data, args.amp),
+    }
+    for step in steps.values():
+        for _ in range(3):
+            step()
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for _ in range(args.rounds):
+        for name, step in steps.items():
+            times[name].append(timed(step, device))
+    # weights, gradients and momentum stay between steps
+    resident = {
+        'plain student': 3 * weights(plain),
+        'stock teacher': weights(stock),
+        'distilled': 3 * weights(distilled) + weights(distilled._teacher.model),
+    }
+    name_of_device = torch.cuda.get_device_name() if device.type == 'cuda' else f'CPU, {torch.get_num_threads()} threads'
+    print(f'{args.config} at {"x".join(map(str, args.shape))}{" with AMP" if args.amp else ""}, {name_of_device}, torch {torch.__version__}')
+    print(f'{"":16}{"ms":>10}{"(min)":>10}{"peak MiB":>12}')
+    median, peak = {}, {}
+    for name, step in steps.items():
+        median[name] = statistics.median(times[name])
+        peak[name] = resident[name] + peak_memory(step, device)
+        print(f'{name:16}{median[name]:10.1f}{min(times[name]):10.1f}{peak[name]:12.1f}')
+    floors = [d / (p + s) for p, s, d in zip(*times.values())]
+    allowed = peak['plain student'] + resident['stock teacher']
+    print(f'floor ratio      {statistics.median(floors):.3f}  (distilled / (plain student + stock teacher), median of {args.rounds} rounds)')
+    print(f'memory ratio     {peak["distilled"] / allowed:.3f}  (distilled / (plain student + teacher weights))')
+
+
+if __name__ == '__main__':
+    main()
