@@ -213,7 +213,7 @@ def _normalisation(preprocessor: nn.Module) -> tuple[torch.Tensor, torch.Tensor,
     return torch.zeros(3, 1, 1), torch.ones(3, 1, 1), bool(swap)
 
 
-def fetch(checkpoint: str) -> Path:
+def fetch(checkpoint: str, what: str = 'teacher checkpoint') -> Path:
     """The local file of a checkpoint; a URL is downloaded once, by one process of each machine.
 
     Raises:
@@ -222,7 +222,7 @@ def fetch(checkpoint: str) -> Path:
     if urlparse(checkpoint).scheme not in ('http', 'https'):
         path = Path(checkpoint).expanduser()
         if not path.is_file():
-            raise ConfigError(f'teacher checkpoint {path}: no such file (looked in {Path.cwd()}); {NO_WEIGHTS}')
+            raise ConfigError(f'{what} {path}: no such file (looked in {Path.cwd()}); {NO_WEIGHTS}')
         return path
     folder = Path(torch.hub.get_dir()) / 'checkpoints'
     path = folder / Path(urlparse(checkpoint).path).name
@@ -236,14 +236,14 @@ def fetch(checkpoint: str) -> Path:
     barrier()
     if not path.is_file():
         raise ConfigError(
-            f'teacher checkpoint {checkpoint}: could not be downloaded{failure}; put the file at {path}, or point to '
+            f'{what} {checkpoint}: could not be downloaded{failure}; put the file at {path}, or point to '
             f"another with --cfg-options model.teacher.config='...' model.teacher.checkpoint='...'; to try mmkd without "
             f'any download: make demo'
         )
     return path
 
 
-def read_checkpoint(path: Path) -> dict[str, torch.Tensor]:
+def read_checkpoint(path: Path, what: str = 'teacher checkpoint') -> dict[str, torch.Tensor]:
     """The weights in a checkpoint file, read without executing anything in it.
 
     Adapters of a teacher that was distilled itself are left out.
@@ -254,28 +254,32 @@ def read_checkpoint(path: Path) -> dict[str, torch.Tensor]:
     try:
         content = torch.load(path, map_location='cpu', weights_only=True)
     except UnpicklingError as error:
-        reason = next((line for line in str(error).splitlines() if 'GLOBAL' in line), str(error).splitlines()[0])
+        reason = next((line for line in str(error).splitlines() if 'GLOBAL' in line), first_line(error))
         raise ConfigError(
-            f'teacher checkpoint {path}: refused, it is damaged or holds code instead of weights alone ({reason.strip()})'
+            f'{what} {path}: refused, it is damaged or holds code instead of weights alone ({reason.strip()})'
         ) from None
     except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
         raise ConfigError(
-            f'teacher checkpoint {path}: cannot be read, it may be truncated ({str(error).splitlines()[0]})'
+            f'{what} {path}: cannot be read, it may be truncated ({first_line(error)})'
         ) from None
     state = content.get('state_dict', content) if isinstance(content, dict) else content
     if not isinstance(state, dict) or not state or not all(isinstance(each, torch.Tensor) for each in state.values()):
-        raise ConfigError(f"teacher checkpoint {path}: holds no weights (expected a dict of tensors, or 'state_dict')")
+        raise ConfigError(f"{what} {path}: holds no weights (expected a dict of tensors, or 'state_dict')")
     return {name: tensor for name, tensor in state.items() if not name.startswith('distillers.')}
 
 
-def load_weights(model: nn.Module, checkpoint: str) -> None:
+def first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]
+
+
+def load_weights(model: nn.Module, checkpoint: str, what: str = 'teacher checkpoint') -> None:
     """Load a checkpoint into a model; every weight has to fit.
 
     Raises:
         ConfigError: with the names that are missing, unexpected or of another shape.
     """
-    path = fetch(checkpoint)
-    state = read_checkpoint(path)
+    path = fetch(checkpoint, what)
+    state = read_checkpoint(path, what)
     try:
         model.load_state_dict(state, strict=True)
     except RuntimeError:
@@ -295,7 +299,7 @@ def load_weights(model: nn.Module, checkpoint: str) -> None:
             if names
         )
         raise ConfigError(
-            f'teacher checkpoint {path} does not fit {type(model).__name__}: {found}; give the config it was trained with'
+            f'{what} {path} does not fit {type(model).__name__}: {found}; give the config it was trained with'
         ) from None
 
 
@@ -341,7 +345,7 @@ def fold_batch_norm(model: nn.Module, layers: Sequence[str] = ()) -> int:
         modules[conv_name].weight, modules[conv_name].bias = fused.weight, fused.bias
         parent, _, child = norm_name.rpartition('.')
         setattr(model.get_submodule(parent), child, nn.Identity())
-    model.requires_grad_(False)
+    model.eval().requires_grad_(False)
 
     after = probe(model, layers)
     for layer in layers:

@@ -5,7 +5,10 @@
 
 import argparse
 
+import torch
+
 from mmkd import cli
+from mmkd.errors import ConfigError
 
 
 def main() -> None:
@@ -25,6 +28,8 @@ def main() -> None:
     with cli.clear_errors():
         config = cli.read_config(args)
         if args.amp:
+            if not torch.cuda.is_available():
+                raise ConfigError('--amp: mmengine trains in mixed precision on accelerators alone, and none was found')
             config.optim_wrapper.type = 'AmpOptimWrapper'
             config.optim_wrapper.setdefault('loss_scale', 'dynamic')
         if args.auto_scale_lr:

@@ -66,6 +66,8 @@ class FeatureDistiller(Distiller):
 
     def setup(self, student: Taps, teacher: Taps) -> None:
         names = (', '.join(self.student_layers), ', '.join(self.teacher_layers))
+        for layer, other in zip(self.student_layers, self.teacher_layers):
+            refuse_other_classes(student, layer, teacher, other)
         self.adapters = Adapters(self.adapter, self._levels(student), self._levels(teacher, of_teacher=True), names)
 
     def _levels(self, taps: Taps, of_teacher: bool = False) -> list[torch.Tensor]:
@@ -85,6 +87,23 @@ class FeatureDistiller(Distiller):
             )
         adapted = self.adapters(features, targets)
         return {'loss': self.weight() * sum(self.compare(s, t) for s, t in zip(adapted, targets))}
+
+
+def refuse_other_classes(student: Taps, student_layer: str, teacher: Taps, teacher_layer: str) -> None:
+    """Raise ConfigError if both layers put out class logits, of different numbers of classes.
+
+    Layers do so where their head has ``num_classes`` and as many channels per class in both models.
+    """
+    found = []
+    for taps, layer in ((student, student_layer), (teacher, teacher_layer)):
+        head = taps.model.get_submodule(layer.partition('.')[0])
+        found.append((getattr(head, 'num_classes', None), getattr(taps[layer][0], 'shape', (0, 0))[1]))
+    (s_classes, s_channels), (t_classes, t_channels) = found
+    if s_classes and t_classes and s_classes != t_classes and s_channels * t_classes == t_channels * s_classes:
+        raise ConfigError(
+            f'{student_layer!r} puts out logits of {s_classes} classes, {teacher_layer!r} of the teacher of {t_classes}; use '
+            f'a teacher that was trained on the same classes, or a layer before the classifier'
+        )
 
 
 class Distillers(nn.ModuleDict):

@@ -1,0 +1,87 @@
+"""A training config for tests: the generated shapes, a small RetinaNet, mmengine's real Runner."""
+
+from pathlib import Path
+
+from mmengine.config import Config
+
+from mmkd.testing import detectors, shapes
+
+
+def shapes_config(folder: str | Path, model: dict, iterations: int = 4, batch: int = 4, images: int = 24) -> Config:
+    """A config to train ``model`` on freshly generated shapes.
+
+    Args:
+        folder: For the data set and the work directory.
+        model: The model's config, plain or distilled.
+        iterations: Length of the training, with one checkpoint at its end.
+        batch: Images per process and iteration.
+        images: In the training set; the validation set has 8.
+    """
+    folder = Path(folder)
+    root = shapes.generate(folder / 'shapes', size=96, splits={'train': images, 'val': 8})
+    metainfo = dict(classes=shapes.CLASSES)
+    load = [dict(type='LoadImageFromFile'), dict(type='LoadAnnotations', with_bbox=True)]
+
+    def loader(split: str, size: int, **options) -> dict:
+        extra = [dict(type='RandomFlip', prob=0.5)] if split == 'train' else [dict(type='Resize', scale=(96, 96))]
+        return dict(
+            batch_size=size,
+            num_workers=0,
+            dataset=dict(
+                type='CocoDataset',
+                data_root=str(root),
+                metainfo=metainfo,
+                ann_file=f'annotations/{split}.json',
+                data_prefix=dict(img=f'{split}/'),
+                test_mode=split == 'val',
+                pipeline=[*load, *extra, dict(type='PackDetInputs')],
+            ),
+            **options,
+        )
+
+    validation = loader('val', 4, sampler=dict(type='DefaultSampler', shuffle=False))
+    metric = dict(type='CocoMetric', ann_file=str(root / 'annotations/val.json'), metric='bbox')
+    return Config(
+        dict(
+            default_scope='mmdet',
+            model=model,
+            train_dataloader=loader('train', batch, sampler=dict(type='InfiniteSampler', shuffle=True)),
+            val_dataloader=validation,
+            test_dataloader=validation,
+            val_evaluator=metric,
+            test_evaluator=metric,
+            train_cfg=dict(type='IterBasedTrainLoop', max_iters=iterations, val_interval=10**6),
+            val_cfg=dict(type='ValLoop'),
+            test_cfg=dict(type='TestLoop'),
+            optim_wrapper=dict(
+                type='OptimWrapper',
+                optimizer=dict(type='SGD', lr=0.01, momentum=0.9, weight_decay=1e-4),
+                clip_grad=dict(max_norm=10),
+            ),
+            param_scheduler=[dict(type='LinearLR', start_factor=0.1, by_epoch=False, begin=0, end=iterations)],
+            default_hooks=dict(
+                logger=dict(type='LoggerHook', interval=1),
+                checkpoint=dict(type='CheckpointHook', by_epoch=False, interval=iterations),
+                visualization=dict(type='DetVisualizationHook'),
+            ),
+            visualizer=dict(
+                type='DetLocalVisualizer', name='visualizer', vis_backends=[dict(type='LocalVisBackend')]
+            ),
+            log_processor=dict(type='LogProcessor', by_epoch=False, window_size=1),
+            auto_scale_lr=dict(enable=False, base_batch_size=batch),
+            randomness=dict(seed=0),
+            env_cfg=dict(dist_cfg=dict(backend='nccl')),
+            work_dir=str(folder / 'work'),
+            experiment_name=folder.name,
+        )
+    )
+
+
+def distilled(folder: str | Path, distillers: dict, student: dict | None = None, teacher: dict | None = None) -> dict:
+    """The config of a distilled RetinaNet with six classes, whose teacher's weights are written to ``folder``."""
+    student = student or detectors.retinanet(classes=6)
+    teacher = teacher or detectors.retinanet(classes=6, channels=24, base=12)
+    checkpoint = detectors.save_weights(teacher, Path(folder) / 'teacher.pth')
+    return dict(
+        type='mmkd.Distill', student=student, teacher=dict(config=teacher, checkpoint=checkpoint), distillers=distillers
+    )

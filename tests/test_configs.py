@@ -1,0 +1,64 @@
+"""Every config parses and builds; the ones on COCO keep their promises at full size."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from mmengine.config import Config
+from mmengine.registry import MODELS
+
+from mmkd.cli import _datasets
+from mmkd.testing import detectors
+
+ROOT = Path(__file__).parents[1] / 'configs'
+CONFIGS = sorted(str(path.relative_to(ROOT)) for path in ROOT.rglob('*.py'))
+COCO = [name for name in CONFIGS if '/' not in name]
+
+
+@pytest.mark.parametrize('name', CONFIGS)
+def test_it_parses_and_builds(name):
+    config = Config.fromfile(ROOT / name)
+    model = MODELS.build(config.model)
+    student = config.model.get('student', config.model)
+    assert type(model).__name__.removeprefix('Distilled') == student.type
+    assert config.default_scope == 'mmdet'
+    for loader in ('train_dataloader', 'val_dataloader', 'test_dataloader'):
+        assert all(dataset.type == 'CocoDataset' for _, dataset in _datasets(config[loader].dataset, loader))
+
+
+@pytest.mark.parametrize('name', COCO)
+def test_a_coco_config_is_short_and_its_student_is_plain(name):
+    lines = [line for line in (ROOT / name).read_text().splitlines() if line.strip()]
+    assert len(lines) <= 15
+    config = Config.fromfile(ROOT / name)
+    model = MODELS.build(config.model)
+    assert list(model.state_dict()) == list(detectors.build(config.model.student).state_dict())
+    assert model._teacher.checkpoint.startswith('https://')
+    assert config.train_cfg.max_epochs == 24
+    assert config.auto_scale_lr.base_batch_size == 16
+
+
+def test_mmkd_bases_resolve_from_another_folder(tmp_path):
+    child = tmp_path / 'child.py'
+    child.write_text("_base_ = 'mmkd::gid_retinanet.py'\nmodel = dict(student=dict(bbox_head=dict(num_classes=3)))\n")
+    script = f"""
+import mmkd
+from mmengine.config import Config
+config = Config.fromfile({str(child)!r})
+assert config.model.student.bbox_head.num_classes == 3
+assert config.model.distillers.gid.type == 'GID'
+assert Config.fromfile(mmkd.host.config_path('mmkd::shapes/gid_retinanet.py')).train_cfg.max_iters > 0
+"""
+    subprocess.run([sys.executable, '-c', script], cwd=tmp_path, check=True, env={**os.environ, 'PYTHONPATH': ''})
+
+
+def test_the_headline_command_without_coco_says_what_to_do(tmp_path):
+    command = [sys.executable, str(ROOT.parent / 'tools' / 'train.py'), str(ROOT / 'gid_retinanet.py')]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith('error:')]
+    assert str(tmp_path / 'data/coco') in line
+    assert '--cfg-options train_dataloader.dataset.data_root=' in line
+    assert 'make demo' in line

@@ -1,0 +1,184 @@
+"""Through mmengine's real Runner and the command-line tools."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from mmengine.runner import Runner, load_checkpoint
+
+from mmkd.testing import detectors
+from mmkd.testing.batches import random_batch
+from mmkd.testing.runs import distilled, shapes_config
+
+ROOT = Path(__file__).parents[1]
+METHODS = dict(gid=dict(type='GID'), cwd=dict(type='CWD', layer='neck'))
+
+
+def tool(name, *arguments, expect=0, env=None):
+    """Run a command-line tool; what it printed."""
+    command = [sys.executable, str(ROOT / 'tools' / f'{name}.py'), *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **(env or {})}, check=False)
+    assert done.returncode == expect, done.stdout[-3000:] + done.stderr[-3000:]
+    return done.stdout + done.stderr
+
+
+@pytest.fixture
+def config(tmp_path):
+    return shapes_config(tmp_path, distilled(tmp_path, METHODS))
+
+
+def write(config, tmp_path):
+    path = tmp_path / 'config.py'
+    config.dump(path)
+    return path
+
+
+def predictions(model, seed=3):
+    model.eval()
+    batch = model.data_preprocessor(random_batch(model, (2, 3, 96, 128), seed=seed), False)
+    with torch.no_grad():
+        return [each.pred_instances for each in model(**batch, mode='predict')]
+
+
+def test_training_changes_student_and_adapters(config):
+    runner = Runner.from_cfg(config)
+    before = {name: value.clone() for name, value in runner.model.state_dict().items()}
+    runner.train()
+    after = runner.model.state_dict()
+    for name in ('neck.fpn_convs.0.conv.weight', 'distillers.gid.adapters.0.conv.weight', 'distillers.cwd.adapters.2.conv.weight'):
+        assert not torch.equal(before[name], after[name]), name
+    history = runner.message_hub.get_scalar('train/gid.loss_relation')
+    assert history.data[0].shape == (4,)
+
+
+def test_the_checkpoint_is_a_plain_models_and_predicts_bit_for_bit(tmp_path):
+    plain = detectors.retinanet(classes=6)
+    model = distilled(tmp_path, dict(gid=dict(type='GID')), plain, teacher=detectors.retinanet(classes=6))
+    runner = Runner.from_cfg(shapes_config(tmp_path, model))
+    runner.train()
+    stock = detectors.build(plain)
+    load_checkpoint(stock, str(tmp_path / 'work' / 'iter_4.pth'), strict=True)
+    assert list(stock.state_dict()) == list(runner.model.state_dict())
+    for found, expected in zip(predictions(stock), predictions(runner.model)):
+        assert len(expected) > 0
+        for field in ('bboxes', 'scores', 'labels'):
+            assert torch.equal(found[field], expected[field])
+
+
+def test_export_writes_what_stock_mmdet_takes_strictly(config, tmp_path):
+    path = write(config, tmp_path)
+    Runner.from_cfg(config).train()
+    checkpoint = tmp_path / 'work' / 'iter_4.pth'
+    assert any(name.startswith('distillers.') for name in torch.load(checkpoint, weights_only=True)['state_dict'])
+    tool('export', path, checkpoint, tmp_path / 'plain')
+    probe = f"""
+import sys, torch
+from mmdet.apis import init_detector
+from mmengine.runner import load_checkpoint
+model = init_detector({str(tmp_path / 'plain.py')!r}, device='cpu')
+load_checkpoint(model, {str(tmp_path / 'plain.pth')!r}, strict=True)
+assert type(model).__name__ == 'RetinaNet' and 'mmkd' not in sys.modules
+torch.save(model.state_dict(), {str(tmp_path / 'loaded.pth')!r})
+"""
+    done = subprocess.run([sys.executable, '-c', probe], check=False, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    trained = torch.load(checkpoint, weights_only=True)['state_dict']
+    assert all(torch.equal(value, trained[name]) for name, value in torch.load(tmp_path / 'loaded.pth').items())
+    assert 'exists; remove it' in tool('export', path, checkpoint, tmp_path / 'plain', expect=1)
+
+
+@pytest.mark.slow
+def test_resume_continues_as_if_never_stopped(tmp_path):
+    """100 iterations in one go, and 60 + resume + 40, end with identical weights, adapters included."""
+    config = shapes_config(tmp_path, distilled(tmp_path, METHODS), iterations=100)
+    config.default_hooks.checkpoint.interval = 20
+    path = write(config, tmp_path)
+    tool('train', path, '--work-dir', tmp_path / 'whole')
+    tool('train', path, '--work-dir', tmp_path / 'parts', '--cfg-options', 'train_cfg.max_iters=60')
+    assert not (tmp_path / 'parts' / 'iter_100.pth').exists()
+    assert 'resumed epoch: 0, iter: 60' in tool('train', path, '--work-dir', tmp_path / 'parts', '--resume')
+    whole, parts = (torch.load(tmp_path / each / 'iter_100.pth', weights_only=True) for each in ('whole', 'parts'))
+    assert any(name.startswith('distillers.') for name in whole['state_dict'])
+    assert whole['state_dict'].keys() == parts['state_dict'].keys()
+    for name, value in whole['state_dict'].items():
+        assert torch.equal(value, parts['state_dict'][name]), name
+
+
+def test_schedules_follow_the_runners_iteration(tmp_path):
+    weight = dict(type='constant', value=5.0, begin=2)
+    config = shapes_config(tmp_path, distilled(tmp_path, dict(cwd=dict(type='CWD', layer='neck', weight=weight))))
+    runner = Runner.from_cfg(config)
+    runner.train()
+    values = runner.message_hub.get_scalar('train/cwd.loss').data[0]
+    assert (values[:2] == 0).all()
+    assert (values[2:] > 0).all()
+
+
+def test_ema_accumulation_and_gradient_checkpointing(config):
+    config.optim_wrapper.accumulative_counts = 2
+    config.custom_hooks = [dict(type='EMAHook')]
+    config.activation_checkpointing = ['backbone.layer1']
+    runner = Runner.from_cfg(config)
+    runner.train()
+    saved = torch.load(Path(config.work_dir) / 'iter_4.pth', weights_only=True)
+    assert set(saved['state_dict']) == set(runner.model.state_dict())
+    assert not any('teacher' in name for name in saved['ema_state_dict'])
+    assert all(torch.isfinite(value).all() for value in saved['state_dict'].values())
+
+
+def test_layer_wise_rules_see_plain_names(config):
+    config.optim_wrapper.paramwise_cfg = dict(custom_keys={'backbone.': dict(lr_mult=0.1), 'distillers.gid': dict(lr_mult=2)})
+    runner = Runner.from_cfg(config)
+    groups = runner.build_optim_wrapper(config.optim_wrapper).optimizer.param_groups
+    rates = {round(group['lr'], 6) for group in groups}
+    assert rates == {0.001, 0.01, 0.02}
+
+
+def test_the_tools_train_and_test(config, tmp_path):
+    path = write(config, tmp_path)
+    printed = tool('train', path, '--cfg-options', 'model.distillers.gid.topk=3', 'train_dataloader.batch_size=2')
+    assert re.search(r'Iter\(train\) \[4/4\].*eta: .*gid.loss_feature: .*gid.instances: 3.0', printed)
+    assert 'was chosen for a batch of 4 images and this run has 2: add --auto-scale-lr to scale it by 0.5' in printed
+    printed = tool('train', path, '--auto-scale-lr', '--work-dir', tmp_path / 'scaled')
+    assert 'was chosen for' not in printed
+    (tmp_path / 'teacher.pth').unlink()  # testing needs none
+    checkpoint = tmp_path / 'work' / 'iter_4.pth'
+    shown = ('--out', tmp_path / 'out.pkl', '--show-dir', 'pictures')
+    assert 'coco/bbox_mAP' in tool('test', path, checkpoint, *shown)
+    assert (tmp_path / 'out.pkl').stat().st_size > 0
+    assert len(list((tmp_path / 'work').rglob('pictures/*.jpg'))) == 8
+
+
+@pytest.mark.parametrize(
+    ('change', 'message'),
+    [
+        ({'train_dataloader.dataset.data_root': '/nowhere'}, r'train_dataloader.dataset.data_root: /nowhere does not exist; .*make demo'),
+        ({'train_dataloader.dataset.data_prefix.img': 'trian/'}, r'data_prefix.img: .*/trian/? does not exist'),
+        ({'val_dataloader.dataset.ann_file': 'annotations/none.json'}, r'val_dataloader.dataset.ann_file: .*none.json does not'),
+        ({'train_dataloader.dataset.ann_file': '../wrong.json'}, r'is not a COCO annotation file \(it lacks annotations, categories\)'),
+        ({'train_dataloader.dataset.metainfo.classes': ('disc',)}, r"has no category 'disc', which .*metainfo.classes names"),
+        ({'model.teacher.checkpoint': '/nowhere/teacher.pth'}, r'teacher checkpoint /nowhere/teacher.pth: no such file'),
+        ({'model.distillers.cwd.layer': 'neckk'}, r"layer 'neckk': RetinaNet has no such module.*'neck'"),
+        ({'model.distillers.gid.top': 5}, r"distillers.gid: GID has no option 'top'; the nearest are 'topk'"),
+        ({'model.teacher.config': 'mmdet::retinanet/x.py'}, 'mmdet has no such config'),
+    ],
+)
+def test_bad_input_is_one_clear_line_before_the_first_iteration(config, tmp_path, change, message):
+    (tmp_path / 'wrong.json').write_text('{"images": []}')
+    config.merge_from_dict(change)
+    printed = tool('train', write(config, tmp_path), expect=1)
+    errors = [line for line in printed.splitlines() if line.startswith('error: ')]
+    assert len(errors) == 1
+    assert re.search(message, errors[0])
+    assert 'Traceback' not in printed
+    assert 'Iter(train)' not in printed
+
+
+def test_a_config_that_is_not_there_names_the_nearest():
+    printed = tool('train', ROOT / 'configs' / 'gid_retina.py', expect=1)
+    assert re.search(r'error: config .*gid_retina.py: no such file', printed)
+    assert "nearest are 'gid_retinanet.py'" in tool('train', 'mmkd::gid_retina.py', expect=1)

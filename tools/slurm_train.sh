@@ -1,0 +1,21 @@
+#!/usr/bin/env bash
+# Train on a Slurm cluster:  [GPUS=8 GPUS_PER_NODE=8 CPUS_PER_TASK=5 SRUN_ARGS=...] tools/slurm_train.sh PARTITION JOB CONFIG WORK_DIR [options of train.py]
+set -euo pipefail
+[ $# -ge 4 ] || { echo "usage: $0 PARTITION JOB CONFIG WORK_DIR [options of train.py]" >&2; exit 2; }
+PARTITION=$1
+JOB=$2
+CONFIG=$3
+WORK_DIR=$4
+GPUS=${GPUS:-8}
+GPUS_PER_NODE=${GPUS_PER_NODE:-8}
+
+# shellcheck disable=SC2086  # SRUN_ARGS holds several arguments
+exec srun -p "$PARTITION" \
+    --job-name="$JOB" \
+    --gres=gpu:"$GPUS_PER_NODE" \
+    --ntasks="$GPUS" \
+    --ntasks-per-node="$GPUS_PER_NODE" \
+    --cpus-per-task="${CPUS_PER_TASK:-5}" \
+    --kill-on-bad-exit=1 \
+    ${SRUN_ARGS:-} \
+    python -u "$(dirname "$0")/train.py" "$CONFIG" --work-dir="$WORK_DIR" --launcher=slurm "${@:5}"
