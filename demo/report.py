@@ -13,6 +13,8 @@ from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 from mmcv.transforms import Compose
 from mmdet.apis import inference_detector
+from mmdet.registry import DATASETS
+from mmdet.structures.bbox import get_box_tensor
 from mmengine.registry import MODELS, init_default_scope
 from mmengine.structures import InstanceData
 from rich.console import Console
@@ -100,11 +102,15 @@ def curves(teacher: Run, students: dict[str, list[Run]]) -> str:
     figure, axes = plt.subplots(1, 2 + len(distilled), figsize=(4.2 * (2 + len(distilled)), 3.4))
     for name, each in first.items():
         entries = each.evaluations()
-        axes[0].plot([e['step'] for e in entries], [e['coco/bbox_mAP'] for e in entries], 'o-', color=COLOURS[name], label=name)
+        axes[0].plot(
+            [e['step'] for e in entries], [e['coco/bbox_mAP'] for e in entries], 'o-', color=COLOURS[name], label=name
+        )
         entries = each.losses()
         task = [e['loss_cls'] + e['loss_bbox'] for e in entries]
         axes[1].plot([e['step'] for e in entries], smooth(task), color=COLOURS[name], label=name)
-    axes[0].axhline(teacher.evaluations()[-1]['coco/bbox_mAP'], color=COLOURS['teacher'], ls='--', label='teacher, at its end')
+    axes[0].axhline(
+        teacher.evaluations()[-1]['coco/bbox_mAP'], color=COLOURS['teacher'], ls='--', label='teacher, at its end'
+    )
     axes[0].set(title='AP on the validation images', ylim=(0, None))
     axes[1].set(title='task loss (classification + box)')
     axes[0].legend(fontsize=8)
@@ -134,7 +140,7 @@ def plain_model(of: Run) -> torch.nn.Module:
 def show(axis: plt.Axes, image: np.ndarray, instances: InstanceData, labels: bool = True) -> None:
     axis.imshow(image)
     axis.set(xticks=[], yticks=[])
-    for index, (left, top, right, bottom) in enumerate(instances.bboxes.tolist()):
+    for index, (left, top, right, bottom) in enumerate(get_box_tensor(instances.bboxes).tolist()):
         label = int(instances.labels[index]) if labels else None
         colour = OF_CLASS[label] if labels else 'white'
         axis.add_patch(plt.Rectangle((left, top), right - left, bottom - top, fill=False, ec=colour, lw=1.4))
@@ -169,15 +175,15 @@ def pictures(teacher: Run, students: dict[str, list[Run]]) -> str:
     init_default_scope('mmdet')
     config = teacher.read().val_dataloader
     pipeline = Compose([step for step in config.dataset.pipeline if step.type != 'LoadAnnotations'])
-    from mmdet.registry import DATASETS
-
     dataset = DATASETS.build(config.dataset)
     # those with the most objects among the first fifty, so that there is something to see
     chosen = sorted(sorted(range(50), key=lambda i: -len(dataset.get_data_info(i)['instances']))[:PICTURES])
     samples = [dataset[i] for i in chosen]
     files = [sample['data_samples'].img_path for sample in samples]
     models = {'teacher': teacher, **{name: runs[0] for name, runs in students.items()}}
-    columns: dict[str, list[InstanceData]] = {'ground truth': [sample['data_samples'].gt_instances for sample in samples]}
+    columns: dict[str, list[InstanceData]] = {
+        'ground truth': [sample['data_samples'].gt_instances for sample in samples]
+    }
     for name, each in models.items():
         results = inference_detector(plain_model(each), files, test_pipeline=pipeline)
         columns[name] = [result.pred_instances[result.pred_instances.scores > 0.3] for result in results]

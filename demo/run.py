@@ -1,7 +1,7 @@
 """The demo: a small RetinaNet learns from a larger one, on generated data, with a table and a report.
 
-    python demo/run.py                   # one seed, what `make demo` runs
-    python demo/run.py --seeds 0 1 2     # mean and spread
+python demo/run.py                   # one seed, what `make demo` runs
+python demo/run.py --seeds 0 1 2     # mean and spread
 """
 
 import argparse

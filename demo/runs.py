@@ -50,7 +50,9 @@ class Run:
 
     @property
     def finished(self) -> bool:
-        return self.checkpoint.is_file() and bool(self.evaluations()) and self.evaluations()[-1]['step'] == self.iterations
+        return (
+            self.checkpoint.is_file() and bool(self.evaluations()) and self.evaluations()[-1]['step'] == self.iterations
+        )
 
     def history(self) -> list[dict]:
         """What mmengine logged, later runs of the same iterations replacing earlier ones."""
@@ -72,7 +74,9 @@ class Run:
         weights = torch.load(self.checkpoint, map_location='cpu', weights_only=True)['state_dict']
         buffers = ('running_mean', 'running_var', 'num_batches_tracked')
         return sum(
-            value.numel() for name, value in weights.items() if not name.startswith('distillers.') and not name.endswith(buffers)
+            value.numel()
+            for name, value in weights.items()
+            if not name.startswith('distillers.') and not name.endswith(buffers)
         )
 
     def _check_unchanged(self) -> None:
@@ -85,7 +89,9 @@ class Run:
         fingerprint = hashlib.sha256(text.encode()).hexdigest()
         record = self.folder / 'fingerprint'
         if record.is_file() and record.read_text() != fingerprint:
-            raise ConfigError(f'{self.folder}: begun with another version of {self.config}; remove {self.folder} to run it anew')
+            raise ConfigError(
+                f'{self.folder}: begun with another version of {self.config}; remove {self.folder} to run it anew'
+            )
         self.folder.mkdir(parents=True, exist_ok=True)
         record.write_text(fingerprint)
 
@@ -97,7 +103,14 @@ class Run:
             print(f'{title}: finished before, reused ({self.folder})')
             return
         options = [f'{key}={value}' for key, value in self.options.items()]
-        command = [sys.executable, str(ROOT / 'tools' / 'train.py'), self.config, '--work-dir', str(self.folder), '--resume']
+        command = [
+            sys.executable,
+            str(ROOT / 'tools' / 'train.py'),
+            self.config,
+            '--work-dir',
+            str(self.folder),
+            '--resume',
+        ]
         command += ['--cfg-options', *options] if options else []
         log = self.folder / 'output.log'
         with (

@@ -77,12 +77,12 @@ class Adapters(nn.ModuleList):
                 s = adapter(s)
             if s.shape[1] != t.shape[1]:
                 raise ConfigError(
-                    f"{both}: level {level} has {s.shape[1]} and {t.shape[1]} channels with adapter={spec!r}; use "
+                    f'{both}: level {level} has {s.shape[1]} and {t.shape[1]} channels with adapter={spec!r}; use '
                     f"adapter='auto', which adds a 1x1 convolution"
                 )
             if s.shape[2:] != t.shape[2:] and spec is None:
                 raise ConfigError(
-                    f"{both}: level {level} has size {tuple(s.shape[2:])} and {tuple(t.shape[2:])} for the same image "
+                    f'{both}: level {level} has size {tuple(s.shape[2:])} and {tuple(t.shape[2:])} for the same image '
                     f"(different strides) with adapter=None; use adapter='auto', which resizes, or tap other layers"
                 )
             self.append(adapter)

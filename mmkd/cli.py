@@ -6,6 +6,7 @@ import json
 import mmap
 import os
 import sys
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -17,6 +18,9 @@ from mmengine.runner import Runner
 from mmkd.errors import ConfigError, nearest
 from mmkd.host import config_path
 from mmkd.teacher import fetch, read_teacher
+
+# mmengine 0.10 imports it again and again
+warnings.filterwarnings('ignore', message='pkg_resources is deprecated')
 
 TRY_WITHOUT_DATA = 'to try mmkd without any download: make demo'
 
@@ -106,7 +110,7 @@ def _check_dataset(option: str, dataset: dict) -> None:
         if path and not os.path.exists(path):
             raise ConfigError(
                 f'{option}.{key}: {os.path.abspath(path)} does not exist; put the data there, or point to it with '
-                f'--cfg-options {option}.data_root=/path/to/data (each loader, and the evaluators\' ann_file, has its own); '
+                f"--cfg-options {option}.data_root=/path/to/data (each loader, and the evaluators' ann_file, has its own); "
                 f'{TRY_WITHOUT_DATA}'
             )
     if str(dataset.get('type', '')).rpartition('.')[2] == 'CocoDataset':

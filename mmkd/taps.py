@@ -139,7 +139,9 @@ def probe(model: nn.Module, layers: Sequence[str], size: int = 256) -> Taps:
     """
     shape = (size, size)
     sample = BaseDataElement(
-        metainfo=dict(img_shape=shape, ori_shape=shape, pad_shape=shape, batch_input_shape=shape, scale_factor=(1.0, 1.0))
+        metainfo=dict(
+            img_shape=shape, ori_shape=shape, pad_shape=shape, batch_input_shape=shape, scale_factor=(1.0, 1.0)
+        )
     )
     modes = {module: module.training for module in model.modules()}
     device = next(model.parameters()).device

@@ -259,9 +259,7 @@ def read_checkpoint(path: Path, what: str = 'teacher checkpoint') -> dict[str, t
             f'{what} {path}: refused, it is damaged or holds code instead of weights alone ({reason.strip()})'
         ) from None
     except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        raise ConfigError(
-            f'{what} {path}: cannot be read, it may be truncated ({first_line(error)})'
-        ) from None
+        raise ConfigError(f'{what} {path}: cannot be read, it may be truncated ({first_line(error)})') from None
     state = content.get('state_dict', content) if isinstance(content, dict) else content
     if not isinstance(state, dict) or not state or not all(isinstance(each, torch.Tensor) for each in state.values()):
         raise ConfigError(f"{what} {path}: holds no weights (expected a dict of tensors, or 'state_dict')")

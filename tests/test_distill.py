@@ -166,7 +166,11 @@ def test_a_top_level_data_preprocessor_goes_to_the_student(teacher_options):
 
 
 def test_it_is_built_from_a_config_by_its_name(teacher_options):
-    config = Config(dict(model=dict(type='mmkd.Distill', student=detectors.retinanet(), teacher=teacher_options, distillers=METHODS)))
+    config = Config(
+        dict(
+            model=dict(type='mmkd.Distill', student=detectors.retinanet(), teacher=teacher_options, distillers=METHODS)
+        )
+    )
     assert type(MODELS.build(config.model)).__name__ == 'DistilledRetinaNet'
 
 
@@ -198,7 +202,9 @@ def test_a_statistic_must_not_look_like_a_loss(teacher_options):
 
 def test_a_frozen_layer_is_not_distilled_silently(teacher_options):
     student = detectors.retinanet(backbone=dict(frozen_stages=1))
-    model = build(dict(config=detectors.retinanet()), dict(cwd=dict(type='CWD', layer='backbone.layer1')), student, load=False)
+    model = build(
+        dict(config=detectors.retinanet()), dict(cwd=dict(type='CWD', layer='backbone.layer1')), student, load=False
+    )
     with pytest.raises(ConfigError, match='no gradient'):
         losses(model.train())
 
@@ -214,7 +220,10 @@ def test_a_frozen_layer_is_not_distilled_silently(teacher_options):
         (dict(gid=dict(type='GIDD')), "no distiller 'GIDD'; the nearest are 'GID'"),
         (dict(cwd=dict(type='CWD')), 'distillers.cwd: CWD needs layer'),
         (dict(cwd=dict(type='CWD', layer='neck', tau=0)), 'distillers.cwd: tau=0'),
-        (dict(cwd=dict(type='CWD', layer='neck', adapter=None)), 'distillers.cwd: .*16 and 24 channels with adapter=None'),
+        (
+            dict(cwd=dict(type='CWD', layer='neck', adapter=None)),
+            'distillers.cwd: .*16 and 24 channels with adapter=None',
+        ),
         (dict(cwd=dict(type='CWD', layer='neck', teacher_layer='backbone')), 'have 3 and 4 levels'),
         (
             dict(cwd=dict(type='CWD', layer='backbone.layer2', teacher_layer='backbone.layer3', adapter=None)),

@@ -97,7 +97,9 @@ def test_a_batch_norm_is_folded_only_behind_its_own_convolution():
 def test_a_tapped_convolution_keeps_its_own_output(teacher_options):
     layer = 'backbone.layer1.0.conv2'
     images = torch.randn(1, 3, 64, 64)
-    assert_close(ready(teacher_options, (layer,))(images, None), outputs(stock(teacher_options), (layer,), images), 1e-4)
+    assert_close(
+        ready(teacher_options, (layer,))(images, None), outputs(stock(teacher_options), (layer,), images), 1e-4
+    )
 
 
 def test_it_needs_no_gradient_and_stays_in_eval_mode(teacher_options):

@@ -49,7 +49,11 @@ def test_training_changes_student_and_adapters(config):
     before = {name: value.clone() for name, value in runner.model.state_dict().items()}
     runner.train()
     after = runner.model.state_dict()
-    for name in ('neck.fpn_convs.0.conv.weight', 'distillers.gid.adapters.0.conv.weight', 'distillers.cwd.adapters.2.conv.weight'):
+    for name in (
+        'neck.fpn_convs.0.conv.weight',
+        'distillers.gid.adapters.0.conv.weight',
+        'distillers.cwd.adapters.2.conv.weight',
+    ):
         assert not torch.equal(before[name], after[name]), name
     history = runner.message_hub.get_scalar('train/gid.loss_relation')
     assert history.data[0].shape == (4,)
@@ -131,7 +135,9 @@ def test_ema_accumulation_and_gradient_checkpointing(config):
 
 
 def test_layer_wise_rules_see_plain_names(config):
-    config.optim_wrapper.paramwise_cfg = dict(custom_keys={'backbone.': dict(lr_mult=0.1), 'distillers.gid': dict(lr_mult=2)})
+    config.optim_wrapper.paramwise_cfg = dict(
+        custom_keys={'backbone.': dict(lr_mult=0.1), 'distillers.gid': dict(lr_mult=2)}
+    )
     runner = Runner.from_cfg(config)
     groups = runner.build_optim_wrapper(config.optim_wrapper).optimizer.param_groups
     rates = {round(group['lr'], 6) for group in groups}
@@ -156,12 +162,27 @@ def test_the_tools_train_and_test(config, tmp_path):
 @pytest.mark.parametrize(
     ('change', 'message'),
     [
-        ({'train_dataloader.dataset.data_root': '/nowhere'}, r'train_dataloader.dataset.data_root: /nowhere does not exist; .*make demo'),
+        (
+            {'train_dataloader.dataset.data_root': '/nowhere'},
+            r'train_dataloader.dataset.data_root: /nowhere does not exist; .*make demo',
+        ),
         ({'train_dataloader.dataset.data_prefix.img': 'trian/'}, r'data_prefix.img: .*/trian/? does not exist'),
-        ({'val_dataloader.dataset.ann_file': 'annotations/none.json'}, r'val_dataloader.dataset.ann_file: .*none.json does not'),
-        ({'train_dataloader.dataset.ann_file': '../wrong.json'}, r'is not a COCO annotation file \(it lacks annotations, categories\)'),
-        ({'train_dataloader.dataset.metainfo.classes': ('disc',)}, r"has no category 'disc', which .*metainfo.classes names"),
-        ({'model.teacher.checkpoint': '/nowhere/teacher.pth'}, r'teacher checkpoint /nowhere/teacher.pth: no such file'),
+        (
+            {'val_dataloader.dataset.ann_file': 'annotations/none.json'},
+            r'val_dataloader.dataset.ann_file: .*none.json does not',
+        ),
+        (
+            {'train_dataloader.dataset.ann_file': '../wrong.json'},
+            r'is not a COCO annotation file \(it lacks annotations, categories\)',
+        ),
+        (
+            {'train_dataloader.dataset.metainfo.classes': ('disc',)},
+            r"has no category 'disc', which .*metainfo.classes names",
+        ),
+        (
+            {'model.teacher.checkpoint': '/nowhere/teacher.pth'},
+            r'teacher checkpoint /nowhere/teacher.pth: no such file',
+        ),
         ({'model.distillers.cwd.layer': 'neckk'}, r"layer 'neckk': RetinaNet has no such module.*'neck'"),
         ({'model.distillers.gid.top': 5}, r"distillers.gid: GID has no option 'top'; the nearest are 'topk'"),
         ({'model.teacher.config': 'mmdet::retinanet/x.py'}, 'mmdet has no such config'),

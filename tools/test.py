@@ -1,6 +1,6 @@
 """Evaluate a checkpoint; of a distilled model the student alone runs, and no teacher weights are needed.
 
-    python tools/test.py configs/gid_retinanet.py work_dirs/gid_retinanet/epoch_24.pth
+python tools/test.py configs/gid_retinanet.py work_dirs/gid_retinanet/epoch_24.pth
 """
 
 import argparse

@@ -1,6 +1,6 @@
 """Train a student, or any plain model, with mmengine's Runner.
 
-    python tools/train.py configs/gid_retinanet.py
+python tools/train.py configs/gid_retinanet.py
 """
 
 import argparse

@@ -93,6 +93,6 @@ param_scheduler = [
 ]
 auto_scale_lr = dict(enable=False, base_batch_size=8)
 default_hooks = dict(
-    logger=dict(interval=20), checkpoint=dict(by_epoch=False, interval=200, max_keep_ckpts=1))
+    logger=dict(interval=20, log_metric_by_epoch=False), checkpoint=dict(by_epoch=False, interval=200, max_keep_ckpts=1))
 log_processor = dict(by_epoch=False, window_size=20)
 randomness = dict(seed=0)

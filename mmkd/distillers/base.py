@@ -122,7 +122,9 @@ class Distillers(nn.ModuleDict):
             raise ConfigError(f"distillers={specs!r}: expected a dict such as dict(gid=dict(type='GID'))")
         for name, spec in specs.items():
             if 'loss' in name or '.' in name:
-                raise ConfigError(f"distillers.{name}: a name must not contain 'loss' or a dot (it starts the log keys)")
+                raise ConfigError(
+                    f"distillers.{name}: a name must not contain 'loss' or a dot (it starts the log keys)"
+                )
             self[name] = build_distiller(name, spec)
         self.student_layers = _union(each.student_layers for each in self.values())
         self.teacher_layers = _union(each.teacher_layers for each in self.values())

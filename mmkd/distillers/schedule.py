@@ -44,7 +44,9 @@ class Weight:
         if kind not in OPTIONS:
             raise ConfigError(f'weight {spec!r}: type {kind!r} is unknown; expected one of {sorted(OPTIONS)}')
         for option in set(self.spec) - OPTIONS[kind] - {'type'}:
-            raise ConfigError(f'weight {spec!r}: {kind} has no option {option!r}; nearest {nearest(option, OPTIONS[kind])}')
+            raise ConfigError(
+                f'weight {spec!r}: {kind} has no option {option!r}; nearest {nearest(option, OPTIONS[kind])}'
+            )
         required = {'value'} | ({'end'} if kind in ('linear', 'cosine') else set())
         required |= {'milestones'} if kind == 'step' else set()
         if required - set(self.spec):

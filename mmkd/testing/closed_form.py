@@ -6,7 +6,9 @@ from collections.abc import Sequence
 import torch
 
 
-def closed_form_inputs(student: Sequence[int], teacher: Sequence[int] | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+def closed_form_inputs(
+    student: Sequence[int], teacher: Sequence[int] | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Student and teacher tensors, float32, of the given shapes.
 
     ``S(i) = ((7919 i + 13) mod 101) / 25 - 2`` and ``T(i) = ((6271 i + 57) mod 103) / 20 - 2.5``, i the row-major index.

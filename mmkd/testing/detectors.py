@@ -43,7 +43,11 @@ def retinanet(channels: int = 16, classes: int = 3, base: int = 8, **changes: An
             feat_channels=channels,
             stacked_convs=1,
             anchor_generator=dict(
-                type='AnchorGenerator', octave_base_scale=3, scales_per_octave=1, ratios=[0.5, 1.0, 2.0], strides=[8, 16, 32]
+                type='AnchorGenerator',
+                octave_base_scale=3,
+                scales_per_octave=1,
+                ratios=[0.5, 1.0, 2.0],
+                strides=[8, 16, 32],
             ),
             bbox_coder=dict(type='DeltaXYWHBBoxCoder', target_means=[0.0] * 4, target_stds=[1.0] * 4),
             loss_cls=dict(type='FocalLoss', use_sigmoid=True, gamma=2.0, alpha=0.25, loss_weight=1.0),

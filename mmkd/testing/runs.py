@@ -2,7 +2,10 @@
 
 from pathlib import Path
 
+import torch
 from mmengine.config import Config
+from mmengine.hooks import Hook
+from mmengine.runner import Runner
 
 from mmkd.testing import detectors, shapes
 
@@ -64,9 +67,7 @@ def shapes_config(folder: str | Path, model: dict, iterations: int = 4, batch: i
                 checkpoint=dict(type='CheckpointHook', by_epoch=False, interval=iterations),
                 visualization=dict(type='DetVisualizationHook'),
             ),
-            visualizer=dict(
-                type='DetLocalVisualizer', name='visualizer', vis_backends=[dict(type='LocalVisBackend')]
-            ),
+            visualizer=dict(type='DetLocalVisualizer', name='visualizer', vis_backends=[dict(type='LocalVisBackend')]),
             log_processor=dict(type='LogProcessor', by_epoch=False, window_size=1),
             auto_scale_lr=dict(enable=False, base_batch_size=batch),
             randomness=dict(seed=0),
@@ -85,3 +86,11 @@ def distilled(folder: str | Path, distillers: dict, student: dict | None = None,
     return dict(
         type='mmkd.Distill', student=student, teacher=dict(config=teacher, checkpoint=checkpoint), distillers=distillers
     )
+
+
+class SaveEachRank(Hook):
+    """Write the weights of each process at the end, to ``rank<number>.pth`` in the work directory."""
+
+    def after_train(self, runner: Runner) -> None:
+        model = getattr(runner.model, 'module', runner.model)
+        torch.save(model.state_dict(), Path(runner.work_dir) / f'rank{runner.rank}.pth')

@@ -43,7 +43,9 @@ def generate(
             found = json.loads(annotation_file.read_text())['info'].get('made_from')
             if found == made_from:
                 continue
-            raise FileExistsError(f'{annotation_file}: made from {found}, not from {made_from}; remove {root} to make it anew')
+            raise FileExistsError(
+                f'{annotation_file}: made from {found}, not from {made_from}; remove {root} to make it anew'
+            )
         (root / name).mkdir(parents=True, exist_ok=True)
         images, annotations = [], []
         for index in range(number):
@@ -71,7 +73,9 @@ def generate(
     return root
 
 
-def draw(rng: np.random.Generator, size: int, most_objects: int) -> tuple[np.ndarray, list[tuple[int, list[float], int]]]:
+def draw(
+    rng: np.random.Generator, size: int, most_objects: int
+) -> tuple[np.ndarray, list[tuple[int, list[float], int]]]:
     """One image, (size, size, 3) uint8, and its objects: label, box as x, y, width, height, visible area."""
     image = _texture(rng, size)
     owner = np.full((size, size), -1)
@@ -124,7 +128,9 @@ def _coverage(shape: str, centre: np.ndarray, radius: float, tilt: float, size: 
         cv2.fillPoly(canvas, [fixed(points)], 255, cv2.LINE_AA, fraction)
 
     def disc(of_radius: float, value: int) -> None:
-        cv2.circle(canvas, tuple(fixed(centre).tolist()), int(fixed(np.array(of_radius))), value, -1, cv2.LINE_AA, fraction)
+        cv2.circle(
+            canvas, tuple(fixed(centre).tolist()), int(fixed(np.array(of_radius))), value, -1, cv2.LINE_AA, fraction
+        )
 
     up = -np.pi / 2
     if shape == 'circle':

@@ -94,9 +94,7 @@ class DenseHead:
                 f'{type(self.head).__name__} assigns boxes to slots with {type(assigner).__name__}; MaxIoUAssigner is needed'
             )
 
-    def assigned(
-        self, outputs: tuple, boxes: torch.Tensor, valid: torch.Tensor, metas: Sequence[dict]
-    ) -> torch.Tensor:
+    def assigned(self, outputs: tuple, boxes: torch.Tensor, valid: torch.Tensor, metas: Sequence[dict]) -> torch.Tensor:
         """The slots that the detector's own assigner would give to ``boxes`` if they were ground truth.
 
         Args:

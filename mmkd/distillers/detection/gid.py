@@ -275,11 +275,15 @@ class GID(Distiller):
                 f'{self.neck!r} has {len(levels)} (student) and {len(targets)} (teacher) levels, the head {len(s.strides)}'
             )
         # pooled features have one size whatever the level, so one adapter serves all
-        pooled = [level.new_zeros(1, level.shape[1], self.pooled_size, self.pooled_size) for level in (levels[0], targets[0])]
+        pooled = [
+            level.new_zeros(1, level.shape[1], self.pooled_size, self.pooled_size) for level in (levels[0], targets[0])
+        ]
         self.adapters = Adapters(self.adapter, pooled[:1], pooled[1:], (self.neck, self.teacher_neck))
 
     @torch.no_grad()
-    def select(self, student: Taps, teacher: Taps, metas: Sequence[dict]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def select(
+        self, student: Taps, teacher: Taps, metas: Sequence[dict]
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """The general instances of each image.
 
         Returns:

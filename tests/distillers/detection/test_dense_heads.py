@@ -64,7 +64,9 @@ def test_slots_decode_as_the_head_predicts():
         cfg = dict(nms_pre=10**6, score_thr=-1.0, max_per_img=10**6)
         from mmengine.config import ConfigDict
 
-        (result,) = model.bbox_head.predict_by_feat(*outputs, batch_img_metas=metas, cfg=ConfigDict(cfg), with_nms=False)
+        (result,) = model.bbox_head.predict_by_feat(
+            *outputs, batch_img_metas=metas, cfg=ConfigDict(cfg), with_nms=False
+        )
         boxes = head.decode(head.priors(outputs), head.regression(outputs)[0])
         logits = [level.permute(0, 3, 4, 1, 2).reshape(-1, head.classes) for level in head.class_logits(outputs)]
     scores = torch.cat(logits).sigmoid()

@@ -156,7 +156,9 @@ def test_response_losses_as_plain_loops():
     slots = sum(level[0, :, 0].numel() for level in student)
     s_boxes, t_boxes = torch.randn(2, 2, slots, 4, dtype=torch.float64)
     mask = torch.rand(2, slots) > 0.8
-    flat = [torch.cat([level.permute(0, 3, 4, 1, 2).reshape(2, -1, 4) for level in each], 1) for each in (student, teacher)]
+    flat = [
+        torch.cat([level.permute(0, 3, 4, 1, 2).reshape(2, -1, 4) for level in each], 1) for each in (student, teacher)
+    ]
     classification = regression = 0.0
     for image, slot in torch.nonzero(mask).tolist():
         for z_s, z_t in zip(flat[0][image, slot].tolist(), flat[1][image, slot].tolist()):
@@ -291,7 +293,7 @@ def test_the_value_does_not_depend_on_the_number_of_images():
         (dict(), dict(classes=5), '3 .student. and 5 .teacher. classes'),
         (dict(), dict(bbox_head=dict(bbox_coder=dict(target_stds=[0.1] * 4))), 'different units'),
         (dict(), dict(bbox_head=dict(anchor_generator=dict(ratios=[1.0]))), 'different slots'),
-        (dict(adapter=None), dict(channels=24), "16 and 24 channels with adapter=None"),
+        (dict(adapter=None), dict(channels=24), '16 and 24 channels with adapter=None'),
         (dict(neck='backbone'), dict(), "'backbone' has 4"),
     ],
 )

@@ -1,0 +1,123 @@
+"""Two processes over gloo, through tools/dist_train.sh."""
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from mmkd.testing.runs import distilled, shapes_config
+
+ROOT = Path(__file__).parents[1]
+METHODS = dict(gid=dict(type='GID'), cwd=dict(type='CWD', layer='neck'))
+pytestmark = pytest.mark.slow
+
+
+def train(config, folder, processes):
+    """Train in one or two processes; the weights of each."""
+    config.work_dir = str(folder)
+    config.custom_hooks = [dict(type='mmkd.testing.runs.SaveEachRank')]
+    path = folder.with_suffix('.py')
+    config.dump(path)
+    with socket.socket() as free:
+        free.bind(('127.0.0.1', 0))
+        port = free.getsockname()[1]
+    environment = {
+        **os.environ,
+        'PATH': f'{Path(sys.executable).parent}:{os.environ["PATH"]}',
+        'PORT': str(port),
+        'OMP_NUM_THREADS': '1',
+    }
+    command = ['bash', str(ROOT / 'tools' / 'dist_train.sh'), str(path), str(processes)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert 'find_unused_parameters' not in path.read_text()
+    return [torch.load(folder / f'rank{rank}.pth', weights_only=True) for rank in range(processes)]
+
+
+def edit_annotations(folder, edit):
+    path = folder / 'shapes' / 'annotations' / 'train.json'
+    content = json.loads(path.read_text())
+    edit(content)
+    path.write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize('objects', ['on both', 'on one'])
+def test_both_processes_end_with_the_same_student_and_adapters(tmp_path, objects):
+    """20 steps; 'on one': the second process has only images without objects."""
+    config = shapes_config(tmp_path, distilled(tmp_path, METHODS), iterations=20, batch=2)
+    if objects == 'on one':
+        config.train_dataloader.sampler.shuffle = False  # the processes take turns
+
+        def edit(content):
+            content['annotations'] = [each for each in content['annotations'] if each['image_id'] % 2 == 0]
+
+        edit_annotations(tmp_path, edit)
+    first, second = train(config, tmp_path / 'two', 2)
+    assert any(name.startswith('distillers.gid') for name in first)
+    for name, value in first.items():
+        assert torch.isfinite(value).all(), name
+        assert torch.equal(value, second[name]), name
+
+
+def one_step(tmp_path):
+    """A single step of plain SGD on the first eight images, in order and not flipped."""
+    config = shapes_config(tmp_path, distilled(tmp_path, METHODS), iterations=1, images=8)
+    config.train_dataloader.sampler.shuffle = False
+    pipeline = config.train_dataloader.dataset.pipeline
+    config.train_dataloader.dataset.pipeline = [step for step in pipeline if step.type != 'RandomFlip']
+    config.optim_wrapper = dict(type='OptimWrapper', optimizer=dict(type='SGD', lr=1.0))
+    config.param_scheduler = []
+    return config
+
+
+def updates(config, folder, processes, batch):
+    """What the step changed, by name."""
+    config.train_dataloader.batch_size = batch
+    after = train(config, folder, processes)[0]
+    config.optim_wrapper.optimizer.lr = 0.0
+    before = train(config, folder.with_name(folder.name + '_before'), processes)[0]
+    config.optim_wrapper.optimizer.lr = 1.0
+    return {name: after[name] - before[name] for name in after}
+
+
+def assert_equal_updates(one, two, names):
+    """Up to float32 rounding of sums over the batch, which are taken in another order: 1e-3 of each tensor's largest."""
+    assert names
+    for name in names:
+        scale = float(one[name].abs().max())
+        assert float((one[name] - two[name]).abs().max()) <= 1e-3 * scale + 1e-7, name
+
+
+def test_two_times_four_images_train_adapters_as_one_time_eight(tmp_path):
+    """Adapters get the distillation's gradient alone, whose terms are means over images or equally many instances."""
+    config = one_step(tmp_path)
+    one, two = updates(config, tmp_path / 'one', 1, 8), updates(config, tmp_path / 'two', 2, 4)
+    names = [name for name in one if name.startswith('distillers.')]
+    assert len(names) == 8
+    assert_equal_updates(one, two, names)
+
+
+def test_two_times_four_images_train_the_student_as_one_time_eight(tmp_path):
+    """mmdet's RetinaNet and GID's response loss divide by the positive slots of their own process. The sum of both
+    is equal to that of one process where those numbers are equal, so here both processes have the same four images."""
+    config = one_step(tmp_path)
+    images = tmp_path / 'shapes' / 'train'
+
+    def edit(content):
+        kept = [each for each in content['annotations'] if each['image_id'] % 2 == 0]
+        twins = [dict(each, image_id=each['image_id'] + 1, id=each['id'] + 1000) for each in kept]
+        content['annotations'] = kept + twins
+
+    edit_annotations(tmp_path, edit)
+    for index in range(0, 8, 2):
+        shutil.copy(images / f'{index:06d}.jpg', images / f'{index + 1:06d}.jpg')
+    one, two = updates(config, tmp_path / 'one', 1, 8), updates(config, tmp_path / 'two', 2, 4)
+    trained = [name for name, update in one.items() if update.is_floating_point() and update.abs().max() > 0]
+    assert any(name.startswith('backbone.') for name in trained)
+    assert_equal_updates(one, two, trained)
