@@ -155,7 +155,7 @@ def test_a_batch_is_renormalised_as_the_teacher_would_have_done(teachers):
 
 
 def test_equal_normalisation_costs_nothing():
-    source, inputs, _ = preprocess({}, torch.zeros(3, 32, 32, dtype=torch.uint8))
+    source, _, _ = preprocess({}, torch.zeros(3, 32, 32, dtype=torch.uint8))
     assert Renormalise.between(source, source) is None
 
 

@@ -126,12 +126,9 @@ def main() -> None:
         'stock teacher': weights(stock),
         'distilled': 3 * weights(distilled) + weights(distilled._teacher.model),
     }
-    name_of_device = (
-        torch.cuda.get_device_name() if device.type == 'cuda' else f'CPU, {torch.get_num_threads()} threads'
-    )
-    print(
-        f'{args.config} at {"x".join(map(str, args.shape))}{" with AMP" if args.amp else ""}, {name_of_device}, torch {torch.__version__}'
-    )
+    on = torch.cuda.get_device_name() if device.type == 'cuda' else f'CPU, {torch.get_num_threads()} threads'
+    shape = 'x'.join(map(str, args.shape))
+    print(f'{args.config} at {shape}{" with AMP" if args.amp else ""}, {on}, torch {torch.__version__}')
     print(f'{"":16}{"ms":>10}{"(min)":>10}{"peak MiB":>12}')
     median, peak = {}, {}
     for name, step in steps.items():
@@ -140,9 +137,7 @@ def main() -> None:
         print(f'{name:16}{median[name]:10.1f}{min(times[name]):10.1f}{peak[name]:12.1f}')
     floors = [d / (p + s) for p, s, d in zip(*times.values())]
     allowed = peak['plain student'] + resident['stock teacher']
-    print(
-        f'floor ratio      {statistics.median(floors):.3f}  (distilled / (plain student + stock teacher), median of {args.rounds} rounds)'
-    )
+    print(f'floor ratio      {statistics.median(floors):.3f}  (distilled / (plain student + stock teacher), median)')
     print(f'memory ratio     {peak["distilled"] / allowed:.3f}  (distilled / (plain student + teacher weights))')
 
 
