@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
+from mmcv.ops import nms
 from mmcv.transforms import Compose
 from mmdet.apis import inference_detector
 from mmdet.registry import DATASETS
@@ -66,7 +67,7 @@ def rows(teacher: Run, students: dict[str, list[Run]]) -> list[dict[str, str]]:
             closed = [(ap - base) / (ap_teacher - base) for ap, base in zip(aps, alone)]
             row['gap closed'] = f'{100 * statistics.mean(closed):.0f} %'
         if len(alone) > 1:
-            row['AP of each seed'] = ', '.join(f'{ap:.3f}' for ap in aps)
+            row['AP by seed'] = ' '.join(f'{ap:.3f}' for ap in aps)
         table.append(row)
     return table
 
@@ -78,7 +79,7 @@ def print_table(teacher: Run, students: dict[str, list[Run]]) -> None:
         table.add_column(column, justify='left' if column == 'model' else 'right', no_wrap=True)
     for row in content:
         table.add_row(*row.values())
-    Console(width=160).print(table)
+    Console(width=180).print(table)
 
 
 def embed(figure: Figure, kind: str = 'svg') -> str:
@@ -113,7 +114,7 @@ def curves(teacher: Run, students: dict[str, list[Run]]) -> str:
     )
     axes[0].set(title='AP on the validation images', ylim=(0, None))
     axes[1].set(title='task loss (classification + box)')
-    axes[0].legend(fontsize=8)
+    axes[0].legend(fontsize=7, loc='lower right')
     axes[1].legend(fontsize=8)
     for axis, (name, each) in zip(axes[2:], distilled.items()):
         entries = each.losses()
@@ -124,6 +125,7 @@ def curves(teacher: Run, students: dict[str, list[Run]]) -> str:
     for axis in axes:
         axis.set_xlabel('iteration')
         axis.grid(alpha=0.3)
+    figure.tight_layout()
     return embed(figure)
 
 
@@ -137,6 +139,13 @@ def plain_model(of: Run) -> torch.nn.Module:
     return model.eval()
 
 
+def readable(instances: InstanceData) -> InstanceData:
+    """Boxes with a score above 0.3, of those that overlap by more than 0.6 the best alone, whatever their classes."""
+    instances = instances[instances.scores > 0.3]
+    _, kept = nms(instances.bboxes, instances.scores, 0.6)
+    return instances[kept]
+
+
 def show(axis: plt.Axes, image: np.ndarray, instances: InstanceData, labels: bool = True) -> None:
     axis.imshow(image)
     axis.set(xticks=[], yticks=[])
@@ -147,8 +156,8 @@ def show(axis: plt.Axes, image: np.ndarray, instances: InstanceData, labels: boo
         text = CLASSES[label] if labels else ''
         if 'scores' in instances:
             text = f'{text} {float(instances.scores[index]):.2f}'.strip()
-        box = dict(facecolor='black', alpha=0.6, pad=0.5, lw=0)
-        axis.text(left, max(top, 6), text, color=colour, fontsize=5.5, va='bottom', bbox=box, clip_on=True)
+        box = dict(facecolor=colour if labels else 'black', alpha=0.75, pad=0.5, lw=0)
+        axis.text(left, max(top, 6), text, color='white', fontsize=5.5, va='bottom', bbox=box, clip_on=True)
 
 
 @torch.no_grad()
@@ -186,7 +195,7 @@ def pictures(teacher: Run, students: dict[str, list[Run]]) -> str:
     }
     for name, each in models.items():
         results = inference_detector(plain_model(each), files, test_pipeline=pipeline)
-        columns[name] = [result.pred_instances[result.pred_instances.scores > 0.3] for result in results]
+        columns[name] = [readable(result.pred_instances) for result in results]
     columns['selected by GID'] = selected_instances(students['GID'][0], samples)
 
     figure, axes = plt.subplots(len(files), len(columns), figsize=(2.3 * len(columns), 2.3 * len(files)), squeeze=False)

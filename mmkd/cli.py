@@ -22,7 +22,11 @@ from mmkd.teacher import fetch, read_teacher
 # mmengine 0.10 imports it again and again
 warnings.filterwarnings('ignore', message='pkg_resources is deprecated')
 
-TRY_WITHOUT_DATA = 'to try mmkd without any download: make demo'
+POINT_ELSEWHERE = (
+    'put or link the data there (ln -s /path/to/data data/coco), or name another place in a config of your own or with '
+    '--cfg-options train_dataloader.dataset.data_root=/path/to/data/ (val, test and the evaluators have their own); '
+    'to try mmkd without any download: make demo'
+)
 
 
 def add_common_options(parser: argparse.ArgumentParser) -> None:
@@ -75,16 +79,27 @@ def scale_learning_rate(config: Config) -> None:
     config.auto_scale_lr.enable = True
 
 
-def check_data(config: Config, loaders: Sequence[str]) -> None:
-    """Check that the files of the named data loaders are there and that COCO annotations are such.
+def check_data(config: Config, parts: Sequence[str]) -> None:
+    """Check that the files of the data loaders and evaluators of ``train``, ``val`` or ``test`` are there.
 
     Raises:
         ConfigError: naming the option, the path, and how to point to another.
     """
-    for loader in loaders:
-        if config.get(loader):
-            for option, dataset in _datasets(config[loader].dataset, f'{loader}.dataset'):
-                _check_dataset(option, dataset)
+    for part in parts:
+        if config.get(f'{part}_dataloader'):
+            option = f'{part}_dataloader.dataset'
+            for name, dataset in _datasets(config[f'{part}_dataloader'].dataset, option):
+                _check_dataset(name, dataset)
+        evaluator = config.get(f'{part}_evaluator')
+        for index, metric in enumerate(evaluator if isinstance(evaluator, list) else [evaluator or {}]):
+            path = metric.get('ann_file')
+            if (
+                path
+                and (metric.get('backend_args') or {}).get('backend', 'local') == 'local'
+                and not os.path.exists(path)
+            ):
+                option = f'{part}_evaluator.{index}' if isinstance(evaluator, list) else f'{part}_evaluator'
+                raise ConfigError(f'{option}.ann_file: {os.path.abspath(path)} does not exist; {POINT_ELSEWHERE}')
 
 
 def _datasets(dataset: dict, option: str) -> Iterator[tuple[str, dict]]:
@@ -108,11 +123,7 @@ def _check_dataset(option: str, dataset: dict) -> None:
     for key, value in wanted.items():
         path = os.path.join(root, value)
         if path and not os.path.exists(path):
-            raise ConfigError(
-                f'{option}.{key}: {os.path.abspath(path)} does not exist; put the data there, or point to it with '
-                f"--cfg-options {option}.data_root=/path/to/data (each loader, and the evaluators' ann_file, has its own); "
-                f'{TRY_WITHOUT_DATA}'
-            )
+            raise ConfigError(f'{option}.{key}: {os.path.abspath(path)} does not exist; {POINT_ELSEWHERE}')
     if str(dataset.get('type', '')).rpartition('.')[2] == 'CocoDataset':
         _check_coco(f'{option}.ann_file', os.path.join(root, dataset['ann_file']), dataset)
 

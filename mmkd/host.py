@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from mmengine.config import Config
 from mmengine.logging import HistoryBuffer
+from mmengine.utils import digit_version
 
 from mmkd.errors import ConfigError, nearest
 
@@ -56,7 +57,7 @@ def accept_training_checkpoints() -> None:
     They hold loss histories (:class:`HistoryBuffer`) and numpy scalars. These are data, no code; the check itself stays
     on, and ``getattr`` is replaced by :func:`_history_method`.
     """
-    if not hasattr(torch.serialization, 'add_safe_globals'):  # torch < 2.4 loads them unchecked, as mmengine expects
+    if digit_version(torch.__version__) < digit_version('2.6'):  # loads them unchecked, as mmengine expects
         return
     multiarray = np._core.multiarray if hasattr(np, '_core') else np.core.multiarray
     numpy_data = [np.ndarray, np.dtype, multiarray.scalar, multiarray._reconstruct]

@@ -61,11 +61,13 @@ class Taps(Mapping):
         self.model = model
         self._modules = {layer: find_layer(model, layer) for layer in layers}
         self._records: dict[str, list[tuple[Any, list[tuple[torch.Tensor, int]]]]] = {}
+        self._read: dict[str, tuple] = {}
         self._missing = sum(stop_after.values()) if stop_after is not None else -1
         self._handles: list[Any] = []
 
     def __enter__(self) -> 'Taps':
         self._records = {layer: [] for layer in self._modules}
+        self._read = {}
         self._handles = [module.register_forward_hook(self._hook(layer)) for layer, module in self._modules.items()]
         return self
 
@@ -106,10 +108,10 @@ class Taps(Mapping):
                 f'layer {layer!r} of {type(self.model).__name__}: its output is changed in place by a later module (an '
                 f'activation with inplace=True, most likely); tap that module instead'
             )
-        values = [_float32(value) for value, _ in records]
-        if len(values) == 1:
-            return tuple(values[0]) if isinstance(values[0], (tuple, list)) else (values[0],)
-        return tuple(values)
+        if layer not in self._read:
+            values = tuple(_float32(value) for value, _ in records)
+            self._read[layer] = values[0] if len(values) == 1 and isinstance(values[0], tuple) else values
+        return self._read[layer]
 
     def __iter__(self):
         return iter(self._modules)

@@ -179,6 +179,7 @@ def test_the_tools_train_and_test(config, tmp_path):
             {'train_dataloader.dataset.metainfo.classes': ('disc',)},
             r"has no category 'disc', which .*metainfo.classes names",
         ),
+        ({'val_evaluator.ann_file': '/nowhere.json'}, r'val_evaluator.ann_file: /nowhere.json does not exist'),
         (
             {'model.teacher.checkpoint': '/nowhere/teacher.pth'},
             r'teacher checkpoint /nowhere/teacher.pth: no such file',

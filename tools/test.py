@@ -21,7 +21,7 @@ def main() -> None:
         config.load_from = args.checkpoint
         if args.show_dir:
             cli.draw_predictions(config, args.show_dir)
-        cli.check_data(config, ('test_dataloader',))
+        cli.check_data(config, ('test',))
         runner = cli.build_runner(config)
         if args.out:
             cli.dump_predictions(runner, args.out)

@@ -37,7 +37,7 @@ def main() -> None:
         if args.resume:
             config.resume = True
             config.load_from = None if args.resume == 'auto' else args.resume
-        cli.check_data(config, ('train_dataloader', 'val_dataloader'))
+        cli.check_data(config, ('train', 'val'))
         cli.check_teacher(config)
         runner = cli.build_runner(config)
         cli.compare_batch_sizes(runner)

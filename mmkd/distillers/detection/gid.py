@@ -155,11 +155,13 @@ def response_losses(
     sizes = [level[:, :, 0].numel() // len(level) for level in student_logits]
     classification = 0.0
     for s, t, slots in zip(student_logits, teacher_logits, mask.split(sizes, 1)):
-        t = t.detach()
         batch, anchors, _, height, width = s.shape
-        slots = slots.view(batch, height, width, anchors).permute(0, 3, 1, 2)[:, :, None]
-        divergence = F.softplus(s) - F.softplus(t) - t.sigmoid() * (s - t)
-        classification = classification + (divergence * slots).sum()
+        slots = slots.view(batch, height, width, anchors).permute(0, 3, 1, 2)[:, :, None].to(s.dtype)
+        with torch.no_grad():
+            target = t.sigmoid()
+            entropy = F.binary_cross_entropy_with_logits(t, target, slots, reduction='sum')
+        cross_entropy = F.binary_cross_entropy_with_logits(s, target, slots, reduction='sum')
+        classification = classification + cross_entropy - entropy
     regression = ((teacher_regression.detach() - student_regression).abs().sum(2) * mask).sum()
     return classification / count, regression / count
 
