@@ -1,5 +1,6 @@
 """Train configs one after another: finished runs are reused, interrupted ones resumed, progress is shown."""
 
+import contextlib
 import hashlib
 import json
 import re
@@ -59,8 +60,9 @@ class Run:
         entries = {}
         for file in sorted(self.folder.glob('*/vis_data/scalars.json')):
             for line in file.read_text().splitlines():
-                entry = json.loads(line)
-                entries[entry['step'], 'coco/bbox_mAP' in entry] = entry
+                with contextlib.suppress(json.JSONDecodeError):  # the last line of a run that was interrupted
+                    entry = json.loads(line)
+                    entries[entry['step'], 'coco/bbox_mAP' in entry] = entry
         return [entries[key] for key in sorted(entries)]
 
     def losses(self) -> list[dict]:
@@ -102,6 +104,9 @@ class Run:
         if self.finished:
             print(f'{title}: finished before, reused ({self.folder})')
             return
+        if self.checkpoint.is_file():  # stopped between its last checkpoint and the evaluation: nothing to resume
+            self.checkpoint.unlink()
+            (self.folder / 'last_checkpoint').unlink()
         options = [f'{key}={value}' for key, value in self.options.items()]
         command = [
             sys.executable,

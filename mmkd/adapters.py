@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from mmkd.errors import ConfigError
-from mmkd.registry import ADAPTERS
+from mmkd.registry import ADAPTERS, build
 
 
 @ADAPTERS.register_module()
@@ -66,13 +66,12 @@ class Adapters(nn.ModuleList):
             if spec is None:
                 adapter: nn.Module = nn.Identity()
             elif spec != 'auto':
-                adapter = ADAPTERS.build(
-                    dict(spec, in_channels=s.shape[1], out_channels=t.shape[1], _scope_='mmkd'),
-                )
+                adapter = build(ADAPTERS, 'adapter', spec, in_channels=s.shape[1], out_channels=t.shape[1])
             elif s.shape[1] != t.shape[1]:
                 adapter = ConvAdapter(s.shape[1], t.shape[1])
             else:
                 adapter = nn.Identity()
+            adapter.to(s.device)
             with torch.no_grad():
                 s = adapter(s)
             if s.shape[1] != t.shape[1]:
@@ -90,8 +89,8 @@ class Adapters(nn.ModuleList):
 
     def forward(self, student: Sequence[torch.Tensor], teacher: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """The student's levels in the teacher's shapes."""
-        adapted = [adapter(level) for adapter, level in zip(self, student)]
+        adapted = [adapter(level) for adapter, level in zip(self, student, strict=True)]
         return [
             F.interpolate(s, t.shape[2:], mode='bilinear', align_corners=False) if resize else s
-            for s, t, resize in zip(adapted, teacher, self.resize)
+            for s, t, resize in zip(adapted, teacher, self.resize, strict=True)
         ]

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 from mmengine.config import Config, DictAction
-from mmengine.registry import METRICS, RUNNERS, DefaultScope
+from mmengine.registry import DATASETS, METRICS, RUNNERS, DefaultScope
 from mmengine.runner import Runner
 
 from mmkd.errors import ConfigError, nearest
@@ -145,10 +145,18 @@ def _check_coco(option: str, path: str, dataset: dict) -> None:
         except (ValueError, TypeError, KeyError):
             raise ConfigError(f'{option}: {path} is not a COCO annotation file (cannot read its categories)') from None
     classes = (dataset.get('metainfo') or {}).get('classes')
-    if isinstance(classes, str) or classes is None:
+    if isinstance(classes, str):
         return
+    stock = classes is None
+    if stock:  # the data set class's own, of which a file may have some
+        classes = DATASETS.get('mmdet.CocoDataset').METAINFO['classes']
     unknown = [name for name in classes if name not in names]
-    if unknown:
+    if unknown and stock and len(unknown) == len(classes):
+        raise ConfigError(
+            f"{option}: {path} has none of COCO's categories; name yours with {option.removesuffix('ann_file')}"
+            f'metainfo=dict(classes={tuple(names)}), and set num_classes={len(names)} in the model'
+        )
+    if unknown and not stock:
         raise ConfigError(
             f'{option}: {path} has no category {unknown[0]!r}, which {option.removesuffix("ann_file")}metainfo.classes '
             f'names; its categories are {names}'

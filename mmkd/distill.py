@@ -33,7 +33,7 @@ class Distilled:
     def init_weights(self) -> None:
         """Initialise the student and load the teacher; ``Runner.train`` calls it, ``Runner.test`` does not."""
         super().init_weights()
-        self._teacher.load()
+        self._teacher.load(next(self.parameters()).device)
 
     def _apply(self, fn: Callable, *args, **kwargs):
         self._teacher.apply(fn)  # `.to()`, `.cuda()`, `.half()` take the teacher along
@@ -75,17 +75,20 @@ def distill(
         model = MMENGINE_MODELS.build(student)
     else:
         model = student
+    device = next(model.parameters()).device
     with torch.random.fork_rng([]):  # the student's initial weights do not depend on who teaches it
-        guide = build_teacher(teacher)
+        teacher = build_teacher(teacher)
         collection = Distillers(distillers)
-        student_taps = probe(model, collection.student_layers)
-        teacher_taps = probe(guide.model, collection.teacher_layers)
-        collection.setup(student_taps, teacher_taps)
-    guide.layers, guide.calls = collection.teacher_layers, teacher_taps.calls
-    guide.follow(model.data_preprocessor)
+        taps = probe(teacher.model, collection.teacher_layers)
+        two_images = probe(teacher.model, collection.teacher_layers, batch=2)
+        collection.setup(probe(model, collection.student_layers), taps)
+    teacher.layers = collection.teacher_layers
+    # a layer that is called once per image has no fixed number of calls after which the teacher could stop
+    teacher.calls = taps.calls if taps.calls == two_images.calls else None
+    teacher.follow(model.data_preprocessor)
     model.__class__ = distilled_class(type(model))
-    model._teacher = guide
-    model.distillers = collection
+    model._teacher = teacher
+    model.distillers = collection.to(device)
     return model
 
 

@@ -5,9 +5,72 @@ Distillers and adapters have roots of their own: mmengine allows one child per s
 registries is for losses of two models.
 """
 
+import inspect
+from collections.abc import Mapping
+from importlib import import_module
+from typing import Any
+
 from mmengine.registry import MODELS as MMENGINE_MODELS
 from mmengine.registry import Registry
+
+from mmkd.errors import ConfigError, nearest
 
 MODELS = Registry('model', parent=MMENGINE_MODELS, scope='mmkd', locations=['mmkd.distill'])
 DISTILLERS = Registry('distiller', scope='mmkd', locations=['mmkd.distillers'])
 ADAPTERS = Registry('adapter', scope='mmkd', locations=['mmkd.adapters'])
+
+
+def build(registry: Registry, option: str, spec: Mapping, **given: Any) -> Any:
+    """Build what ``spec`` describes: a registered name or a dotted path under ``type``, and its options.
+
+    Args:
+        registry: Where names are looked up.
+        option: What the spec is called in the config, for error messages.
+        spec: The config dict.
+        given: Options that the caller fills in.
+
+    Raises:
+        ConfigError: for a type that does not exist or cannot be imported, or options that it does not have or misses.
+    """
+    if not isinstance(spec, Mapping) or 'type' not in spec:
+        raise ConfigError(f"{option}={spec!r}: expected a dict with type, such as dict(type='...')")
+    kind = spec['type']
+    if isinstance(kind, str):
+        kind = _find(registry, option, kind)
+    options = {key: value for key, value in spec.items() if key not in ('type', '_scope_')} | given
+    parameters = inspect.signature(kind).parameters
+    if not any(each.kind is each.VAR_KEYWORD for each in parameters.values()):
+        for key in options:
+            if key not in parameters:
+                known = nearest(key, parameters)
+                raise ConfigError(f'{option}: {kind.__name__} has no option {key!r}; the nearest are {known}')
+    missing = [
+        each.name
+        for each in parameters.values()
+        if each.default is each.empty and each.kind is each.POSITIONAL_OR_KEYWORD and each.name not in options
+    ]
+    if missing:
+        raise ConfigError(f'{option}: {kind.__name__} needs {", ".join(missing)}')
+    try:
+        return registry.build(dict(options, type=kind, _scope_='mmkd'))
+    except ConfigError as error:
+        raise ConfigError(f'{option}: {error}') from None
+
+
+def _find(registry: Registry, option: str, name: str) -> Any:
+    registry.import_from_location()
+    registered = registry.module_dict.get(name.removeprefix('mmkd.'))
+    if registered is not None:
+        return registered
+    module, _, attribute = name.rpartition('.')
+    if not module:
+        known = nearest(name, registry.module_dict)
+        raise ConfigError(f'{option}: there is no {registry.name} {name!r}; the nearest are {known}')
+    try:
+        return getattr(import_module(module), attribute)
+    except ImportError as error:
+        raise ConfigError(
+            f'{option}: cannot import {module} for type={name!r}: {error} (is it on PYTHONPATH?)'
+        ) from error
+    except AttributeError:
+        raise ConfigError(f'{option}: module {module} has no {attribute!r}') from None

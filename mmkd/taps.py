@@ -12,8 +12,8 @@ from mmkd.errors import ConfigError, nearest
 INPUT = ':input'
 
 
-class _Reached(Exception):
-    """Every tapped layer has been called: the rest of the forward pass is not needed."""
+class _Reached(BaseException):
+    """Every tapped layer has been called: the rest of the forward pass is not needed. No model catches it."""
 
 
 def find_layer(model: nn.Module, layer: str) -> nn.Module:
@@ -62,7 +62,7 @@ class Taps(Mapping):
         self._modules = {layer: find_layer(model, layer) for layer in layers}
         self._records: dict[str, list[tuple[Any, list[tuple[torch.Tensor, int]]]]] = {}
         self._read: dict[str, tuple] = {}
-        self._missing = sum(stop_after.values()) if stop_after is not None else -1
+        self._stop_after = stop_after
         self._handles: list[Any] = []
 
     def __enter__(self) -> 'Taps':
@@ -83,8 +83,7 @@ class Taps(Mapping):
         def hook(module: nn.Module, inputs: tuple, output: Any) -> None:
             value = inputs if read_input else output
             self._records[layer].append((value, [(each, each._version) for each in tensors(value)]))
-            self._missing -= 1
-            if self._missing == 0:
+            if self._stop_after is not None and self.calls == self._stop_after:
                 raise _Reached
 
         return hook
@@ -134,8 +133,8 @@ def run(model: nn.Module, layers: Sequence[str], inputs: torch.Tensor, data_samp
 
 
 @torch.no_grad()
-def probe(model: nn.Module, layers: Sequence[str], size: int = 256) -> Taps:
-    """Taps of one forward pass over a random image, (1, 3, size, size), for shapes and checks at build time.
+def probe(model: nn.Module, layers: Sequence[str], batch: int = 1, size: int = 256) -> Taps:
+    """Taps of one forward pass over random images, (batch, 3, size, size), for shapes and checks at build time.
 
     Batch-norm statistics, training modes and random states stay as they were.
     """
@@ -148,10 +147,10 @@ def probe(model: nn.Module, layers: Sequence[str], size: int = 256) -> Taps:
     modes = {module: module.training for module in model.modules()}
     device = next(model.parameters()).device
     with torch.random.fork_rng([device] if device.type == 'cuda' else []), Taps(model, layers) as taps:
-        torch.manual_seed(0)
         model.eval()
         if layers:
-            run(model, layers, torch.randn(1, 3, size, size, device=device), [sample])
+            images = torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(0))
+            run(model, layers, images.to(device), [sample] * batch)
     for module, mode in modes.items():
         module.training = mode
     return taps

@@ -49,6 +49,12 @@ def test_an_adapter_by_its_dotted_path():
     assert torch.equal(adapters([student], maps(8, 4))[0], 2 * student)
 
 
+def test_another_number_of_levels_than_probed_is_no_silent_truncation():
+    adapters = Adapters('auto', maps(8, 16, 8), maps(8, 16, 8))
+    with pytest.raises(ValueError, match='zip'):
+        adapters(maps(8, 16), maps(8, 16))
+
+
 @pytest.mark.parametrize(
     ('spec', 'student', 'teacher', 'message'),
     [

@@ -85,7 +85,7 @@ def test_a_run_leaves_the_teachers_weights_bit_identical(teacher_options):
 
 
 def test_moving_the_student_moves_the_teacher(teacher_options):
-    model = build(teacher_options, load=False).double()
+    model = build(teacher_options).double()
     assert next(model._teacher.model.parameters()).dtype is torch.float64
 
 
@@ -144,6 +144,36 @@ def test_testing_needs_no_teacher_weights(teacher_options):
     model = build(dict(config=teacher_options['config'], checkpoint='/nowhere.pth'), load=False).eval()
     batch = model.data_preprocessor(random_batch(model, (1, 3, 96, 128)), False)
     assert len(model(**batch, mode='predict')) == 1
+
+
+def test_testing_leaves_the_teacher_off_the_device(teacher_options):
+    model = build(teacher_options, load=False).double()
+    assert next(model._teacher.model.parameters()).dtype is torch.float32
+
+
+def test_a_layer_that_is_called_once_per_image_does_not_end_the_pass_early():
+    class PerImage(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.backbone, self.data_preprocessor = nn.Conv2d(3, 2, 1), nn.Module()
+
+        def extract_feat(self, images):
+            return [self.backbone(image[None]) for image in images]
+
+    registered = MODELS.register_module('PerImage', module=PerImage, force=True)
+    assert registered is None or registered is PerImage
+    model = distill(PerImage(), dict(config=dict(type='PerImage')), dict(own=dict(type=f'{__name__}.OnBackbone')))
+    assert model._teacher.calls is None
+    assert build_calls() == {'neck': 1}
+
+
+class OnBackbone(Distiller):
+    student_layers = teacher_layers = ('backbone',)
+
+
+def build_calls():
+    options = dict(config=detectors.retinanet())
+    return distill(detectors.retinanet(), options, dict(cwd=dict(type='CWD', layer='neck')))._teacher.calls
 
 
 def test_initial_weights_and_random_state_do_not_depend_on_the_teacher(teacher_options):
@@ -205,6 +235,7 @@ def test_a_frozen_layer_is_not_distilled_silently(teacher_options):
     model = build(
         dict(config=detectors.retinanet()), dict(cwd=dict(type='CWD', layer='backbone.layer1')), student, load=False
     )
+    model._teacher.loaded = True  # with random weights
     with pytest.raises(ConfigError, match='no gradient'):
         losses(model.train())
 
@@ -229,7 +260,17 @@ def test_a_frozen_layer_is_not_distilled_silently(teacher_options):
             dict(cwd=dict(type='CWD', layer='backbone.layer2', teacher_layer='backbone.layer3', adapter=None)),
             'with adapter=None',
         ),
-        (dict(my_loss=dict(type='GID')), "distillers.my_loss: a name must not contain 'loss'"),
+        (dict(my_loss=dict(type='GID')), "distillers.my_loss: a name .* must not contain 'loss'"),
+        (dict(forward=dict(type='GID')), 'distillers.forward: .*choose another'),
+        (dict(cwd=dict(type='CWD', layer='bbox_head')), "'bbox_head' puts out a tuple .*'bbox_head.retina_cls'"),
+        (
+            dict(cwd=dict(type='CWD', layer='neck', adapter=dict(type='ConvAdaptr'))),
+            "no adapter 'ConvAdaptr'; .*'ConvAdapter'",
+        ),
+        (dict(cwd=dict(type='CWD', layer='neck', tau='1')), "tau='1'"),
+        (dict(own=dict(type='nowhere.Method')), 'cannot import nowhere'),
+        (dict(own=dict(type='mmkd.taps.Nothing')), "module mmkd.taps has no 'Nothing'"),
+        (dict(own=dict(type='torch.nn.Identity')), "Identity has no attribute 'student_layers'"),
         ({}, r'expected a dict such as dict\(gid'),
         ([dict(type='GID')], r'expected a dict such as dict\(gid'),
         (dict(gid='GID'), 'expected a dict with type'),

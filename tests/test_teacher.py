@@ -94,6 +94,29 @@ def test_a_batch_norm_is_folded_only_behind_its_own_convolution():
     assert isinstance(model.norm1, torch.nn.BatchNorm2d)
 
 
+def test_a_convolution_that_is_used_without_its_batch_norm_too_keeps_both():
+    class Both(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.norm, self.neck = torch.nn.Conv2d(3, 3, 1), torch.nn.BatchNorm2d(3), torch.nn.Identity()
+
+        def extract_feat(self, x):
+            x = self.conv(x)
+            self.neck(self.norm(x) + x)
+
+    model = Both().eval()
+    torch.nn.init.constant_(model.norm.running_mean, 2.0)
+    images = torch.randn(1, 3, 8, 8)
+    expected = outputs(model, ('neck',), images)['neck'][0]
+    assert fold_batch_norm(model, ('neck',)) == 0
+    assert torch.equal(outputs(model, ('neck',), images)['neck'][0], expected)
+
+
+def test_a_teacher_without_loaded_weights_does_not_run(teacher_options):
+    with pytest.raises(ConfigError, match='not loaded yet; call init_weights'):
+        build_teacher(teacher_options)(torch.randn(1, 3, 64, 64), None)
+
+
 def test_a_tapped_convolution_keeps_its_own_output(teacher_options):
     layer = 'backbone.layer1.0.conv2'
     images = torch.randn(1, 3, 64, 64)

@@ -105,7 +105,7 @@ def main() -> None:
         plain = MODELS.build(config.model.student).to(device)
         stock = build_teacher(config.model.teacher).model.to(device)
         distilled = MODELS.build(config.model).to(device)
-        distilled._teacher.speed_up()
+        distilled._teacher.speed_up(device)  # with random weights, as all models here
         data = random_batch(plain, tuple(args.shape), args.objects)
 
     steps = {

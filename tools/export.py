@@ -14,7 +14,7 @@ from mmengine.registry import MODELS, init_default_scope
 
 from mmkd import cli
 from mmkd.errors import ConfigError
-from mmkd.teacher import load_weights, read_checkpoint
+from mmkd.teacher import fetch, load_weights, read_checkpoint
 
 
 def main() -> None:
@@ -29,14 +29,14 @@ def main() -> None:
         if 'student' not in config.model:
             raise ConfigError(f'{args.config}: not a distilled model (model has no student); it can be used as it is')
         config.model = config.model.student
-        weights, plain_config = args.output.with_suffix('.pth'), args.output.with_suffix('.py')
+        weights, plain_config = (args.output.with_name(args.output.name + suffix) for suffix in ('.pth', '.py'))
         for path in (weights, plain_config):
             if path.exists():
                 raise ConfigError(f'{path} exists; remove it, or choose another name')
         init_default_scope(config.default_scope)
         load_weights(MODELS.build(config.model), args.checkpoint, 'checkpoint')
         weights.parent.mkdir(parents=True, exist_ok=True)
-        torch.save({'state_dict': read_checkpoint(Path(args.checkpoint), 'checkpoint')}, weights)
+        torch.save({'state_dict': read_checkpoint(fetch(args.checkpoint, 'checkpoint'), 'checkpoint')}, weights)
         for key in ('launcher', 'work_dir'):
             config.pop(key)
         config.dump(plain_config)

@@ -29,8 +29,9 @@ fi
     fail "$PYTHON has no header files (Python.h), which mmcv is compiled with; install them (python3-dev or the like)"
 compiler=${CXX:-c++}
 command -v "$compiler" >/dev/null || fail "no C++ compiler ($compiler) found, and mmcv is compiled from source; install g++ or clang"
+need=10 # PyTorch's CUDA build, which Linux gets by default, is most of it
 free=$(df -Pk . | awk 'NR == 2 {print int($4 / 1048576)}')
-[ "$free" -ge 6 ] || fail "$free GiB free in $(pwd), and the environment takes up to 6 GiB; make room"
+[ "$free" -ge $need ] || fail "$free GiB free in $(pwd), and the environment takes up to $need GiB; make room"
 
 say() {
     echo "[set-up $1/5] $2"
@@ -48,8 +49,10 @@ $PIP "$(pin torch)"
 say 3 "mmcv, compiled from source: about 6 minutes on 2 cores, once; pip keeps the result"
 $PIP "$(pin mmengine)"
 $PIP --no-build-isolation "$(pin mmcv)"
+reason=$("$VENV/bin/python" -c 'import cv2' 2>&1) ||
+    fail "OpenCV does not load (${reason##*: }); on Debian and Ubuntu: apt-get install libgl1 libglib2.0-0"
 # pip may have kept a build for another torch, or one without CUDA
-right='import sys, torch, mmcv.ops; from mmcv.ops import get_compiling_cuda_version as built; import os, shutil
+right='import sys, torch, mmcv.ops; from mmcv.ops import get_compiling_cuda_version as built
 from torch.utils.cpp_extension import CUDA_HOME
 sys.exit(torch.cuda.is_available() and CUDA_HOME is not None and built() == "not available")'
 if ! "$VENV/bin/python" -W ignore -c "$right" 2>/dev/null; then

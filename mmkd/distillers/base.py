@@ -1,15 +1,14 @@
 """What a distiller is, the common case of comparing two features, and the collection that a student trains with."""
 
-import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import nn
 
 from mmkd.adapters import Adapters
 from mmkd.distillers.schedule import Weight
-from mmkd.errors import ConfigError, nearest
-from mmkd.registry import DISTILLERS
+from mmkd.errors import ConfigError
+from mmkd.registry import DISTILLERS, build
 from mmkd.taps import Taps
 
 
@@ -71,8 +70,16 @@ class FeatureDistiller(Distiller):
         self.adapters = Adapters(self.adapter, self._levels(student), self._levels(teacher, of_teacher=True), names)
 
     def _levels(self, taps: Taps, of_teacher: bool = False) -> list[torch.Tensor]:
-        layers = self.teacher_layers if of_teacher else self.student_layers
-        return [level for layer in layers for level in taps[layer]]
+        levels = []
+        for layer in self.teacher_layers if of_teacher else self.student_layers:
+            for level in taps[layer]:
+                if not isinstance(level, torch.Tensor):
+                    raise ConfigError(
+                        f'layer {layer!r} puts out a {type(level).__name__} of several outputs, not a map; name the module '
+                        f"that puts out the one to compare, such as 'bbox_head.retina_cls'"
+                    )
+                levels.append(level)
+        return levels
 
     def compare(self, student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
         """The loss between one level of both, already of the same shape."""
@@ -80,13 +87,9 @@ class FeatureDistiller(Distiller):
 
     def forward(self, student: Taps, teacher: Taps, data_samples: list | None) -> dict[str, torch.Tensor]:
         features, targets = self._levels(student), self._levels(teacher, of_teacher=True)
-        if torch.is_grad_enabled() and not all(feature.requires_grad for feature in features):
-            raise ConfigError(
-                f'student layer {self.student_layers}: its output has no gradient, so nothing would be learnt from it (is '
-                f'it frozen, or inside a checkpointed module?)'
-            )
+        require_gradient(', '.join(self.student_layers), features)
         adapted = self.adapters(features, targets)
-        return {'loss': self.weight() * sum(self.compare(s, t) for s, t in zip(adapted, targets))}
+        return {'loss': self.weight() * sum(self.compare(s, t) for s, t in zip(adapted, targets, strict=True))}
 
 
 def refuse_other_classes(student: Taps, student_layer: str, teacher: Taps, teacher_layer: str) -> None:
@@ -99,7 +102,9 @@ def refuse_other_classes(student: Taps, student_layer: str, teacher: Taps, teach
         head = taps.model.get_submodule(layer.partition('.')[0])
         found.append((getattr(head, 'num_classes', None), getattr(taps[layer][0], 'shape', (0, 0))[1]))
     (s_classes, s_channels), (t_classes, t_channels) = found
-    if s_classes and t_classes and s_classes != t_classes and s_channels * t_classes == t_channels * s_classes:
+    if not s_classes or not t_classes or s_classes == t_classes:
+        return
+    if s_channels % s_classes == 0 and s_channels * t_classes == t_channels * s_classes:
         raise ConfigError(
             f'{student_layer!r} puts out logits of {s_classes} classes, {teacher_layer!r} of the teacher of {t_classes}; use '
             f'a teacher that was trained on the same classes, or a layer before the classifier'
@@ -121,13 +126,24 @@ class Distillers(nn.ModuleDict):
         if not isinstance(specs, Mapping) or not specs:
             raise ConfigError(f"distillers={specs!r}: expected a dict such as dict(gid=dict(type='GID'))")
         for name, spec in specs.items():
-            if 'loss' in name or '.' in name:
+            if 'loss' in name or '.' in name or hasattr(self, name):
                 raise ConfigError(
-                    f"distillers.{name}: a name must not contain 'loss' or a dot (it starts the log keys)"
+                    f"distillers.{name}: a name starts the log keys and must not contain 'loss' or a dot, nor be a method of "
+                    f'nn.ModuleDict; choose another'
                 )
-            self[name] = build_distiller(name, spec)
-        self.student_layers = _union(each.student_layers for each in self.values())
-        self.teacher_layers = _union(each.teacher_layers for each in self.values())
+            self[name] = build(DISTILLERS, f'distillers.{name}', spec)
+        self.student_layers = self._layers('student_layers')
+        self.teacher_layers = self._layers('teacher_layers')
+
+    def _layers(self, attribute: str) -> tuple[str, ...]:
+        """All distillers' layers, each once."""
+        layers: dict[str, None] = {}
+        for name, distiller in self.items():
+            found = getattr(distiller, attribute, None)
+            if found is None:
+                raise ConfigError(f'distillers.{name}: {type(distiller).__name__} has no attribute {attribute!r}')
+            layers.update(dict.fromkeys((found,) if isinstance(found, str) else found))
+        return tuple(layers)
 
     def setup(self, student: Taps, teacher: Taps) -> None:
         """Let each distiller make its adapters from probed shapes, and check each tapped layer."""
@@ -153,41 +169,10 @@ class Distillers(nn.ModuleDict):
         return results
 
 
-def build_distiller(name: str, spec: Mapping) -> nn.Module:
-    """Build one entry of ``distillers`` from ``DISTILLERS`` or a dotted path."""
-    if not isinstance(spec, Mapping) or 'type' not in spec:
-        raise ConfigError(f"distillers.{name}={spec!r}: expected a dict with type, such as dict(type='GID')")
-    kind = spec['type']
-    if isinstance(kind, str):
-        try:
-            found = DISTILLERS.get(kind)
-        except RuntimeError:
-            found = None
-        if found is None:
-            known = nearest(kind.removeprefix('mmkd.'), DISTILLERS.module_dict)
-            raise ConfigError(f'distillers.{name}: there is no distiller {kind!r}; the nearest are {known}')
-        kind = found
-    options = {key: value for key, value in spec.items() if key not in ('type', '_scope_')}
-    parameters = inspect.signature(kind).parameters
-    if not any(each.kind is inspect.Parameter.VAR_KEYWORD for each in parameters.values()):
-        for option in options:
-            if option not in parameters:
-                raise ConfigError(
-                    f'distillers.{name}: {kind.__name__} has no option {option!r}; the nearest are '
-                    f'{nearest(option, parameters)}'
-                )
-    missing = [
-        each.name
-        for each in parameters.values()
-        if each.default is each.empty and each.kind is each.POSITIONAL_OR_KEYWORD and each.name not in options
-    ]
-    if missing:
-        raise ConfigError(f'distillers.{name}: {kind.__name__} needs {", ".join(missing)}')
-    try:
-        return DISTILLERS.build(dict(options, type=kind, _scope_='mmkd'))
-    except ConfigError as error:
-        raise ConfigError(f'distillers.{name}: {error}') from None
-
-
-def _union(layers) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(layer for each in layers for layer in each))
+def require_gradient(layer: str, tensors: Iterable[torch.Tensor]) -> None:
+    """Raise ConfigError if the student could learn nothing from a layer."""
+    if torch.is_grad_enabled() and not all(tensor.requires_grad for tensor in tensors):
+        raise ConfigError(
+            f'student layer {layer!r}: its output has no gradient, so nothing would be learnt from it (is it frozen, or '
+            f'inside a checkpointed module?)'
+        )

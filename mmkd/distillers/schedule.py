@@ -54,6 +54,9 @@ class Weight:
         value = self.spec['value']
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
             raise ConfigError(f'weight {spec!r}: expected a finite number, found {value!r}')
+        for option in {'start', 'begin', 'end', 'gamma'} & set(self.spec):
+            if not isinstance(self.spec[option], (int, float)):
+                raise ConfigError(f'weight {spec!r}: {option} has to be a number')
         if kind in ('linear', 'cosine') and self.spec['end'] <= self.spec.get('begin', 0):
             raise ConfigError(f'weight {spec!r}: end has to come after begin')
 

@@ -12,11 +12,12 @@ from collections.abc import Sequence
 
 import torch
 from mmdet.models.dense_heads import AnchorHead
-from mmdet.models.task_modules.assigners import MaxIoUAssigner
+from mmdet.models.task_modules.assigners import BboxOverlaps2D, MaxIoUAssigner
 from mmdet.models.task_modules.coders import DeltaXYWHBBoxCoder
 from mmdet.models.task_modules.prior_generators import anchor_inside_flags
 from torch import nn
 
+from mmkd.distillers.detection.boxes import decode_deltas, pairwise_iou
 from mmkd.errors import ConfigError
 
 
@@ -47,7 +48,8 @@ class DenseHead:
     def __init__(self, head: nn.Module):
         if not head.use_sigmoid_cls:
             raise ConfigError(f'{type(head).__name__} has softmax class scores; a head with sigmoid scores is needed')
-        if type(head.bbox_coder) is not DeltaXYWHBBoxCoder or head.reg_decoded_bbox:
+        coder = head.bbox_coder
+        if type(coder) is not DeltaXYWHBBoxCoder or head.reg_decoded_bbox or getattr(coder, 'add_ctr_clamp', False):
             raise ConfigError(
                 f'{type(head).__name__} does not predict boxes as deltas (DeltaXYWHBBoxCoder, reg_decoded_bbox=False)'
             )
@@ -78,20 +80,24 @@ class DenseHead:
 
     def priors(self, outputs: tuple) -> torch.Tensor:
         """(slots, 4), xyxy in pixels."""
-        sizes = [level.shape[2:] for level in outputs[0]]
-        return torch.cat(self.head.prior_generator.grid_priors(sizes, device=outputs[0][0].device))
+        sizes = tuple(tuple(level.shape[2:]) for level in outputs[0])
+        return _grid_priors(self.head.prior_generator, sizes, outputs[0][0].device)
 
     def decode(self, priors: torch.Tensor, regression: torch.Tensor) -> torch.Tensor:
         """Boxes, xyxy in pixels, for priors and regression of shape (..., 4)."""
-        boxes = self.head.bbox_coder.decode(priors.reshape(-1, 4), regression.reshape(-1, 4))
-        return boxes.view(regression.shape)
+        return decode_deltas(priors, regression, self.head.bbox_coder.means, self.head.bbox_coder.stds)
 
     def check_assigner(self) -> None:
         """Raise ConfigError unless :meth:`assigned` can follow the head's assigner."""
         assigner = getattr(self.head, 'assigner', None)
-        if type(assigner) is not MaxIoUAssigner or assigner.perm_repeat_gt_cfg is not None:
+        if (
+            type(assigner) is not MaxIoUAssigner
+            or assigner.perm_repeat_gt_cfg is not None
+            or type(assigner.iou_calculator) is not BboxOverlaps2D
+        ):
             raise ConfigError(
-                f'{type(self.head).__name__} assigns boxes to slots with {type(assigner).__name__}; MaxIoUAssigner is needed'
+                f'{type(self.head).__name__} assigns boxes to slots with {type(assigner).__name__}; MaxIoUAssigner '
+                f'is needed, with BboxOverlaps2D and without perm_repeat_gt_cfg'
             )
 
     def assigned(self, outputs: tuple, boxes: torch.Tensor, valid: torch.Tensor, metas: Sequence[dict]) -> torch.Tensor:
@@ -121,6 +127,12 @@ class DenseHead:
         return torch.stack(flags)
 
 
+@functools.lru_cache(maxsize=8)
+def _grid_priors(generator: object, sizes: tuple[tuple[int, int], ...], device: torch.device) -> torch.Tensor:
+    """All levels' priors, (slots, 4); kept, as making them waits for the device at each level."""
+    return torch.cat(generator.grid_priors(sizes, device=device))
+
+
 def max_iou_assigned(
     assigner: MaxIoUAssigner, priors: torch.Tensor, boxes: torch.Tensor, valid: torch.Tensor, inside: torch.Tensor
 ) -> torch.Tensor:
@@ -130,7 +142,7 @@ def max_iou_assigned(
     not needed here.
 
     Args:
-        assigner: Its thresholds and IoU are used.
+        assigner: Its thresholds are used.
         priors: (N, 4).
         boxes: (B, K, 4).
         valid: (B, K), False for a box that is not there.
@@ -139,8 +151,7 @@ def max_iou_assigned(
     Returns:
         (B, N), bool.
     """
-    batch = len(boxes)
-    overlaps = assigner.iou_calculator(boxes, priors.expand(batch, -1, -1))  # (B, K, N)
+    overlaps = pairwise_iou(boxes, priors.expand(len(boxes), -1, -1))  # (B, K, N)
     overlaps = overlaps.masked_fill(~(valid[:, :, None] & inside[:, None]), -1)
     positive = overlaps.amax(1) >= assigner.pos_iou_thr
     if assigner.match_low_quality:

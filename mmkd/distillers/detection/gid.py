@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
-from mmdet.structures.bbox import bbox_overlaps
 
 from mmkd.adapters import Adapters
-from mmkd.distillers.base import Distiller
+from mmkd.distillers.base import Distiller, require_gradient
+from mmkd.distillers.detection.boxes import pairwise_iou
 from mmkd.distillers.detection.dense_heads import DenseHead, dense_head
 from mmkd.distillers.detection.roi_pool import pool_boxes
 from mmkd.distillers.schedule import Weight
@@ -67,7 +67,7 @@ def suppress(
         kept.append(index)
         valid.append(best > -torch.inf)
         chosen = boxes.gather(1, index[..., None].expand(-1, -1, 4))
-        scores.masked_fill_(bbox_overlaps(chosen, boxes).squeeze(1) > iou_threshold, -torch.inf)
+        scores.masked_fill_(pairwise_iou(chosen, boxes).squeeze(1) > iou_threshold, -torch.inf)
         scores.scatter_(1, index, -torch.inf)
     return torch.cat(kept, 1), torch.cat(valid, 1)
 
@@ -139,7 +139,8 @@ def response_losses(
         \qquad L_{reg} = \frac{1}{N_m} \sum_r M_r \lVert b^T_r - b^S_r \rVert_1
 
     KL between Bernoulli distributions is the binary cross-entropy with the teacher's probability as target, less
-    the target's entropy: the gradient is the same, and it is 0 where the networks agree.
+    the target's entropy: the gradient is the same, and it is 0 where the networks agree (as the difference of two sums it
+    may be off, either way, by their rounding).
 
     Args:
         student_logits: Per level (B, A, C, H, W).
@@ -182,8 +183,11 @@ class GID(Distiller):
     differences (the code: the difference of the maxima), and relations are taken within each image (the code: over
     the batch; ``relation='batch'``). Adapters, which the code builds but never applies, are applied to the pooled
     features and trained. Two choices follow the code, because its weights belong to them: the feature distance is
-    squared and divided by the number of cells (``feature_distance='l2'`` gives the paper's plain norm), and at most
-    3000 slots per image enter the NMS. The code also drops boxes with a side of at most 10 pixels (``min_box_side=10``).
+    squared and divided by the number of cells (``feature_distance='l2'`` gives the paper's plain norm), and at most 3000
+    slots per image enter the NMS. The code also drops boxes with a side of at most 10 pixels (``min_box_side=10``).
+
+    ``relation='batch'`` compares each instance with all others of the batch: its memory grows with the square of their
+    number (for 16 images on a GPU about 2.6 GB).
 
     Args:
         neck: The layer whose levels are pooled.
@@ -233,8 +237,8 @@ class GID(Distiller):
             raise ConfigError(f"relation={relation!r}: expected 'image' or 'batch'")
         if feature_distance not in ('squared_l2', 'l2'):
             raise ConfigError(f"feature_distance={feature_distance!r}: expected 'squared_l2' or 'l2'")
-        if topk < 1 or nms_pre < topk:
-            raise ConfigError(f'topk={topk}, nms_pre={nms_pre}: expected 1 <= topk <= nms_pre')
+        if not (isinstance(topk, int) and isinstance(nms_pre, int) and 1 <= topk <= nms_pre):
+            raise ConfigError(f'topk={topk!r}, nms_pre={nms_pre!r}: expected whole numbers, 1 <= topk <= nms_pre')
         self.neck, self.head = neck, head
         self.teacher_neck, self.teacher_head = teacher_neck or neck, teacher_head or head
         self.student_layers = (self.neck, self.head)
@@ -271,6 +275,11 @@ class GID(Distiller):
                 f'the heads have different slots (image, anchors, classes, height, width per level): {shapes[0]} (student), '
                 f'{shapes[1]} (teacher); GID needs the same strides and the same number of anchors'
             )
+        if not torch.equal(s.priors(student[self.head]), t.priors(teacher[self.teacher_head])):
+            raise ConfigError(
+                'the heads have different anchors (anchor_generator: scales, ratios or centres), and GID compares them anchor '
+                'by anchor; give both the same'
+            )
         levels, targets = student[self.neck], teacher[self.teacher_neck]
         if not len(levels) == len(targets) == len(s.strides):
             raise ConfigError(
@@ -298,11 +307,11 @@ class GID(Distiller):
         scores, slots = scores.topk(min(self.nms_pre, scores.shape[1]), dim=1)
         teacher_larger = teacher_larger.gather(1, slots)[..., None]
         index = slots[..., None].expand(-1, -1, 4)
-        boxes = torch.where(
-            teacher_larger,
-            t.decode(t.priors(t_out)[slots], t.regression(t_out).gather(1, index)),
-            s.decode(s.priors(s_out)[slots], s.regression(s_out).gather(1, index)),
+        regression = torch.where(
+            teacher_larger, t.regression(t_out).gather(1, index), s.regression(s_out).gather(1, index)
         )
+        # a forward pass that overflowed, as AMP allows now and then, must not become an index out of range
+        boxes = s.decode(s.priors(s_out)[slots], regression).nan_to_num(0.0)
         limits = torch.tensor([[*meta['img_shape'][1::-1]] * 2 for meta in metas], dtype=boxes.dtype)
         limits = limits.to(boxes.device, non_blocking=True)[:, None]
         boxes = torch.minimum(boxes.clamp(min=0), limits)
@@ -315,6 +324,7 @@ class GID(Distiller):
     def forward(self, student: Taps, teacher: Taps, data_samples: list | None) -> dict[str, torch.Tensor]:
         metas = [sample.metainfo for sample in data_samples]
         s, t = self._heads(student, teacher)
+        require_gradient(self.neck, student[self.neck])
         boxes, _, valid = self.select(student, teacher, metas)
 
         pooled_s = pool_boxes(student[self.neck], boxes, s.strides, self.pooled_size, self.sampling_ratio)

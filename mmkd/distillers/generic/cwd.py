@@ -65,8 +65,8 @@ class CWD(FeatureDistiller):
         adapter: str | Mapping | None = 'auto',
     ):
         super().__init__(layer, weight, teacher_layer, adapter)
-        if tau <= 0:
-            raise ConfigError(f'tau={tau}: expected a positive temperature')
+        if not isinstance(tau, (int, float)) or tau <= 0:
+            raise ConfigError(f'tau={tau!r}: expected a positive temperature')
         self.tau = tau
 
     def compare(self, student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:

@@ -276,6 +276,18 @@ def test_selected_boxes_are_the_surer_networks_inside_the_image():
     assert distance.max() < 1e-4
 
 
+def test_an_overflow_in_the_forward_pass_gives_nan_and_no_crash():
+    """Under AMP the gradient scaler then skips the step."""
+    student = detectors.build(detectors.retinanet(), seed=0)
+    teacher = detectors.build(detectors.retinanet(), seed=1)
+    distiller = ready(GID(), student, teacher)
+    for value in (float('nan'), float('inf')):
+        images = torch.randn(2, 3, 96, 128)
+        images[0, 0, 50, 50] = value
+        losses = distiller(*tapped(student, teacher, distiller, images), samples())
+        assert not torch.isfinite(sum(loss for name, loss in losses.items() if name.startswith('loss')))
+
+
 def test_the_value_does_not_depend_on_the_number_of_images():
     student = detectors.build(detectors.retinanet(), seed=0)
     teacher = detectors.build(detectors.retinanet(channels=24), seed=1)
@@ -293,6 +305,7 @@ def test_the_value_does_not_depend_on_the_number_of_images():
         (dict(), dict(classes=5), '3 .student. and 5 .teacher. classes'),
         (dict(), dict(bbox_head=dict(bbox_coder=dict(target_stds=[0.1] * 4))), 'different units'),
         (dict(), dict(bbox_head=dict(anchor_generator=dict(ratios=[1.0]))), 'different slots'),
+        (dict(), dict(bbox_head=dict(anchor_generator=dict(octave_base_scale=6))), 'different anchors'),
         (dict(adapter=None), dict(channels=24), '16 and 24 channels with adapter=None'),
         (dict(neck='backbone'), dict(), "'backbone' has 4"),
     ],

@@ -1,0 +1,59 @@
+"""Operations on boxes, xyxy in pixels, that never wait for the device.
+
+mmdet's own copy small constants to the device at each call, and each such copy waits for all work before it.
+"""
+
+import math
+
+import torch
+
+
+def pairwise_iou(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+    """Intersection over union of each box with each.
+
+    Args:
+        first: (..., N, 4).
+        second: (..., M, 4).
+
+    Returns:
+        (..., N, M), equal to mmdet's ``bbox_overlaps``.
+    """
+    area_first = (first[..., 2] - first[..., 0]) * (first[..., 3] - first[..., 1])
+    area_second = (second[..., 2] - second[..., 0]) * (second[..., 3] - second[..., 1])
+    top_left = torch.maximum(first[..., :, None, :2], second[..., None, :, :2])
+    bottom_right = torch.minimum(first[..., :, None, 2:], second[..., None, :, 2:])
+    sides = (bottom_right - top_left).clamp(min=0)
+    overlap = sides[..., 0] * sides[..., 1]
+    union = area_first[..., None] + area_second[..., None, :] - overlap
+    return overlap / union.clamp(min=1e-6)
+
+
+def decode_deltas(
+    priors: torch.Tensor,
+    deltas: torch.Tensor,
+    means: tuple[float, ...],
+    stds: tuple[float, ...],
+    max_ratio: float = 1000 / 16,
+) -> torch.Tensor:
+    """Boxes from deltas (dx, dy, dw, dh) relative to priors, equal to mmdet's ``delta2bbox`` without clipping.
+
+    ``x = px + pw dx, w = pw exp(dw)``, alike for y and h, the deltas first times ``stds`` plus ``means``.
+
+    Args:
+        priors: (..., 4).
+        deltas: (..., 4).
+        means: Of the four deltas.
+        stds: Of the four deltas.
+        max_ratio: Sides grow and shrink at most by this factor.
+
+    Returns:
+        (..., 4).
+    """
+    dx, dy, dw, dh = (delta * std + mean for delta, mean, std in zip(deltas.unbind(-1), means, stds))
+    limit = abs(math.log(max_ratio))
+    width, height = priors[..., 2] - priors[..., 0], priors[..., 3] - priors[..., 1]
+    x = (priors[..., 0] + priors[..., 2]) * 0.5 + width * dx
+    y = (priors[..., 1] + priors[..., 3]) * 0.5 + height * dy
+    half_width = width * dw.clamp(-limit, limit).exp() * 0.5
+    half_height = height * dh.clamp(-limit, limit).exp() * 0.5
+    return torch.stack([x - half_width, y - half_height, x + half_width, y + half_height], dim=-1)
