@@ -31,8 +31,10 @@ def pool_boxes(
 ) -> torch.Tensor:
     """RoIAlign (aligned corners of half a pixel) of each box from the level that its size gives.
 
-    Equal to mmcv's ``RoIAlign(aligned=True)`` on that level. All boxes are pooled in one gather from all
-    levels: the number of operations does not depend on the boxes, and nothing waits for the device.
+    Equal to mmcv's ``RoIAlign(aligned=True)`` on that level. Bilinear sampling is separable, so pooling a box is a product
+    of three matrices, rows of weights times map times columns of weights; a box has weight 0 on all levels but its
+    own. There are no indices, the number of operations does not depend on the boxes, nothing waits for the device, and
+    forward and backward pass are deterministic.
 
     Args:
         levels: Maps of (B, C, H_l, W_l).
@@ -44,66 +46,29 @@ def pool_boxes(
     Returns:
         (B, K, C, output_size, output_size); differentiable in the levels, not in the boxes.
     """
-    batch, channels = levels[0].shape[:2]
-    number = boxes.shape[1]
-    device = boxes.device
-    with torch.no_grad():
-        level = box_levels(boxes, strides)  # (B, K)
-        heights, widths, starts = _per_level(levels, device)
-        height, width, start = heights[level], widths[level], starts[level]
-        scale = _on(device, [1 / stride for stride in strides])[level]
-        corners = boxes * scale[..., None] - 0.5
-        steps = output_size * sampling_ratio
-        centre = (torch.arange(steps, device=device, dtype=boxes.dtype) + 0.5) / steps
-        x = corners[..., 0, None] + (corners[..., 2] - corners[..., 0])[..., None] * centre  # (B, K, steps)
+    boxes = boxes.detach()
+    level = box_levels(boxes, strides)
+    samples = output_size * sampling_ratio
+    centre = (torch.arange(samples, device=boxes.device, dtype=boxes.dtype) + 0.5) / samples
+    pooled: torch.Tensor | float = 0.0
+    for index, (feature, stride) in enumerate(zip(levels, strides, strict=True)):
+        corners = boxes / stride - 0.5
+        x = corners[..., 0, None] + (corners[..., 2] - corners[..., 0])[..., None] * centre  # (B, K, samples)
         y = corners[..., 1, None] + (corners[..., 3] - corners[..., 1])[..., None] * centre
-        y_index, y_weight = _neighbours(y, height)  # (B, K, steps, 2)
-        x_index, x_weight = _neighbours(x, width)
-        per_image = int(sum(each.shape[2] * each.shape[3] for each in levels))
-        image = torch.arange(batch, device=device)[:, None] * per_image
-        base = (start + image)[..., None, None]
-        rows = base + y_index * width[..., None, None]
-        # (B, K, y steps, 2, x steps, 2) -> cells with sampling_ratio**2 * 4 neighbours each
-        index = _cells(rows[..., None, None] + x_index[:, :, None, None], output_size, sampling_ratio)
-        weight = _cells(y_weight[..., None, None] * x_weight[:, :, None, None], output_size, sampling_ratio)
-        weight = weight / sampling_ratio**2
-    table = torch.cat([each.permute(0, 2, 3, 1).flatten(1, 2) for each in levels], dim=1).flatten(0, 1)
-    gathered = table.index_select(0, index.flatten()).view(*index.shape, channels)
-    pooled = torch.bmm(weight[:, None], gathered).squeeze(1)  # (cells, C)
-    return pooled.view(batch, number, output_size, output_size, channels).permute(0, 1, 4, 2, 3)
+        rows = _weights(y, feature.shape[2], output_size) * (level == index)[..., None, None]  # (B, K, P, H)
+        columns = _weights(x, feature.shape[3], output_size)  # (B, K, Q, W)
+        strips = torch.einsum('bkph,bhwc->bkpwc', rows, feature.permute(0, 2, 3, 1))
+        pooled = pooled + torch.einsum('bkqw,bkpwc->bkcpq', columns, strips)
+    return pooled
 
 
-def _on(device: torch.device, values: Sequence[float]) -> torch.Tensor:
-    """A small constant on the device, copied without waiting for it."""
-    return torch.tensor(values).to(device, non_blocking=True)
+def _weights(position: torch.Tensor, size: int, output_size: int) -> torch.Tensor:
+    """How much each of ``size`` pixels adds to each cell, (B, K, samples) -> (B, K, output_size, size).
 
-
-def _per_level(levels: Sequence[torch.Tensor], device: torch.device) -> tuple[torch.Tensor, ...]:
-    heights = [each.shape[2] for each in levels]
-    widths = [each.shape[3] for each in levels]
-    starts = [0]
-    for height, width in zip(heights[:-1], widths[:-1]):
-        starts.append(starts[-1] + height * width)
-    return _on(device, heights), _on(device, widths), _on(device, starts)
-
-
-def _neighbours(position: torch.Tensor, size: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Indices and weights of the two cells on either side of each position, (..., steps, 2).
-
-    A position outside [-1, size] has weight 0; one within a pixel of the border takes the border's value.
+    A sample gets 1 - distance of its two neighbours, or the border's value within a pixel of the border, or 0 outside
+    [-1, size]; a cell is the mean of its samples.
     """
-    size = size[..., None]
     inside = (position >= -1) & (position <= size)
-    position = torch.minimum(position.clamp(min=0), (size - 1).to(position.dtype))
-    low = position.floor()
-    high = torch.minimum(low + 1, (size - 1).to(position.dtype))
-    fraction = position - low
-    weights = torch.stack([1 - fraction, fraction], dim=-1) * inside[..., None]
-    return torch.stack([low, high], dim=-1).long(), weights
-
-
-def _cells(grid: torch.Tensor, output_size: int, sampling_ratio: int) -> torch.Tensor:
-    """(B, K, steps, 2, steps, 2) -> (B * K * output_size**2, samples * 4)."""
-    batch, number = grid.shape[:2]
-    grid = grid.reshape(batch, number, output_size, sampling_ratio * 2, output_size, sampling_ratio * 2)
-    return grid.transpose(3, 4).reshape(batch * number * output_size**2, (sampling_ratio * 2) ** 2)
+    distance = position.clamp(0, size - 1)[..., None] - torch.arange(size, device=position.device)
+    weights = (1 - distance.abs()).clamp(min=0) * inside[..., None]
+    return weights.unflatten(2, (output_size, -1)).mean(3)
