@@ -1,0 +1,59 @@
+import pickle
+
+import pytest
+import torch
+from mmengine.config import Config
+from mmengine.logging import HistoryBuffer
+
+from mmkd.errors import ConfigError
+from mmkd.host import config_path
+
+
+def test_histories_and_numpy_scalars_load_with_torchs_safe_default(tmp_path):
+    import numpy as np
+
+    history = HistoryBuffer()
+    history.update(0.25)
+    history.update(np.float64(0.75))
+    torch.save({'history': history, 'best': np.float64(0.5), 'flag': np.bool_(True)}, tmp_path / 'hub.pth')
+    found = torch.load(tmp_path / 'hub.pth', weights_only=True)
+    assert found['history'].data[0].tolist() == [0.25, 0.75]
+    assert found['history'].mean() == 0.5
+    assert found['best'] == 0.5
+
+
+class Reads:
+    """Asks for an attribute of something that is allowed, on the way to something that is not."""
+
+    def __init__(self, owner, name):
+        self.arguments = owner, name
+
+    def __reduce__(self):
+        return getattr, self.arguments
+
+
+@pytest.mark.parametrize(
+    ('owner', 'name'),
+    [
+        (HistoryBuffer, '__init__'),
+        (HistoryBuffer, '__globals__'),
+        (torch.Tensor, '__subclasses__'),
+        (HistoryBuffer, 'update'),
+    ],
+)
+def test_getattr_is_not_let_through(tmp_path, owner, name):
+    torch.save(Reads(owner, name), tmp_path / 'evil.pth')
+    with pytest.raises(pickle.UnpicklingError):
+        torch.load(tmp_path / 'evil.pth', weights_only=True)
+
+
+def test_other_bases_still_resolve_as_mmengine_has_it():
+    config = Config.fromfile(config_path('mmkd::gid_retinanet.py'))
+    assert config.model.student.backbone.depth == 50
+
+
+def test_an_unknown_config_names_the_nearest():
+    with pytest.raises(
+        ConfigError, match="mmkd::shapes/gid_retina.py: mmkd has no such config; .*'shapes/gid_retinanet.py'"
+    ):
+        config_path('mmkd::shapes/gid_retina.py')
