@@ -310,8 +310,7 @@ class GID(Distiller):
         regression = torch.where(
             teacher_larger, t.regression(t_out).gather(1, index), s.regression(s_out).gather(1, index)
         )
-        # a forward pass that overflowed, as AMP allows now and then, must not become an index out of range
-        boxes = s.decode(s.priors(s_out)[slots], regression).nan_to_num(0.0)
+        boxes = s.decode(s.priors(s_out)[slots], regression)
         limits = torch.tensor([[*meta['img_shape'][1::-1]] * 2 for meta in metas], dtype=boxes.dtype)
         limits = limits.to(boxes.device, non_blocking=True)[:, None]
         boxes = torch.minimum(boxes.clamp(min=0), limits)
