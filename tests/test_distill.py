@@ -128,6 +128,18 @@ def test_losses_are_float32_under_autocast(teacher_options):
         torch.testing.assert_close(found[name], expected[name], rtol=0.1, atol=0.01)
 
 
+class Gram(Foreign):
+    def forward(self, student, teacher, data_samples):
+        (level,) = student['bbox_head.retina_cls'][:1]
+        return {'loss': (level.flatten(1) @ level.flatten(1).T).mean()}
+
+
+def test_matrix_products_of_a_loss_are_not_autocast(teacher_options):
+    model = build(teacher_options, dict(own=dict(type=f'{__name__}.Gram')))
+    with torch.autocast('cpu', torch.bfloat16):
+        assert losses(model)['own.loss'].dtype is torch.float32
+
+
 def test_predictions_and_tensors_are_those_of_the_plain_student(teacher_options):
     model = build(teacher_options).eval()
     plain = detectors.build(detectors.retinanet()).eval()
