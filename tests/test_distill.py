@@ -7,7 +7,7 @@ import torch
 from mmengine.config import Config
 from mmengine.model import ExponentialMovingAverage
 from mmengine.optim import build_optim_wrapper
-from mmengine.registry import MODELS
+from mmengine.registry import MODELS, DefaultScope
 from torch import nn
 
 from mmkd.distill import distill
@@ -165,29 +165,52 @@ def test_testing_leaves_the_teacher_off_the_device(teacher_options):
     assert next(model._teacher.model.parameters()).dtype is torch.float32
 
 
-def test_a_layer_that_is_called_once_per_image_does_not_end_the_pass_early():
-    class PerImage(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.backbone, self.data_preprocessor = nn.Conv2d(3, 2, 1), nn.Module()
+@MODELS.register_module()
+class PerImage(nn.Module):
+    """Calls its backbone once per image, so that the number of calls is the size of the batch."""
 
-        def extract_feat(self, images):
-            return [self.backbone(image[None]) for image in images]
+    def __init__(self):
+        super().__init__()
+        self.backbone, self.data_preprocessor = nn.Conv2d(3, 2, 1), nn.Module()
 
-    registered = MODELS.register_module('PerImage', module=PerImage, force=True)
-    assert registered is None or registered is PerImage
-    model = distill(PerImage(), dict(config=dict(type='PerImage')), dict(own=dict(type=f'{__name__}.OnBackbone')))
-    assert model._teacher.calls is None
-    assert build_calls() == {'neck': 1}
+    def extract_feat(self, images):
+        return [self.backbone(image[None]) for image in images]
 
 
 class OnBackbone(Distiller):
     student_layers = teacher_layers = ('backbone',)
 
 
-def build_calls():
-    options = dict(config=detectors.retinanet())
-    return distill(detectors.retinanet(), options, dict(cwd=dict(type='CWD', layer='neck')))._teacher.calls
+def test_a_layer_that_is_called_once_per_image_does_not_end_the_pass_early(teacher_options):
+    model = distill(PerImage(), dict(config=dict(type='PerImage')), dict(own=dict(type=f'{__name__}.OnBackbone')))
+    assert model._teacher.calls is None
+    assert build(teacher_options, load=False)._teacher.calls == {'neck': 1, 'bbox_head': 1}
+
+
+def test_a_segmentor_learns_as_a_detector_does(tmp_path):
+    """mmseg keeps its data preprocessor at the config's top level and calls `self.forward` in its heads."""
+    from mmengine.hub import get_config
+    from mmengine.model import revert_sync_batchnorm
+    from mmengine.structures import PixelData
+    from mmseg.structures import SegDataSample
+
+    with DefaultScope.overwrite_default_scope('mmseg'):
+        student = get_config('mmseg::pspnet/pspnet_r18-d8_4xb2-80k_cityscapes-512x1024.py').model
+        student.pretrained = None
+        plain = MODELS.build(student)
+        torch.save(plain.state_dict(), tmp_path / 'teacher.pth')
+        teacher = dict(config=student, checkpoint=str(tmp_path / 'teacher.pth'))
+        model = distill(student, teacher, dict(cwd=dict(type='CWD', layer='decode_head.conv_seg', tau=4, weight=3)))
+        model.init_weights()
+        with pytest.raises(ConfigError, match="'decode_head' .*never called.*decode_head.conv_seg"):
+            distill(student, teacher, dict(cwd=dict(type='CWD', layer='decode_head')))
+    assert list(model.state_dict()) == list(plain.state_dict())
+    labels = PixelData(data=torch.randint(0, 19, (1, 64, 128)))
+    samples = [SegDataSample(gt_sem_seg=labels, metainfo=dict(img_shape=(64, 128))) for _ in range(2)]
+    found = revert_sync_batchnorm(model).train()(torch.randn(2, 3, 64, 128), samples, mode='loss')
+    model.parse_losses(found)[0].backward()
+    assert found['cwd.loss'] > 0
+    assert model.decode_head.conv_seg.weight.grad.abs().sum() > 0
 
 
 def test_initial_weights_and_random_state_do_not_depend_on_the_teacher(teacher_options):
