@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -18,24 +19,25 @@ METHODS = dict(gid=dict(type='GID'), cwd=dict(type='CWD', layer='neck'))
 pytestmark = pytest.mark.slow
 
 
+def launch(script, *arguments):
+    """Run a script of tools/ on a free port; what it printed."""
+    with socket.socket() as free:
+        free.bind(('127.0.0.1', 0))
+        port = free.getsockname()[1]
+    environment = {**os.environ, 'PYTHON': sys.executable, 'PORT': str(port), 'OMP_NUM_THREADS': '1'}
+    command = ['bash', str(ROOT / 'tools' / script), *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout + done.stderr
+
+
 def train(config, folder, processes):
     """Train in one or two processes; the weights of each."""
     config.work_dir = str(folder)
     config.custom_hooks = [dict(type='mmkd.testing.runs.SaveEachRank')]
     path = folder.with_suffix('.py')
     config.dump(path)
-    with socket.socket() as free:
-        free.bind(('127.0.0.1', 0))
-        port = free.getsockname()[1]
-    environment = {
-        **os.environ,
-        'PATH': f'{Path(sys.executable).parent}:{os.environ["PATH"]}',
-        'PORT': str(port),
-        'OMP_NUM_THREADS': '1',
-    }
-    command = ['bash', str(ROOT / 'tools' / 'dist_train.sh'), str(path), str(processes)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
+    launch('dist_train.sh', path, processes)
     assert 'find_unused_parameters' not in path.read_text()
     return [torch.load(folder / f'rank{rank}.pth', weights_only=True) for rank in range(processes)]
 
@@ -63,6 +65,17 @@ def test_both_processes_end_with_the_same_student_and_adapters(tmp_path, objects
     for name, value in first.items():
         assert torch.isfinite(value).all(), name
         assert torch.equal(value, second[name]), name
+
+
+def test_two_processes_evaluate_as_one(tmp_path):
+    config = shapes_config(tmp_path, distilled(tmp_path, METHODS), iterations=4)
+    train(config, tmp_path / 'one', 1)
+    path, checkpoint = tmp_path / 'one.py', tmp_path / 'one' / 'iter_4.pth'
+    metrics = [
+        re.search(r'coco/bbox_mAP: \S+ .*coco/bbox_mAP_l: \S+', launch('dist_test.sh', path, checkpoint, processes))[0]
+        for processes in (1, 2)
+    ]
+    assert metrics[0] == metrics[1]
 
 
 def one_step(tmp_path):
@@ -121,3 +134,39 @@ def test_two_times_four_images_train_the_student_as_one_time_eight(tmp_path):
     trained = [name for name, update in one.items() if update.is_floating_point() and update.abs().max() > 0]
     assert any(name.startswith('backbone.') for name in trained)
     assert_equal_updates(one, two, trained)
+
+
+@pytest.mark.parametrize(
+    ('script', 'arguments', 'runs'),
+    [
+        (
+            'slurm_train.sh',
+            ['gpu', 'job', 'c.py', 'out', '--amp'],
+            'train.py c.py --work-dir=out --launcher=slurm --amp',
+        ),
+        (
+            'slurm_test.sh',
+            ['gpu', 'job', 'c.py', 'w.pth', '--out', 'o.pkl'],
+            'test.py c.py w.pth --launcher=slurm --out o.pkl',
+        ),
+    ],
+)
+def test_slurm_scripts_hand_over_to_srun(tmp_path, script, arguments, runs):
+    """With an srun that prints what it was given."""
+    srun = tmp_path / 'srun'
+    srun.write_text('#!/bin/sh\necho "$@"\n')
+    srun.chmod(0o755)
+    environment = {
+        **os.environ,
+        'PATH': f'{tmp_path}:{os.environ["PATH"]}',
+        'GPUS': '16',
+        'SRUN_ARGS': '--time=1:00 --exclusive',
+    }
+    command = ['bash', str(ROOT / 'tools' / script), *arguments]
+    printed = subprocess.run(command, capture_output=True, text=True, env=environment, check=True).stdout.strip()
+    assert printed.startswith('-p gpu --job-name=job --gres=gpu:8 --ntasks=16 --ntasks-per-node=8 --cpus-per-task=5')
+    assert '--time=1:00 --exclusive python -u' in printed
+    assert printed.endswith(runs)
+    done = subprocess.run(['bash', str(ROOT / 'tools' / script), 'gpu'], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert 'usage:' in done.stderr
