@@ -162,6 +162,7 @@ def test_slurm_scripts_hand_over_to_srun(tmp_path, script, arguments, runs):
         'GPUS': '16',
         'SRUN_ARGS': '--time=1:00 --exclusive',
     }
+    environment.pop('PYTHON', None)
     command = ['bash', str(ROOT / 'tools' / script), *arguments]
     printed = subprocess.run(command, capture_output=True, text=True, env=environment, check=True).stdout.strip()
     assert printed.startswith('-p gpu --job-name=job --gres=gpu:8 --ntasks=16 --ntasks-per-node=8 --cpus-per-task=5')
