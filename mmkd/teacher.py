@@ -2,6 +2,7 @@
 
 import logging
 import os
+from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from http.client import HTTPException
@@ -286,7 +287,10 @@ def read_checkpoint(path: Path, what: str = 'teacher checkpoint') -> dict[str, t
     state = content.get('state_dict', content) if isinstance(content, dict) else content
     if not isinstance(state, dict) or not state or not all(isinstance(each, torch.Tensor) for each in state.values()):
         raise ConfigError(f"{what} {path}: holds no weights (expected a dict of tensors, or 'state_dict')")
-    return {name: tensor for name, tensor in state.items() if not name.startswith('distillers.')}
+    weights = OrderedDict((name, tensor) for name, tensor in state.items() if not name.startswith('distillers.'))
+    if hasattr(state, '_metadata'):  # each module's version, by which it converts older weights
+        weights._metadata = state._metadata
+    return weights
 
 
 def first_line(error: Exception) -> str:

@@ -1,5 +1,6 @@
 import copy
 import pickle
+from pathlib import Path
 
 import pytest
 import torch
@@ -192,6 +193,13 @@ def test_a_training_checkpoint_with_histories_loads(teacher_options, tmp_path):
     path = tmp_path / 'epoch_1.pth'
     torch.save({'state_dict': weights, 'message_hub': {'log_scalars': {'train/loss': history}}}, path)
     assert read_checkpoint(path).keys() == weights.keys()
+
+
+def test_module_versions_are_kept(teacher_options):
+    model = detectors.build(teacher_options['config'])
+    weights = read_checkpoint(Path(teacher_options['checkpoint']))
+    assert weights._metadata == model.state_dict()._metadata
+    assert weights._metadata['backbone.bn1'] == {'version': 2}
 
 
 def test_a_teacher_that_was_distilled_itself(teacher_options, tmp_path):
