@@ -182,6 +182,12 @@ def build_runner(config: Config) -> Runner:
     return RUNNERS.build(config) if 'runner_type' in config else Runner.from_cfg(config)
 
 
+def end_processes() -> None:
+    """Leave the process group; a process that exits with it open may be aborted by its communication threads."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
 def compare_batch_sizes(runner: Runner) -> None:
     """Say so where the batch is not the one that the learning rate was chosen for."""
     scaling = runner.cfg.get('auto_scale_lr') or {}

@@ -26,6 +26,7 @@ def main() -> None:
         if args.out:
             cli.dump_predictions(runner, args.out)
         runner.test()
+        cli.end_processes()
 
 
 if __name__ == '__main__':

@@ -42,6 +42,7 @@ def main() -> None:
         runner = cli.build_runner(config)
         cli.compare_batch_sizes(runner)
         runner.train()
+        cli.end_processes()
 
 
 if __name__ == '__main__':
