@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import shutil
 import socket
 import subprocess
@@ -20,7 +19,7 @@ pytestmark = pytest.mark.slow
 
 
 def launch(script, *arguments):
-    """Run a script of tools/ on a free port; what it printed."""
+    """Run a script of tools/ on a free port."""
     with socket.socket() as free:
         free.bind(('127.0.0.1', 0))
         port = free.getsockname()[1]
@@ -28,7 +27,6 @@ def launch(script, *arguments):
     command = ['bash', str(ROOT / 'tools' / script), *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout + done.stderr
 
 
 def train(config, folder, processes):
@@ -65,17 +63,6 @@ def test_both_processes_end_with_the_same_student_and_adapters(tmp_path, objects
     for name, value in first.items():
         assert torch.isfinite(value).all(), name
         assert torch.equal(value, second[name]), name
-
-
-def test_two_processes_evaluate_as_one(tmp_path):
-    config = shapes_config(tmp_path, distilled(tmp_path, METHODS), iterations=4)
-    train(config, tmp_path / 'one', 1)
-    path, checkpoint = tmp_path / 'one.py', tmp_path / 'one' / 'iter_4.pth'
-    metrics = [
-        re.search(r'coco/bbox_mAP: \S+ .*coco/bbox_mAP_l: \S+', launch('dist_test.sh', path, checkpoint, processes))[0]
-        for processes in (1, 2)
-    ]
-    assert metrics[0] == metrics[1]
 
 
 def one_step(tmp_path):
