@@ -183,7 +183,7 @@ def build_runner(config: Config) -> Runner:
 
 
 def end_processes() -> None:
-    """Leave the process group; a process that exits with it open may be aborted by its communication threads."""
+    """Leave the process group, as torch asks for before a process exits."""
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
