@@ -5,15 +5,17 @@
 """
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from mmengine.model import BaseModel
 from mmengine.registry import MODELS as MMENGINE_MODELS
+from torch import nn
 
 from mmkd.distillers.base import Distillers
+from mmkd.errors import ConfigError
 from mmkd.registry import MODELS
-from mmkd.taps import Taps, probe
+from mmkd.taps import Taps, find_layer, probe
 from mmkd.teacher import build_teacher
 
 
@@ -33,7 +35,9 @@ class Distilled:
     def init_weights(self) -> None:
         """Initialise the student and load the teacher; ``Runner.train`` calls it, ``Runner.test`` does not."""
         super().init_weights()
-        self._teacher.load(next(self.parameters()).device)
+        device = next(self.parameters()).device
+        # after `init_weights`, which would overwrite it; before the teacher's batch norms are folded
+        self._teacher.load(device, then=functools.partial(inherit_weights, self, parts=self._inherit))
 
     def _apply(self, fn: Callable, *args, **kwargs):
         self._teacher.apply(fn)  # `.to()`, `.cuda()`, `.half()` take the teacher along
@@ -46,6 +50,7 @@ def distill(
     teacher: str | Mapping,
     distillers: Mapping[str, Mapping],
     data_preprocessor: Mapping | None = None,
+    inherit: Sequence[str] = (),
 ) -> BaseModel:
     """Build a student that learns from a teacher; in a config, ``model = dict(type='mmkd.Distill', ...)``.
 
@@ -55,6 +60,8 @@ def distill(
             weights, or ``dict(config=..., checkpoint=...)``; see :func:`mmkd.teacher.build_teacher`.
         distillers: Name to config of each method; losses are logged as ``<name>.<key>``.
         data_preprocessor: Given by mmengine's Runner where a config has one at its top level; for the student.
+        inherit: The student's parts that start from the teacher's weights, such as ``['neck', 'bbox_head']`` (the
+            "inheriting strategy"); ``init_weights`` copies them.
 
     Returns:
         The student. Its ``state_dict`` holds the plain model's keys and, where a method has trainable parts,
@@ -81,15 +88,47 @@ def distill(
         collection = Distillers(distillers)
         taps = probe(teacher.model, collection.teacher_layers)
         two_images = probe(teacher.model, collection.teacher_layers, batch=2)
-        collection.setup(probe(model, collection.student_layers), taps)
+        collection.setup(probe(model, collection.probed_layers), taps)
+    for layer in collection.student_layers:
+        find_layer(model, layer)
+    check_inheritance(model, teacher.model, inherit)
     teacher.layers = collection.teacher_layers
     # a layer that is called once per image has no fixed number of calls after which the teacher could stop
     teacher.calls = taps.calls if taps.calls == two_images.calls else None
     teacher.follow(model.data_preprocessor)
     model.__class__ = distilled_class(type(model))
     model._teacher = teacher
+    model._inherit = tuple(inherit)
     model.distillers = collection.to(device)
     return model
+
+
+def check_inheritance(student: nn.Module, teacher: nn.Module, parts: Sequence[str]) -> None:
+    """Raise ConfigError unless each of the student's parts can take the teacher's weights."""
+    if isinstance(parts, str):
+        raise ConfigError(f'inherit={parts!r}: expected a list of parts, such as [{parts!r}]')
+    for part in parts:
+        try:
+            shapes = [
+                {name: tuple(value.shape) for name, value in find_layer(model, part).state_dict().items()}
+                for model in (student, teacher)
+            ]
+        except ConfigError as error:
+            raise ConfigError(f'inherit: {error}') from None
+        for name in [*shapes[0], *shapes[1]]:
+            own, other = (each.get(name, 'not there') for each in shapes)
+            if own != other:
+                raise ConfigError(
+                    f'inherit: {part}.{name} is {own} in the student and {other} in the teacher; give both the same shapes, or '
+                    f'inherit other parts'
+                )
+
+
+@torch.no_grad()
+def inherit_weights(student: nn.Module, teacher: nn.Module, parts: Sequence[str]) -> None:
+    """Copy the teacher's weights into the student's parts."""
+    for part in parts:
+        student.get_submodule(part).load_state_dict(teacher.get_submodule(part).state_dict())
 
 
 @functools.cache

@@ -93,8 +93,12 @@ class Teacher:
             run(self.model, self.layers, inputs, data_samples)
         return taps
 
-    def load(self, device: torch.device | str = 'cpu') -> None:
+    def load(self, device: torch.device | str = 'cpu', then: Callable[[nn.Module], None] | None = None) -> None:
         """Load the weights, strictly, speed the model up and move it to the device.
+
+        Args:
+            device: Where to.
+            then: Called with the model when it is loaded, before its batch norms are folded.
 
         Raises:
             ConfigError: if there is no checkpoint, it cannot be read safely, or it does not fit the model.
@@ -104,6 +108,8 @@ class Teacher:
         if self.checkpoint is None:
             raise ConfigError(f'teacher: no checkpoint for {type(self.model).__name__}; {NO_WEIGHTS}')
         load_weights(self.model, self.checkpoint)
+        if then is not None:
+            then(self.model)
         folded = self.speed_up(device)
         print_log(
             f'Teacher {type(self.model).__name__}: loaded {self.checkpoint}; it runs as far as {list(self.layers)}, '

@@ -3,5 +3,5 @@ model = dict(
     _delete_=True,
     type='mmkd.Distill',
     student=_base_.model,
-    teacher=dict(config='mmkd::shapes/retinanet_teacher.py', checkpoint='work_dirs/demo/teacher/iter_1500.pth'),
+    teacher=dict(config='mmkd::shapes/retinanet_teacher.py', checkpoint='work_dirs/retinanet_teacher/iter_1500.pth'),
     distillers=dict(cwd=dict(type='CWD', layer='neck')))

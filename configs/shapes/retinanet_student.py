@@ -1,4 +1,4 @@
-_base_ = 'retinanet_base.py'
+_base_ = '_base_/retinanet.py'
 model = dict(
     backbone=dict(base_channels=8),
     neck=dict(in_channels=[8, 16, 32, 64], out_channels=32),

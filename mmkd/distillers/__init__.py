@@ -9,5 +9,6 @@ __all__ = ['CWD', 'Distiller', 'Distillers', 'FeatureDistiller']
 
 if find_spec('mmdet') is not None:  # segmentation needs no mmdet
     from mmkd.distillers.detection.gid import GID
+    from mmkd.distillers.detection.mimic import Mimic
 
-    __all__ += ['GID']
+    __all__ += ['GID', 'Mimic']

@@ -21,6 +21,9 @@ class Distiller(nn.Module):
 
     student_layers: Sequence[str] = ()
     teacher_layers: Sequence[str] = ()
+    training_layers: Sequence[str] = ()
+    """The student's layers that are called in its ``loss`` alone, such as ``'rpn_head.loss_cls:input'``; they are tapped
+    as well, but not probed."""
 
     def setup(self, student: Taps, teacher: Taps) -> None:
         """Called once at build time with the taps of a (1, 3, 256, 256) image: make adapters, refuse what cannot work.
@@ -47,6 +50,9 @@ class FeatureDistiller(Distiller):
         weight: A number or a schedule, see :class:`mmkd.distillers.schedule.Weight`.
         teacher_layer: The teacher's, where its name differs.
         adapter: ``'auto'``, None or a dict, see :class:`mmkd.adapters.Adapters`.
+        match: Which levels belong together. ``'stride'`` (default): those of equal size for the same image; levels
+            that only one model has are left out (P2 and P7, for a P2-P6 and a P3-P7 pyramid), and two single levels always
+            belong together. ``'index'``: the first with the first and so on.
     """
 
     def __init__(
@@ -55,8 +61,12 @@ class FeatureDistiller(Distiller):
         weight: float | Mapping = 1.0,
         teacher_layer: str | Sequence[str] | None = None,
         adapter: str | Mapping | None = 'auto',
+        match: str = 'stride',
     ):
         super().__init__()
+        if match not in ('stride', 'index'):
+            raise ConfigError(f"match={match!r}: expected 'stride' or 'index'")
+        self.match = match
         self.student_layers = (layer,) if isinstance(layer, str) else tuple(layer)
         other = layer if teacher_layer is None else teacher_layer
         self.teacher_layers = (other,) if isinstance(other, str) else tuple(other)
@@ -65,31 +75,88 @@ class FeatureDistiller(Distiller):
 
     def setup(self, student: Taps, teacher: Taps) -> None:
         names = (', '.join(self.student_layers), ', '.join(self.teacher_layers))
+        if len(self.student_layers) != len(self.teacher_layers):
+            raise ConfigError(
+                f'{len(self.student_layers)} student and {len(self.teacher_layers)} teacher layers: {names}'
+            )
+        self.pairs: list[tuple[int, int]] = []
+        s_start = t_start = 0
         for layer, other in zip(self.student_layers, self.teacher_layers):
             refuse_other_classes(student, layer, teacher, other)
-        self.adapters = Adapters(self.adapter, self._levels(student), self._levels(teacher, of_teacher=True), names)
+            s_levels, t_levels = maps(student, layer), maps(teacher, other)
+            found = match_levels(s_levels, t_levels, self.match, (layer, other))
+            self.pairs += [(s_start + i, t_start + j) for i, j in found]
+            s_start, t_start = s_start + len(s_levels), t_start + len(t_levels)
+        self.adapters = Adapters(self.adapter, *self._levels(student, teacher), names)
 
-    def _levels(self, taps: Taps, of_teacher: bool = False) -> list[torch.Tensor]:
-        levels = []
-        for layer in self.teacher_layers if of_teacher else self.student_layers:
-            for level in taps[layer]:
-                if not isinstance(level, torch.Tensor):
-                    raise ConfigError(
-                        f'layer {layer!r} puts out a {type(level).__name__} of several outputs, not a map; name the module '
-                        f"that puts out the one to compare, such as 'bbox_head.retina_cls'"
-                    )
-                levels.append(level)
-        return levels
+    def _levels(self, student: Taps, teacher: Taps) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """The levels that belong together, of both."""
+        features = [level for layer in self.student_layers for level in maps(student, layer)]
+        targets = [level for layer in self.teacher_layers for level in maps(teacher, layer)]
+        return [features[i] for i, _ in self.pairs], [targets[j] for _, j in self.pairs]
+
+    def adapted(self, student: Taps, teacher: Taps) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """The levels that belong together, the student's in the teacher's shape.
+
+        Raises:
+            ConfigError: if the student's have no gradient.
+        """
+        features, targets = self._levels(student, teacher)
+        require_gradient(', '.join(self.student_layers), features)
+        return list(zip(self.adapters(features, targets), targets, strict=True))
 
     def compare(self, student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
         """The loss between one level of both, already of the same shape."""
         raise NotImplementedError(f'{type(self).__name__} has no compare')
 
     def forward(self, student: Taps, teacher: Taps, data_samples: list | None) -> dict[str, torch.Tensor]:
-        features, targets = self._levels(student), self._levels(teacher, of_teacher=True)
-        require_gradient(', '.join(self.student_layers), features)
-        adapted = self.adapters(features, targets)
-        return {'loss': self.weight() * sum(self.compare(s, t) for s, t in zip(adapted, targets, strict=True))}
+        return {'loss': self.weight() * sum(self.compare(s, t) for s, t in self.adapted(student, teacher))}
+
+
+def maps(taps: Taps, layer: str) -> tuple[torch.Tensor, ...]:
+    """A layer's levels.
+
+    Raises:
+        ConfigError: if it puts out something else.
+    """
+    for level in taps[layer]:
+        if not isinstance(level, torch.Tensor):
+            raise ConfigError(
+                f'layer {layer!r} puts out a {type(level).__name__} of several outputs, not a map; name the module '
+                f"that puts out the one to compare, such as 'bbox_head.retina_cls'"
+            )
+    return taps[layer]
+
+
+def match_levels(
+    student: Sequence[torch.Tensor], teacher: Sequence[torch.Tensor], match: str, names: tuple[str, str]
+) -> list[tuple[int, int]]:
+    """Indices of the levels that belong together, see :class:`FeatureDistiller`, from both models' maps of one image.
+
+    Raises:
+        ConfigError: if no levels do, or the numbers differ with ``'index'``.
+    """
+    both = f'student {names[0]!r} and teacher {names[1]!r}'
+    if match == 'index':
+        if len(student) != len(teacher):
+            raise ConfigError(f"{both} have {len(student)} and {len(teacher)} levels; use match='stride'")
+        return [(i, i) for i in range(len(student))]
+    if len(student) == len(teacher) == 1:
+        return [(0, 0)]
+    free = list(range(len(teacher)))
+    pairs = []
+    for i, level in enumerate(student):
+        j = next((j for j in free if teacher[j].shape[2:] == level.shape[2:]), None)
+        if j is not None:
+            free.remove(j)
+            pairs.append((i, j))
+    if not pairs:
+        sizes = [[tuple(level.shape[2:]) for level in levels] for levels in (student, teacher)]
+        raise ConfigError(
+            f'{both} have no level of the same stride (sizes for one image: {sizes[0]} and {sizes[1]}); tap other layers, or '
+            f"use match='index'"
+        )
+    return pairs
 
 
 def refuse_other_classes(student: Taps, student_layer: str, teacher: Taps, teacher_layer: str) -> None:
@@ -132,14 +199,15 @@ class Distillers(nn.ModuleDict):
                     f'nn.ModuleDict; choose another'
                 )
             self[name] = build(DISTILLERS, f'distillers.{name}', spec)
-        self.student_layers = self._layers('student_layers')
+        self.probed_layers = self._layers('student_layers')
+        self.student_layers = tuple(dict.fromkeys(self.probed_layers + self._layers('training_layers', ())))
         self.teacher_layers = self._layers('teacher_layers')
 
-    def _layers(self, attribute: str) -> tuple[str, ...]:
+    def _layers(self, attribute: str, default: tuple[str, ...] | None = None) -> tuple[str, ...]:
         """All distillers' layers, each once."""
         layers: dict[str, None] = {}
         for name, distiller in self.items():
-            found = getattr(distiller, attribute, None)
+            found = getattr(distiller, attribute, default)
             if found is None:
                 raise ConfigError(f'distillers.{name}: {type(distiller).__name__} has no attribute {attribute!r}')
             layers.update(dict.fromkeys((found,) if isinstance(found, str) else found))
@@ -147,7 +215,7 @@ class Distillers(nn.ModuleDict):
 
     def setup(self, student: Taps, teacher: Taps) -> None:
         """Let each distiller make its adapters from probed shapes, and check each tapped layer."""
-        for taps, layers in ((student, self.student_layers), (teacher, self.teacher_layers)):
+        for taps, layers in ((student, self.probed_layers), (teacher, self.teacher_layers)):
             for layer in layers:
                 taps[layer]  # raises if it was never called or changed in place
         for name, distiller in self.items():

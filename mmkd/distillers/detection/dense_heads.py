@@ -9,10 +9,11 @@ column, anchor. A head of another kind is added from anywhere:
 
 import functools
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
-from mmdet.models.dense_heads import AnchorHead
-from mmdet.models.task_modules.assigners import BboxOverlaps2D, MaxIoUAssigner
+from mmdet.models.dense_heads import AnchorHead, FCOSHead, GFLHead
+from mmdet.models.task_modules.assigners import ATSSAssigner, BboxOverlaps2D, MaxIoUAssigner
 from mmdet.models.task_modules.coders import DeltaXYWHBBoxCoder
 from mmdet.models.task_modules.prior_generators import anchor_inside_flags
 from torch import nn
@@ -29,30 +30,28 @@ def dense_head(head: nn.Module) -> 'DenseHead':
         ConfigError: for a head that nobody has registered.
     """
     raise ConfigError(
-        f'{type(head).__name__}: how to read this head is not known; RetinaNet-like heads are, others are added with '
+        f'{type(head).__name__}: how to read this head is not known; heads with anchors (RetinaNet, RPN, ATSS), GFL '
+        f'and FCOS are, others are added with '
         f'mmkd.distillers.detection.dense_heads.dense_head.register'
     )
 
 
-@dense_head.register(AnchorHead)
 class DenseHead:
-    """A dense head with anchors, sigmoid class scores and boxes as deltas: RetinaNet's, and its like.
+    """A dense head with sigmoid class scores.
 
     Args:
         head: The detector's head.
 
     Raises:
-        ConfigError: where the head has softmax scores or codes its boxes otherwise.
+        ConfigError: where the head does not predict as is expected here.
     """
+
+    unit: str
+    """What the regression means; two heads can be compared where this is equal."""
 
     def __init__(self, head: nn.Module):
         if not head.use_sigmoid_cls:
             raise ConfigError(f'{type(head).__name__} has softmax class scores; a head with sigmoid scores is needed')
-        coder = head.bbox_coder
-        if type(coder) is not DeltaXYWHBBoxCoder or head.reg_decoded_bbox or getattr(coder, 'add_ctr_clamp', False):
-            raise ConfigError(
-                f'{type(head).__name__} does not predict boxes as deltas (DeltaXYWHBBoxCoder, reg_decoded_bbox=False)'
-            )
         self.head = head
 
     @property
@@ -64,12 +63,6 @@ class DenseHead:
         """The stride of each level, in pixels."""
         return [stride[0] for stride in self.head.prior_generator.strides]
 
-    @property
-    def unit(self) -> str:
-        """What the regression means; two heads can be compared where this is equal."""
-        coder = self.head.bbox_coder
-        return f'deltas with means {tuple(coder.means)} and stds {tuple(coder.stds)}'
-
     def class_logits(self, outputs: tuple) -> list[torch.Tensor]:
         """Per level (B, A, C, H, W): A slots at each location, C class logits each."""
         return [level.unflatten(1, (-1, self.classes)) for level in outputs[0]]
@@ -79,26 +72,16 @@ class DenseHead:
         return torch.cat([level.permute(0, 2, 3, 1).reshape(len(level), -1, 4) for level in outputs[1]], dim=1)
 
     def priors(self, outputs: tuple) -> torch.Tensor:
-        """(slots, 4), xyxy in pixels."""
-        sizes = tuple(tuple(level.shape[2:]) for level in outputs[0])
-        return _grid_priors(self.head.prior_generator, sizes, outputs[0][0].device)
+        """(slots, 4), in the form that :meth:`decode` takes."""
+        raise NotImplementedError(f'{type(self).__name__} has no priors')
 
     def decode(self, priors: torch.Tensor, regression: torch.Tensor) -> torch.Tensor:
         """Boxes, xyxy in pixels, for priors and regression of shape (..., 4)."""
-        return decode_deltas(priors, regression, self.head.bbox_coder.means, self.head.bbox_coder.stds)
+        raise NotImplementedError(f'{type(self).__name__} has no decode')
 
     def check_assigner(self) -> None:
         """Raise ConfigError unless :meth:`assigned` can follow the head's assigner."""
-        assigner = getattr(self.head, 'assigner', None)
-        if (
-            type(assigner) is not MaxIoUAssigner
-            or assigner.perm_repeat_gt_cfg is not None
-            or type(assigner.iou_calculator) is not BboxOverlaps2D
-        ):
-            raise ConfigError(
-                f'{type(self.head).__name__} assigns boxes to slots with {type(assigner).__name__}; MaxIoUAssigner '
-                f'is needed, with BboxOverlaps2D and without perm_repeat_gt_cfg'
-            )
+        raise NotImplementedError(f'{type(self).__name__} has no check_assigner')
 
     def assigned(self, outputs: tuple, boxes: torch.Tensor, valid: torch.Tensor, metas: Sequence[dict]) -> torch.Tensor:
         """The slots that the detector's own assigner would give to ``boxes`` if they were ground truth.
@@ -112,19 +95,148 @@ class DenseHead:
         Returns:
             (B, slots), bool.
         """
-        priors = self.priors(outputs)
-        return max_iou_assigned(self.head.assigner, priors, boxes, valid, self._inside(priors, outputs, metas))
+        raise NotImplementedError(f'{type(self).__name__} has no assigned')
 
-    def _inside(self, priors: torch.Tensor, outputs: tuple, metas: Sequence[dict]) -> torch.Tensor:
+
+@dense_head.register(AnchorHead)
+class AnchorDenseHead(DenseHead):
+    """A head with anchors and boxes as deltas from them: RetinaNet's, an RPN, ATSS."""
+
+    def __init__(self, head: nn.Module):
+        super().__init__(head)
+        coder = head.bbox_coder
+        if type(coder) is not DeltaXYWHBBoxCoder or getattr(coder, 'add_ctr_clamp', False):
+            raise ConfigError(f'{type(head).__name__} does not predict boxes as deltas (DeltaXYWHBBoxCoder)')
+
+    @property
+    def unit(self) -> str:
+        coder = self.head.bbox_coder
+        return f'deltas with means {tuple(coder.means)} and stds {tuple(coder.stds)}'
+
+    def sizes(self, outputs: tuple) -> list[int]:
+        """Slots of each level."""
+        return [level[0, 0].numel() * self.head.num_base_priors for level in outputs[0]]
+
+    def anchors(self, outputs: tuple) -> torch.Tensor:
+        """(slots, 4), xyxy in pixels."""
+        sizes = tuple(tuple(level.shape[2:]) for level in outputs[0])
+        return _grid_priors(self.head.prior_generator, sizes, outputs[0][0].device)
+
+    def priors(self, outputs: tuple) -> torch.Tensor:
+        return self.anchors(outputs)
+
+    def decode(self, priors: torch.Tensor, regression: torch.Tensor) -> torch.Tensor:
+        return decode_deltas(priors, regression, self.head.bbox_coder.means, self.head.bbox_coder.stds)
+
+    def check_assigner(self) -> None:
+        assigner = getattr(self.head, 'assigner', None)
+        max_iou = type(assigner) is MaxIoUAssigner and assigner.perm_repeat_gt_cfg is None
+        atss = type(assigner) is ATSSAssigner and assigner.alpha is None
+        if not (max_iou or atss) or type(assigner.iou_calculator) is not BboxOverlaps2D:
+            raise ConfigError(
+                f'{type(self.head).__name__} assigns boxes to slots with {type(assigner).__name__}; MaxIoUAssigner '
+                f'(without perm_repeat_gt_cfg) or ATSSAssigner (without alpha) is needed, with BboxOverlaps2D'
+            )
+
+    def assigned(self, outputs: tuple, boxes: torch.Tensor, valid: torch.Tensor, metas: Sequence[dict]) -> torch.Tensor:
+        anchors, assigner = self.anchors(outputs), self.head.assigner
+        inside = self._inside(anchors, outputs, metas)
+        if isinstance(assigner, ATSSAssigner):
+            return atss(assigner.topk, anchors, self.sizes(outputs), boxes, valid, inside).positive.any(1)
+        return max_iou_assigned(assigner, anchors, boxes, valid, inside)
+
+    def _inside(self, anchors: torch.Tensor, outputs: tuple, metas: Sequence[dict]) -> torch.Tensor:
         """(B, slots): the slots that the head is trained on, as its ``get_targets`` has it."""
         sizes = [level.shape[2:] for level in outputs[0]]
         border = self.head.train_cfg['allowed_border']
         flags = []
         for meta in metas:
             shape = meta.get('pad_shape', meta['img_shape'])
-            levels = self.head.prior_generator.valid_flags(sizes, shape, device=priors.device)
-            flags.append(anchor_inside_flags(priors, torch.cat(levels), meta['img_shape'][:2], border))
+            levels = self.head.prior_generator.valid_flags(sizes, shape, device=anchors.device)
+            flags.append(anchor_inside_flags(anchors, torch.cat(levels), meta['img_shape'][:2], border))
         return torch.stack(flags)
+
+
+class DistanceDenseHead(DenseHead):
+    """A head whose regression is the distances from a location to the box's left, top, right and bottom side.
+
+    The distances are in units of the level's stride; priors are (x, y, stride, stride).
+    """
+
+    unit = 'distances to the sides, in strides'
+
+    def decode(self, priors: torch.Tensor, regression: torch.Tensor) -> torch.Tensor:
+        distances = regression * priors[..., 2:].repeat_interleave(2, -1)
+        return torch.cat([priors[..., :2] - distances[..., :2], priors[..., :2] + distances[..., 2:]], -1)
+
+
+@dense_head.register(GFLHead)
+class DistributionDenseHead(DistanceDenseHead, AnchorDenseHead):
+    """A head that predicts a distribution of each distance: GFL. Its regression is their means."""
+
+    def __init__(self, head: nn.Module):
+        DenseHead.__init__(self, head)
+
+    def distributions(self, outputs: tuple) -> torch.Tensor:
+        """Logits, (B, slots, 4, n + 1), of the distances 0 to n in strides."""
+        bins = self.head.reg_max + 1
+        return torch.cat([each.permute(0, 2, 3, 1).reshape(len(each), -1, 4, bins) for each in outputs[1]], dim=1)
+
+    def regression(self, outputs: tuple) -> torch.Tensor:
+        logits = self.distributions(outputs)
+        return logits.softmax(-1) @ torch.arange(logits.shape[-1], device=logits.device, dtype=logits.dtype)
+
+    def priors(self, outputs: tuple) -> torch.Tensor:
+        anchors = self.anchors(outputs)
+        stride = _per_slot(tuple(self.strides), tuple(self.sizes(outputs)), anchors.device)
+        return torch.cat([(anchors[:, :2] + anchors[:, 2:]) / 2, stride, stride], 1)
+
+
+@dense_head.register(FCOSHead)
+class PointDenseHead(DistanceDenseHead):
+    """A head of locations without anchors: FCOS. In whatever unit it puts out distances, here they are in strides."""
+
+    @property
+    def strides(self) -> list[int]:
+        return list(self.head.strides)
+
+    def regression(self, outputs: tuple) -> torch.Tensor:
+        # with `norm_on_bbox` mmdet's head puts out strides in training and pixels in evaluation, else always pixels
+        in_strides = self.head.norm_on_bbox and self.head.training
+        levels = [
+            level if in_strides else level / stride for level, stride in zip(outputs[1], self.strides, strict=True)
+        ]
+        return super().regression((outputs[0], levels))
+
+    def priors(self, outputs: tuple) -> torch.Tensor:
+        sizes = tuple(tuple(level.shape[2:]) for level in outputs[0])
+        points = _grid_priors(self.head.prior_generator, sizes, outputs[0][0].device)
+        stride = _per_slot(tuple(self.strides), tuple(h * w for h, w in sizes), points.device)
+        return torch.cat([points, stride, stride], 1)
+
+    def check_assigner(self) -> None:
+        pass  # FCOS has no other way to assign than its own
+
+    def assigned(self, outputs: tuple, boxes: torch.Tensor, valid: torch.Tensor, metas: Sequence[dict]) -> torch.Tensor:
+        priors = self.priors(outputs)
+        sizes = tuple(level[0, 0].numel() for level in outputs[0])
+        ranges = [_per_slot(tuple(limit), sizes, priors.device)[:, 0] for limit in zip(*self.head.regress_ranges)]
+        points, boxes = priors[:, :2], boxes[:, :, None]
+        distances = torch.cat([points - boxes[..., :2], boxes[..., 2:] - points], -1)  # (B, K, slots, 4)
+        largest = distances.amax(-1)
+        inside = distances.amin(-1) > 0
+        if self.head.center_sampling:
+            centre, radius = (boxes[..., :2] + boxes[..., 2:]) / 2, priors[:, 2:] * self.head.center_sample_radius
+            top_left = torch.maximum(centre - radius, boxes[..., :2])
+            bottom_right = torch.minimum(centre + radius, boxes[..., 2:])
+            inside = torch.cat([points - top_left, bottom_right - points], -1).amin(-1) > 0
+        return (inside & (largest >= ranges[0]) & (largest <= ranges[1]) & valid[:, :, None]).any(1)
+
+
+@functools.lru_cache(maxsize=8)
+def _per_slot(values: tuple[float, ...], sizes: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    """One value per level, repeated for each of its slots, (slots, 1)."""
+    return torch.cat([torch.full((size, 1), float(value)) for value, size in zip(values, sizes)]).to(device)
 
 
 @functools.lru_cache(maxsize=8)
@@ -163,3 +275,60 @@ def max_iou_assigned(
         else:
             positive |= torch.zeros_like(overlaps, dtype=torch.bool).scatter_(2, index, matched).any(1)
     return positive
+
+
+class ATSS(NamedTuple):
+    """What adaptive training sample selection finds for each box."""
+
+    positive: torch.Tensor
+    """(B, K, N), bool: anchors that are candidates of the box, overlap it by the threshold and have their centre in it."""
+    overlaps: torch.Tensor
+    """(B, K, N): IoU."""
+    threshold: torch.Tensor
+    """(B, K): mean and standard deviation of the candidates' IoU, added."""
+
+
+def atss(
+    topk: int,
+    anchors: torch.Tensor,
+    sizes: Sequence[int],
+    boxes: torch.Tensor,
+    valid: torch.Tensor,
+    inside: torch.Tensor,
+) -> ATSS:
+    """Adaptive training sample selection as in mmdet's ``ATSSAssigner``, for a batch of images at once.
+
+    Candidates of a box are, on each level, the ``topk`` anchors whose centres are nearest to its own. A slot that is
+    positive for several boxes belongs to the one it overlaps most.
+
+    Args:
+        topk: Candidates per level.
+        anchors: (N, 4), xyxy in pixels.
+        sizes: Anchors of each level.
+        boxes: (B, K, 4), xyxy in pixels.
+        valid: (B, K), False for a box that is not there.
+        inside: (B, N), False for anchors that take no part.
+    """
+    batch, number = valid.shape
+    inside = inside.repeat_interleave(number, 0).t()  # (N, B * K)
+    boxes = boxes.flatten(0, 1)
+    overlaps = pairwise_iou(anchors, boxes)  # (N, B * K)
+    centres, box_centres = (anchors[:, :2] + anchors[:, 2:]) / 2, (boxes[:, :2] + boxes[:, 2:]) / 2
+    distances = (centres[:, None] - box_centres[None]).pow(2).sum(-1).sqrt()
+    distances = distances.masked_fill(~inside, torch.inf)
+    candidates, start = [], 0
+    for level in distances.split(list(sizes)):
+        candidates.append(level.topk(min(topk, len(level)), dim=0, largest=False)[1] + start)
+        start += len(level)
+    index = torch.cat(candidates)
+    candidate_overlaps = overlaps.gather(0, index)
+    there = inside.gather(0, index)
+    count = there.sum(0)
+    mean = (candidate_overlaps * there).sum(0) / count
+    variance = ((candidate_overlaps - mean).square() * there).sum(0) / (count - 1)
+    threshold = mean + variance.sqrt()
+    sides = torch.cat([centres[:, None] - boxes[:, :2], boxes[:, 2:] - centres[:, None]], -1)  # (N, B * K, 4)
+    chosen = (candidate_overlaps >= threshold) & (sides.amin(-1) > 0.01).gather(0, index) & there & valid.flatten()
+    positive = torch.zeros_like(overlaps, dtype=torch.bool).scatter_(0, index, chosen)
+    shape = (batch, number, len(anchors))
+    return ATSS(positive.t().view(shape), overlaps.t().view(shape), threshold.view(batch, number))

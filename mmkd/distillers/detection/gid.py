@@ -13,6 +13,7 @@ from mmkd.distillers.base import Distiller, require_gradient
 from mmkd.distillers.detection.boxes import pairwise_iou
 from mmkd.distillers.detection.dense_heads import DenseHead, dense_head
 from mmkd.distillers.detection.roi_pool import pool_boxes
+from mmkd.distillers.detection.rois import clip
 from mmkd.distillers.schedule import Weight
 from mmkd.errors import ConfigError
 from mmkd.registry import DISTILLERS
@@ -312,9 +313,7 @@ class GID(Distiller):
             teacher_larger, t.regression(t_out).gather(1, index), s.regression(s_out).gather(1, index)
         )
         boxes = s.decode(s.priors(s_out)[slots], regression)
-        limits = torch.tensor([[*meta['img_shape'][1::-1]] * 2 for meta in metas], dtype=boxes.dtype)
-        limits = limits.to(boxes.device, non_blocking=True)[:, None]
-        boxes = torch.minimum(boxes.clamp(min=0), limits)
+        boxes = clip(boxes, metas)
         sides = boxes[..., 2:] - boxes[..., :2]
         scores = scores.masked_fill((sides <= self.min_box_side).any(2), -torch.inf)
         kept, valid = suppress(scores, boxes, self.nms_iou, self.topk)

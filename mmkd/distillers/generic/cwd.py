@@ -51,6 +51,8 @@ class CWD(FeatureDistiller):
         weight: A number or a schedule. Default 10.
         teacher_layer: The teacher's layer, where its name differs.
         adapter: ``'auto'`` (1x1 convolution exactly where channels differ), None or a dict.
+        match: ``'stride'`` or ``'index'``: which levels belong together, see
+            :class:`mmkd.distillers.base.FeatureDistiller`.
 
     Example:
         >>> distillers = dict(cwd=dict(type='CWD', layer='neck'))
@@ -63,8 +65,9 @@ class CWD(FeatureDistiller):
         weight: float | Mapping = 10.0,
         teacher_layer: str | Sequence[str] | None = None,
         adapter: str | Mapping | None = 'auto',
+        match: str = 'stride',
     ):
-        super().__init__(layer, weight, teacher_layer, adapter)
+        super().__init__(layer, weight, teacher_layer, adapter, match)
         if not isinstance(tau, (int, float)) or tau <= 0:
             raise ConfigError(f'tau={tau!r}: expected a positive temperature')
         self.tau = tau

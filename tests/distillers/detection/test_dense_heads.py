@@ -38,25 +38,64 @@ def test_the_mask_is_the_assigners(options, present):
     assert mask.any() == (present > 0)
 
 
-def test_assigned_slots_are_those_of_the_heads_own_targets():
-    """Also with images of different sizes, whose padding the head leaves out."""
-    model = detectors.build(detectors.retinanet(), seed=0)
+@pytest.mark.parametrize('family', ['retinanet', 'atss', 'gfl'])
+@pytest.mark.parametrize('whole_pixels', [False, True])
+def test_assigned_slots_are_those_of_the_heads_own_targets(family, whole_pixels):
+    """Also with images of different sizes, whose padding the head leaves out, and of boxes between two anchors."""
+    model = detectors.build(getattr(detectors, family)(), seed=0)
     head = dense_head(model.bbox_head)
     outputs = model.bbox_head(model.extract_feat(torch.randn(2, 3, 96, 128)))
     metas = [dict(img_shape=(96, 128), pad_shape=(96, 128)), dict(img_shape=(60, 64), pad_shape=(64, 64))]
     boxes = random_boxes(2, 6, size=64.0)
+    boxes = boxes.round() if whole_pixels else boxes
     mask = head.assigned(outputs, boxes, torch.ones(2, 6, dtype=torch.bool), metas)
     instances = [InstanceData(bboxes=each, labels=torch.zeros(6, dtype=torch.long)) for each in boxes]
     sizes = [level.shape[2:] for level in outputs[0]]
     anchors, flags = model.bbox_head.get_anchors(sizes, metas, device='cpu')
-    labels = model.bbox_head.get_targets(anchors, flags, instances, metas)[0]
+    labels = model.bbox_head.get_targets(anchors, flags, instances, metas)[0 if family == 'retinanet' else 1]
     expected = torch.cat(labels, 1) < model.bbox_head.num_classes
     assert expected.any()
     assert torch.equal(mask, expected)
 
 
-def test_slots_decode_as_the_head_predicts():
-    model = detectors.build(detectors.retinanet(), seed=0).eval()
+@pytest.mark.parametrize('options', [dict(), dict(center_sampling=False), dict(center_sample_radius=0.7)])
+def test_assigned_locations_are_those_of_fcos_targets(options):
+    model = detectors.build(detectors.fcos(bbox_head=options), seed=0)
+    head = dense_head(model.bbox_head)
+    outputs = model.bbox_head(model.extract_feat(torch.randn(2, 3, 96, 128)))
+    boxes = random_boxes(2, 6)
+    valid = torch.arange(6) < torch.tensor([[6], [4]])
+    mask = head.assigned(outputs, boxes, valid, [{}, {}])
+    instances = [
+        InstanceData(bboxes=each[there], labels=torch.zeros(int(there.sum()), dtype=torch.long))
+        for each, there in zip(boxes, valid)
+    ]
+    points = model.bbox_head.prior_generator.grid_priors([level.shape[2:] for level in outputs[0]], device='cpu')
+    labels = model.bbox_head.get_targets(points, instances)[0]
+    expected = torch.cat([each.view(2, -1) for each in labels], 1) < model.bbox_head.num_classes
+    assert expected.any()
+    assert torch.equal(mask, expected)
+
+
+@pytest.mark.parametrize('norm_on_bbox', [True, False])
+def test_fcos_distances_are_in_strides_in_training_and_evaluation(norm_on_bbox):
+    """Where mmdet's own outputs differ by the stride."""
+    model = detectors.build(detectors.fcos(bbox_head=dict(norm_on_bbox=norm_on_bbox)), seed=0).eval()
+    with torch.no_grad():
+        for scale in model.bbox_head.scales:
+            scale.scale.fill_(5.0)  # so that distances are not all 0
+        features = model.extract_feat(torch.randn(2, 3, 96, 128))
+        head = dense_head(model.bbox_head)
+        in_evaluation = head.regression(model.bbox_head(features))
+        model.train()
+        in_training = head.regression(model.bbox_head(features))
+    assert in_training.max() > 0
+    torch.testing.assert_close(in_training, in_evaluation)
+
+
+@pytest.mark.parametrize('family', ['retinanet', 'atss', 'gfl', 'fcos'])
+def test_slots_decode_as_the_head_predicts(family):
+    model = detectors.build(getattr(detectors, family)(), seed=0).eval()
     head = dense_head(model.bbox_head)
     metas = [dict(img_shape=(96, 128), scale_factor=(1.0, 1.0))]
     with torch.no_grad():
@@ -69,7 +108,11 @@ def test_slots_decode_as_the_head_predicts():
         )
         boxes = head.decode(head.priors(outputs), head.regression(outputs)[0])
         logits = [level.permute(0, 3, 4, 1, 2).reshape(-1, head.classes) for level in head.class_logits(outputs)]
-    scores = torch.cat(logits).sigmoid()
+        if len(outputs) == 3:  # mmdet multiplies class scores by centreness
+            quality = torch.cat([level.permute(0, 2, 3, 1).reshape(-1, 1) for level in outputs[2]]).sigmoid()
+        else:
+            quality = 1.0
+    scores = torch.cat(logits).sigmoid() * quality
     boxes = torch.minimum(boxes.clamp(min=0), torch.tensor([128.0, 96.0, 128.0, 96.0]))
     # mmdet lists each slot once per class, best first within a level
     order = result.scores.argsort(descending=True)
@@ -86,8 +129,8 @@ def test_a_head_that_cannot_be_read_is_refused():
     with pytest.raises(ConfigError, match='Conv2d.*not known'):
         dense_head(torch.nn.Conv2d(1, 1, 1))
     other = detectors.retinanet()
-    other.train_cfg.assigner = dict(type='ATSSAssigner', topk=9)
-    with pytest.raises(ConfigError, match='ATSSAssigner; MaxIoUAssigner is needed'):
+    other.train_cfg.assigner = dict(type='ATSSAssigner', topk=9, alpha=0.8)
+    with pytest.raises(ConfigError, match='ATSSAssigner; MaxIoUAssigner'):
         dense_head(detectors.build(other).bbox_head).check_assigner()
 
 

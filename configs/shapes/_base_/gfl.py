@@ -1,0 +1,35 @@
+# GFL of demo size
+_base_ = 'shapes.py'
+
+model = dict(
+    type='GFL',
+    data_preprocessor=dict(
+        type='DetDataPreprocessor',
+        mean=[123.675, 116.28, 103.53],
+        std=[58.395, 57.12, 57.375],
+        bgr_to_rgb=True,
+        pad_size_divisor=32),
+    backbone=dict(type='ResNet', depth=18, base_channels=32, style='pytorch'),
+    neck=dict(
+        type='FPN',
+        in_channels=[32, 64, 128, 256],
+        out_channels=64,
+        start_level=1,
+        add_extra_convs='on_output',
+        num_outs=4,
+        norm_cfg=dict(type='BN')),
+    bbox_head=dict(
+        type='GFLHead',
+        num_classes=6,
+        in_channels=64,
+        feat_channels=64,
+        stacked_convs=4,
+        norm_cfg=dict(type='BN'),
+        anchor_generator=dict(
+            type='AnchorGenerator', octave_base_scale=4, scales_per_octave=1, ratios=[1.0], strides=[8, 16, 32, 64]),
+        loss_cls=dict(type='QualityFocalLoss', use_sigmoid=True, beta=2.0, loss_weight=1.0),
+        loss_dfl=dict(type='DistributionFocalLoss', loss_weight=0.25),
+        reg_max=16,
+        loss_bbox=dict(type='GIoULoss', loss_weight=2.0)),
+    train_cfg=dict(assigner=dict(type='ATSSAssigner', topk=9), allowed_border=-1, pos_weight=-1, debug=False),
+    test_cfg=dict(nms_pre=1000, min_bbox_size=0, score_thr=0.05, nms=dict(type='nms', iou_threshold=0.6), max_per_img=100))
