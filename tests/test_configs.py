@@ -13,7 +13,7 @@ from mmkd.cli import _datasets
 from mmkd.testing import detectors
 
 ROOT = Path(__file__).parents[1] / 'configs'
-CONFIGS = sorted(str(path.relative_to(ROOT)) for path in ROOT.rglob('*.py'))
+CONFIGS = sorted(str(path.relative_to(ROOT)) for path in ROOT.rglob('*.py') if path.parent.name != '_base_')
 COCO = [name for name in CONFIGS if '/' not in name]
 
 
@@ -31,13 +31,16 @@ def test_it_parses_and_builds(name):
 @pytest.mark.parametrize('name', COCO)
 def test_a_coco_config_is_short_and_its_student_is_plain(name):
     lines = [line for line in (ROOT / name).read_text().splitlines() if line.strip()]
-    assert len(lines) <= 15
+    assert len(lines) <= 20
     config = Config.fromfile(ROOT / name)
     model = MODELS.build(config.model)
-    assert list(model.state_dict()) == list(detectors.build(config.model.student).state_dict())
+    keys = [key for key in model.state_dict() if not key.startswith('distillers.')]
+    assert keys == list(detectors.build(config.model.student).state_dict())
     assert model._teacher.checkpoint.startswith('https://')
-    assert config.train_cfg.max_epochs == 24
+    assert config.train_cfg.max_epochs in (12, 24)
     assert config.auto_scale_lr.base_batch_size == 16
+    if name in ('gid_retinanet.py', 'cwd_retinanet.py'):  # nothing is trained beside the student
+        assert not list(model.distillers.parameters())
 
 
 def test_mmkd_bases_resolve_from_another_folder(tmp_path):
