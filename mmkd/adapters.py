@@ -19,14 +19,31 @@ class ConvAdapter(nn.Module):
         out_channels: The teacher's channels; filled in from the probed shapes.
         kernel_size: An odd number. Default 1.
         bias: Default True.
+        relu: Whether a ReLU follows. Default False.
+        init_std: Initial weights from a normal distribution of this standard deviation, cut at twice it, and a bias of
+            0. None (default): as torch has them.
     """
 
-    def __init__(self, in_channels: int, out_channels: int, kernel_size: int = 1, bias: bool = True):
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int = 1,
+        bias: bool = True,
+        relu: bool = False,
+        init_std: float | None = None,
+    ):
         super().__init__()
         self.conv = nn.Conv2d(in_channels, out_channels, kernel_size, padding=kernel_size // 2, bias=bias)
+        self.relu = relu
+        if init_std is not None:
+            nn.init.trunc_normal_(self.conv.weight, std=init_std, a=-2 * init_std, b=2 * init_std)
+            if bias:
+                nn.init.zeros_(self.conv.bias)
 
     def forward(self, feature: torch.Tensor) -> torch.Tensor:
-        return self.conv(feature)
+        feature = self.conv(feature)
+        return feature.relu() if self.relu else feature
 
 
 class Adapters(nn.ModuleList):

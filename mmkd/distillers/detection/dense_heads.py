@@ -98,6 +98,38 @@ class DenseHead:
         raise NotImplementedError(f'{type(self).__name__} has no assigned')
 
 
+def check_same_slots(
+    student: tuple[DenseHead, tuple], teacher: tuple[DenseHead, tuple], method: str, boxes: bool = True
+) -> None:
+    """Raise ConfigError unless two heads have the same classes and the same slots, so that they can be compared slot by slot.
+
+    Args:
+        student: The student's head and its outputs for an image.
+        teacher: The teacher's head and its outputs for the same image.
+        method: Who compares them, for the error.
+        boxes: Whether boxes are compared as well, which takes one unit.
+    """
+    (s, s_outputs), (t, t_outputs) = student, teacher
+    if s.classes != t.classes:
+        raise ConfigError(
+            f'the heads predict {s.classes} (student) and {t.classes} (teacher) classes, and {method} compares them class by '
+            f'class; use a teacher that was trained on the same classes'
+        )
+    if boxes and s.unit != t.unit:
+        raise ConfigError(f'the heads predict boxes in different units: {s.unit} (student), {t.unit} (teacher)')
+    shapes = [[tuple(level.shape) for level in head.class_logits(outputs)] for head, outputs in (student, teacher)]
+    if shapes[0] != shapes[1]:
+        raise ConfigError(
+            f'the heads have different slots (image, anchors, classes, height, width per level): {shapes[0]} (student), '
+            f'{shapes[1]} (teacher); {method} needs the same strides and the same number of anchors'
+        )
+    if s.unit == t.unit and not torch.equal(s.priors(s_outputs), t.priors(t_outputs)):
+        raise ConfigError(
+            f'the heads have different anchors (anchor_generator: scales, ratios or centres), and {method} compares them '
+            f'anchor by anchor; give both the same'
+        )
+
+
 @dense_head.register(AnchorHead)
 class AnchorDenseHead(DenseHead):
     """A head with anchors and boxes as deltas from them: RetinaNet's, an RPN, ATSS."""

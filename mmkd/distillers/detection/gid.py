@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from mmkd.adapters import Adapters
 from mmkd.distillers.base import Distiller, require_gradient
 from mmkd.distillers.detection.boxes import pairwise_iou
-from mmkd.distillers.detection.dense_heads import DenseHead, dense_head
+from mmkd.distillers.detection.dense_heads import DenseHead, check_same_slots, dense_head
 from mmkd.distillers.detection.roi_pool import pool_boxes
 from mmkd.distillers.detection.rois import clip
 from mmkd.distillers.schedule import Weight
@@ -261,27 +261,7 @@ class GID(Distiller):
     def setup(self, student: Taps, teacher: Taps) -> None:
         s, t = self._heads(student, teacher)
         s.check_assigner()
-        if s.classes != t.classes:
-            raise ConfigError(
-                f'the heads predict {s.classes} (student) and {t.classes} (teacher) classes, and GID compares them class by '
-                f'class; use a teacher that was trained on the same classes'
-            )
-        if s.unit != t.unit:
-            raise ConfigError(f'the heads predict boxes in different units: {s.unit} (student), {t.unit} (teacher)')
-        shapes = [
-            [tuple(level.shape) for level in head.class_logits(taps[layer])]
-            for head, taps, layer in ((s, student, self.head), (t, teacher, self.teacher_head))
-        ]
-        if shapes[0] != shapes[1]:
-            raise ConfigError(
-                f'the heads have different slots (image, anchors, classes, height, width per level): {shapes[0]} (student), '
-                f'{shapes[1]} (teacher); GID needs the same strides and the same number of anchors'
-            )
-        if not torch.equal(s.priors(student[self.head]), t.priors(teacher[self.teacher_head])):
-            raise ConfigError(
-                'the heads have different anchors (anchor_generator: scales, ratios or centres), and GID compares them anchor '
-                'by anchor; give both the same'
-            )
+        check_same_slots((s, student[self.head]), (t, teacher[self.teacher_head]), 'GID')
         levels, targets = student[self.neck], teacher[self.teacher_neck]
         if not len(levels) == len(targets) == len(s.strides):
             raise ConfigError(
