@@ -4,11 +4,17 @@ from importlib.util import find_spec
 
 from mmkd.distillers.base import Distiller, Distillers, FeatureDistiller
 from mmkd.distillers.generic.cwd import CWD
+from mmkd.distillers.generic.mgd import MGD
+from mmkd.distillers.generic.pkd import PKD
 
-__all__ = ['CWD', 'Distiller', 'Distillers', 'FeatureDistiller']
+__all__ = ['CWD', 'MGD', 'PKD', 'Distiller', 'Distillers', 'FeatureDistiller']
 
 if find_spec('mmdet') is not None:  # segmentation needs no mmdet
+    from mmkd.distillers.detection.fgd import FGD
+    from mmkd.distillers.detection.fgfi import FGFI
+    from mmkd.distillers.detection.frs import FRS
     from mmkd.distillers.detection.gid import GID
     from mmkd.distillers.detection.mimic import Mimic
+    from mmkd.distillers.detection.quantization_mimic import QuantizationMimic
 
-    __all__ += ['GID', 'Mimic']
+    __all__ += ['FGD', 'FGFI', 'FRS', 'GID', 'Mimic', 'QuantizationMimic']

@@ -1,0 +1,15 @@
+_base_ = 'mmdet::faster_rcnn/faster-rcnn_r50_fpn_2x_coco.py'
+model = dict(
+    _delete_=True,
+    type='mmkd.Distill',
+    student=_base_.model,
+    teacher='mmdet::faster_rcnn/faster-rcnn_r101_fpn_2x_coco.py',
+    distillers=dict(
+        fgd=dict(
+            type='FGD',
+            layer=['neck.fpn_convs.0', 'neck.fpn_convs.1', 'neck.fpn_convs.2', 'neck.fpn_convs.3'],
+            foreground_weight=5e-5,
+            background_weight=2.5e-5,
+            attention_weight=5e-5,
+            global_weight=5e-7)))
+optim_wrapper = dict(clip_grad=dict(max_norm=35, norm_type=2))

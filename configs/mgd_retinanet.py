@@ -1,0 +1,8 @@
+_base_ = 'mmdet::retinanet/retinanet_r50_fpn_2x_coco.py'
+model = dict(
+    _delete_=True,
+    type='mmkd.Distill',
+    student=_base_.model,
+    teacher='mmdet::retinanet/retinanet_x101-64x4d_fpn_1x_coco.py',
+    distillers=dict(mgd=dict(type='MGD', layer='neck')))
+optim_wrapper = dict(clip_grad=dict(max_norm=35, norm_type=2))
