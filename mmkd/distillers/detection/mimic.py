@@ -138,6 +138,10 @@ class Mimic(Distiller):
                 f'{said[1]} (teacher); the second stage compares them'
             )
 
+    def compare(self, features: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """The loss between the features of all proposals, (n, C, h, w), the student's already in the teacher's shape."""
+        return half_mean_square(features, targets)
+
     def forward(self, student: Taps, teacher: Taps, data_samples: list | None) -> dict[str, torch.Tensor]:
         require_gradient(self.neck, student[self.neck])
         metas = [sample.metainfo for sample in data_samples]
@@ -145,7 +149,7 @@ class Mimic(Distiller):
             self._of_head(student, teacher, metas) if self.head else self._of_rois(student, teacher, metas)
         )
         (adapted,) = self.adapters([features], [targets])
-        losses = {'loss_feature': self.weight() * half_mean_square(adapted, targets)}
+        losses = {'loss_feature': self.weight() * self.compare(adapted, targets)}
         if self.second_stage:
             logits, deltas = student[self.roi_head.bbox_head]
             t_logits, t_deltas = self.roi_head.predict_teacher(teacher, targets)
