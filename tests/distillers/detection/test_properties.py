@@ -1,0 +1,186 @@
+"""What holds for which method: one table, see METHODS."""
+
+import pytest
+import torch
+from mmengine.registry import DefaultScope
+
+from mmkd.distill import distill
+from mmkd.taps import Taps
+from mmkd.testing import detectors
+from mmkd.testing.batches import random_batch
+
+ALL = {'zero', 'batch', 'bf16', 'padding'}
+SELECTED = (
+    'slots are selected by their scores, those in the padding too where their box reaches into the image, as mmdet does'
+)
+SAMPLED = 'the RoIs of a two-stage student are drawn at random and differ with the images around'
+# method: (student, teacher, distiller, properties that do not hold and why)
+METHODS = {
+    'CWD': (
+        'retinanet',
+        'retinanet',
+        dict(type='CWD', layer='neck'),
+        {'padding': 'the softmax is over all positions, as published'},
+    ),
+    'CWD on class logits': (
+        'gfl',
+        'gfl',
+        dict(type='CWD', layer='bbox_head.gfl_cls', weight=5),
+        {'padding': 'the softmax is over all positions, as published'},
+    ),
+    'GID RetinaNet': ('retinanet', 'retinanet', dict(type='GID'), {'bf16': SELECTED, 'padding': SELECTED}),
+    'GID FCOS': ('fcos', 'fcos', dict(type='GID'), {'bf16': SELECTED, 'padding': SELECTED}),
+    'GID GFL': ('gfl', 'gfl', dict(type='GID'), {'bf16': SELECTED, 'padding': SELECTED}),
+    'GID ATSS': ('atss', 'atss', dict(type='GID'), {'bf16': SELECTED, 'padding': SELECTED}),
+    'GID Faster R-CNN': (
+        'faster_rcnn',
+        'faster_rcnn',
+        dict(type='GID', head='rpn_head'),
+        {'bf16': SELECTED, 'padding': SELECTED},
+    ),
+    'Mimic RetinaNet': (
+        'retinanet',
+        'retinanet',
+        dict(type='Mimic', head='bbox_head'),
+        {'bf16': SELECTED, 'padding': SELECTED},
+    ),
+    'Mimic across families': (
+        'fcos',
+        'faster_rcnn',
+        dict(type='Mimic', head='bbox_head'),
+        {'zero': 'other networks', 'bf16': SELECTED, 'padding': SELECTED},
+    ),
+    'Mimic Faster R-CNN': (
+        'faster_rcnn',
+        'faster_rcnn',
+        dict(type='Mimic', class_weight=1.0, box_weight=1.0),
+        {'batch': SAMPLED, 'bf16': SAMPLED, 'padding': SAMPLED},
+    ),
+}
+
+
+def holds(name):
+    """The methods for which a property holds, as parameters of a test."""
+    return pytest.mark.parametrize('method', [method for method, row in METHODS.items() if name not in row[3]])
+
+
+def pair(method, tmp_path, channels=24, same=False):
+    """A student and its teacher: of other weights and channels, or the same."""
+    family, teacher_family, spec, _ = METHODS[method]
+    teacher = getattr(detectors, teacher_family)(16 if same else channels)
+    checkpoint = detectors.save_weights(teacher, tmp_path / 'teacher.pth')
+    student = detectors.build(getattr(detectors, family)(), seed=0)
+    model = distill(student, dict(config=teacher, checkpoint=checkpoint), dict(it=spec))
+    if same:
+        model.load_state_dict(torch.load(checkpoint, weights_only=True)['state_dict'], strict=False)
+    model._teacher.load()
+    return model.train()
+
+
+def batch_of(model, images=2, objects=4, copies=1):
+    data = random_batch(model, (images, 3, 96, 128), objects)
+    data = {key: value * copies for key, value in data.items()}
+    return model.data_preprocessor(data, True)
+
+
+def losses(model, batch, seed=0):
+    torch.manual_seed(seed)
+    found = model(**batch, mode='loss')
+    return {key: value for key, value in found.items() if key.startswith('it.loss')}
+
+
+@holds('zero')
+def test_zero_for_identical_networks(method, tmp_path):
+    model = pair(method, tmp_path, same=True)
+    for module in model.modules():  # teachers are in eval mode
+        if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
+            module.eval()
+    found = losses(model, batch_of(model))
+    different = losses(pair(method, tmp_path), batch_of(model))
+    for key, value in found.items():
+        assert abs(value.item()) <= 1e-6 * max(1.0, different[key].item()), key
+    assert sum(different.values()).item() > 1e-3
+
+
+@pytest.mark.parametrize('method', METHODS)
+@pytest.mark.parametrize('objects', [0, 4])
+def test_finite_and_differentiable_in_every_trainable_part(method, objects, tmp_path):
+    model = pair(method, tmp_path)
+    found = losses(model, batch_of(model, objects=objects))
+    assert all(torch.isfinite(value) and value.requires_grad for value in found.values())
+    sum(found.values()).backward()
+    own = dict(model.distillers.named_parameters())
+    assert all(each.grad is not None and torch.isfinite(each.grad).all() for each in own.values())
+    gradients = [each.grad for each in model.backbone.parameters() if each.grad is not None]
+    assert gradients
+    assert all(torch.isfinite(each).all() for each in gradients)
+    assert all(each.grad is None for each in model._teacher.model.parameters())
+
+
+@holds('batch')
+def test_the_same_images_twice_give_the_same_value(method, tmp_path):
+    model = pair(method, tmp_path)
+    once, twice = losses(model, batch_of(model)), losses(model, batch_of(model, copies=2))
+    for key, value in once.items():
+        torch.testing.assert_close(twice[key], value, rtol=1e-4, atol=1e-6)
+
+
+@holds('bf16')
+def test_bf16_autocast_changes_little(method, tmp_path):
+    """The whole forward pass of both networks under autocast, 1e-2 of the value."""
+    model = pair(method, tmp_path)
+    batch = batch_of(model)
+    exact = losses(model, batch)
+    with torch.autocast('cpu', torch.bfloat16):
+        rounded = losses(model, batch)
+    for key, value in exact.items():
+        assert rounded[key].dtype == torch.float32
+        torch.testing.assert_close(rounded[key], value, rtol=1e-2, atol=1e-4)
+
+
+@holds('padding')
+def test_what_is_in_the_padding_does_not_matter(method, tmp_path):
+    """Features of 96x128 images in a batch padded to 160x192: noise is added where no image is, in both networks."""
+    model = pair(method, tmp_path)
+    data = random_batch(model, (2, 3, 96, 128), 4)
+    data['inputs'].append(torch.zeros(3, 160, 192, dtype=torch.uint8))  # makes the batch as large, and is then left out
+    data['data_samples'].append(random_batch(model, (1, 3, 160, 192), 1)['data_samples'][0])
+    batch = model.data_preprocessor(data, True)
+    samples = batch['data_samples'][:2]
+    results = []
+    for noise in (0.0, 1.0):
+        taps = []
+        for network, layers in (
+            (model, model.distillers.student_layers),
+            (model._teacher.model, model.distillers.teacher_layers),
+        ):
+            with Taps(network, layers) as read, DefaultScope.overwrite_default_scope('mmdet'):
+                features = network.extract_feat(batch['inputs'][:2])
+                (network.bbox_head if hasattr(network, 'bbox_head') else network.rpn_head)(features)
+            taps.append(Noisy(read, noise))
+        found = model.distillers['it'](*taps, samples)
+        results.append({key: value for key, value in found.items() if key.startswith('loss')})
+    assert sum(results[0].values()) > 0
+    for key, value in results[0].items():
+        torch.testing.assert_close(results[1][key], value)
+
+
+class Noisy(dict):
+    """Taps whose maps have noise in the cells that begin at least one cell beyond the image of 96x128."""
+
+    def __init__(self, taps, noise):
+        super().__init__()
+        self.model, self.calls = taps.model, taps.calls
+        random = torch.Generator().manual_seed(0)
+
+        def noisy(value):
+            if isinstance(value, tuple):
+                return tuple(noisy(each) for each in value)
+            rows, columns = (torch.arange(size) for size in value.shape[2:])
+            outside = (rows * 160 / len(rows) >= 96 + 160 / len(rows))[:, None] | (
+                columns * 192 / len(columns) >= 128 + 192 / len(columns)
+            )
+            return value + noise * outside * torch.randn(value.shape, generator=random)
+
+        for layer in taps:
+            self[layer] = noisy(taps[layer])

@@ -1,0 +1,29 @@
+import torch
+
+from mmkd.distillers.detection.dense_heads import dense_head
+from mmkd.distillers.detection.rois import best_predictions, to_rois
+from mmkd.testing import detectors
+
+
+def test_boxes_become_rois_with_their_images_index():
+    boxes = torch.rand(3, 2, 4)
+    rois = to_rois(boxes)
+    assert rois[:, 0].tolist() == [0, 0, 1, 1, 2, 2]
+    assert torch.equal(rois[:, 1:], boxes.view(6, 4))
+
+
+def test_best_predictions_are_the_highest_scores_in_order_and_inside_the_image():
+    model = detectors.build(detectors.retinanet(), seed=0).eval()
+    metas = [dict(img_shape=(96, 128)), dict(img_shape=(80, 100))]
+    with torch.no_grad():
+        outputs = model.bbox_head(model.extract_feat(torch.randn(2, 3, 96, 128)))
+    head = dense_head(model.bbox_head)
+    boxes, scores = best_predictions(head, outputs, 7, metas)
+    flat = torch.cat([each.permute(0, 3, 4, 1, 2).reshape(2, -1, 3) for each in head.class_logits(outputs)], 1)
+    decoded = head.decode(head.priors(outputs).expand(2, -1, -1), head.regression(outputs))
+    for image, (height, width) in enumerate([(96, 128), (80, 100)]):
+        expected = sorted(flat[image].amax(1).sigmoid().tolist(), reverse=True)[:7]
+        torch.testing.assert_close(scores[image], torch.tensor(expected))
+        index = flat[image].amax(1).argsort(descending=True)[:7]
+        inside = torch.minimum(decoded[image, index].clamp(min=0), torch.tensor([width, height, width, height]))
+        torch.testing.assert_close(boxes[image], inside)
