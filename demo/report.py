@@ -1,16 +1,12 @@
 """The demo's table and its report, one self-contained HTML file."""
 
-import base64
-import io
 import statistics
 from pathlib import Path
 
-import jinja2
 import matplotlib
 import numpy as np
 import torch
 from matplotlib import pyplot as plt
-from matplotlib.figure import Figure
 from mmcv.ops import nms
 from mmcv.transforms import Compose
 from mmdet.apis import inference_detector
@@ -18,6 +14,7 @@ from mmdet.registry import DATASETS
 from mmdet.structures.bbox import get_box_tensor
 from mmengine.registry import MODELS, init_default_scope
 from mmengine.structures import InstanceData
+from pages import embed, render
 from rich.console import Console
 from rich.table import Table
 from runs import Run
@@ -80,15 +77,6 @@ def print_table(teacher: Run, students: dict[str, list[Run]]) -> None:
     for row in content:
         table.add_row(*row.values())
     Console(width=180).print(table)
-
-
-def embed(figure: Figure, kind: str = 'svg') -> str:
-    """The figure as a data URL."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format=kind, bbox_inches='tight', dpi=110)
-    plt.close(figure)
-    mime = {'svg': 'image/svg+xml', 'png': 'image/png'}[kind]
-    return f'data:{mime};base64,{base64.b64encode(buffer.getvalue()).decode()}'
 
 
 def smooth(values: list[float], width: int = 5) -> np.ndarray:
@@ -211,10 +199,8 @@ def pictures(teacher: Run, students: dict[str, list[Run]]) -> str:
 
 def write_report(teacher: Run, students: dict[str, list[Run]], path: Path) -> Path:
     """Write the report; its path."""
-    template = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined
-    ).get_template('report.html')
-    page = template.render(
+    page = render(
+        Path(__file__).with_name('report.html'),
         rows=rows(teacher, students),
         seeds=len(students['student alone']),
         iterations={'teacher': teacher.iterations, 'student': students['student alone'][0].iterations},

@@ -5,11 +5,14 @@ python demo/run.py --seeds 0 1 2     # mean and spread
 """
 
 import argparse
+import sys
 import time
 from pathlib import Path
 
+sys.path.append(str(Path(__file__).resolve().parents[1] / 'tools'))
+
 from report import print_table, write_report
-from runs import Run
+from runs import Run, RunFailed
 
 from mmkd import cli
 from mmkd.testing import shapes
@@ -36,7 +39,10 @@ def main() -> None:
                 students[name].append(Run(name, f'mmkd::shapes/{config}.py', folder, options))
         runs = [teacher, *(run for of_seed in zip(*students.values()) for run in of_seed)]
         for number, run in enumerate(runs, 1):
-            run.train(f'[{number}/{len(runs)}]')
+            try:
+                run.train(f'[{number}/{len(runs)}]')
+            except RunFailed as error:
+                sys.exit(f'error: {error}')
         print_table(teacher, students)
         report = write_report(teacher, students, args.work_dir / 'report.html')
     print(f'Report: {report}  ({time.time() - start:.0f} s in all)')

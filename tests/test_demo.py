@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[1] / 'demo'))
+sys.path += [str(Path(__file__).parents[1] / folder) for folder in ('demo', 'tools')]
 
 import report
 from runs import Run
