@@ -10,6 +10,7 @@ from mmkd.distillers.generic.pkd import PKD
 __all__ = ['CWD', 'MGD', 'PKD', 'Distiller', 'Distillers', 'FeatureDistiller']
 
 if find_spec('mmdet') is not None:  # segmentation needs no mmdet
+    from mmkd.distillers.detection.chen import Chen
     from mmkd.distillers.detection.fgd import FGD
     from mmkd.distillers.detection.fgfi import FGFI
     from mmkd.distillers.detection.frs import FRS
@@ -17,4 +18,4 @@ if find_spec('mmdet') is not None:  # segmentation needs no mmdet
     from mmkd.distillers.detection.mimic import Mimic
     from mmkd.distillers.detection.quantization_mimic import QuantizationMimic
 
-    __all__ += ['FGD', 'FGFI', 'FRS', 'GID', 'Mimic', 'QuantizationMimic']
+    __all__ += ['FGD', 'FGFI', 'FRS', 'GID', 'Chen', 'Mimic', 'QuantizationMimic']

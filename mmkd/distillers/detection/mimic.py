@@ -123,20 +123,9 @@ class Mimic(Distiller):
             size = tuple(self.roi_head.features(student).shape[2:])
             channels = [each.model.get_submodule(self.roi_head.extractor).out_channels for each in (student, teacher)]
         if self.second_stage:
-            self._check_second_stage(student, teacher)
+            self.roi_head.check_predictions(student, teacher, 'the second stage')
         pooled = [student[self.neck][0].new_zeros(1, each, *size) for each in channels]
         self.adapters = Adapters(self.adapter, pooled[:1], pooled[1:], (self.neck, self.teacher_neck))
-
-    def _check_second_stage(self, student: Taps, teacher: Taps) -> None:
-        said = []
-        for taps in (student, teacher):
-            head = taps.model.get_submodule(self.roi_head.bbox_head)
-            said.append((head.num_classes, head.reg_class_agnostic, tuple(head.bbox_coder.stds)))
-        if said[0] != said[1]:
-            raise ConfigError(
-                f'{self.roi_head.bbox_head!r} differs in (classes, class-agnostic boxes, stds of deltas): {said[0]} (student), '
-                f'{said[1]} (teacher); the second stage compares them'
-            )
 
     def compare(self, features: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """The loss between the features of all proposals, (n, C, h, w), the student's already in the teacher's shape."""

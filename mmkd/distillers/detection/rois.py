@@ -55,6 +55,16 @@ class RoIHead:
                 f'the teacher ({type(teacher.model).__name__}) has no {self.extractor!r}; a two-stage teacher is needed'
             ) from None
 
+    def check_predictions(self, student: Taps, teacher: Taps, method: str) -> None:
+        """Raise ConfigError unless both box heads predict the same classes, and deltas in one unit; ``method`` asks."""
+        heads = [taps.model.get_submodule(self.bbox_head) for taps in (student, teacher)]
+        said = [(head.num_classes, head.reg_class_agnostic, tuple(head.bbox_coder.stds)) for head in heads]
+        if said[0] != said[1]:
+            raise ConfigError(
+                f'{self.bbox_head!r} differs in (classes, class-agnostic boxes, stds of deltas): {said[0]} (student), '
+                f'{said[1]} (teacher); {method} compares them'
+            )
+
     @torch.no_grad()
     def pool_teacher(self, teacher: Taps, neck: str, rois: torch.Tensor) -> torch.Tensor:
         """(n, C, h, w): the teacher's features of RoIs, pooled as its own RoI head does."""

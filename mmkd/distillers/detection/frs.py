@@ -1,0 +1,162 @@
+"""Feature richness (FRS).
+
+Du et al., "Distilling Object Detectors with Feature Richness", NeurIPS 2021, arXiv 2111.00674.
+"""
+
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+
+from mmkd.distillers.base import Distiller, FeatureDistiller
+from mmkd.distillers.detection.dense_heads import check_same_slots, dense_head
+from mmkd.distillers.schedule import Weight
+from mmkd.errors import ConfigError
+from mmkd.registry import DISTILLERS
+from mmkd.taps import Taps, find_layer
+
+FEATURE_WEIGHT = dict(type='linear', value=0.005, end=500)
+CLASS_WEIGHT = dict(type='linear', value=0.02, end=500)
+ADAPTER = dict(type='ConvAdapter', kernel_size=3)
+
+
+@torch.no_grad()
+def richness(logits: torch.Tensor) -> torch.Tensor:
+    r"""How sure the teacher is that there is an object, of whatever class.
+
+    .. math:: M_{bij} = \max_{a, c} \sigma(z^T_{bacij})
+
+    Args:
+        logits: (B, A, C, H, W), the teacher's class logits of one level.
+
+    Returns:
+        (B, H, W), in (0, 1).
+    """
+    return logits.amax((1, 2)).sigmoid()
+
+
+def rich_feature_loss(student: torch.Tensor, teacher: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    r"""Squared difference of the features, summed over channels, mean over locations weighted with the mask.
+
+    .. math:: L = \frac{\sum_{b, i, j} M_{bij} \sum_c (t_{bcij} - s_{bcij})^2}{\sum_{b, i, j} M_{bij}}
+
+    Args:
+        student: (B, C, H, W), adapted.
+        teacher: The same shape; no gradient flows into it.
+        mask: (B, H, W), not negative.
+
+    Returns:
+        A scalar.
+    """
+    squared = (teacher.detach() - student).square().sum(1)
+    return (squared * mask).sum() / mask.sum().clamp(min=1e-12)
+
+
+def rich_class_loss(student: torch.Tensor, teacher: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    r"""Binary cross-entropy with the teacher's probabilities, less their entropy; summed and averaged as the features.
+
+    .. math::
+        L = \frac{\sum_{b, i, j} M_{bij} \sum_{a, c} \operatorname{KL}(\sigma(z^T_{bacij}) \,\|\, \sigma(z^S_{bacij}))}
+            {\sum_{b, i, j} M_{bij}}
+
+    The paper has the cross-entropy itself; the gradient is the same, and this is 0 where the networks agree.
+
+    Args:
+        student: (B, A, C, H, W), class logits.
+        teacher: The same shape; no gradient flows into it.
+        mask: (B, H, W), not negative.
+
+    Returns:
+        A scalar.
+    """
+    teacher = teacher.detach()
+    target = teacher.sigmoid()
+    cross_entropy = F.binary_cross_entropy_with_logits(student, target, reduction='none')
+    entropy = F.binary_cross_entropy_with_logits(teacher, target, reduction='none')
+    divergence = (cross_entropy - entropy).sum((1, 2))
+    return (divergence * mask).sum() / mask.sum().clamp(min=1e-12)
+
+
+@DISTILLERS.register_module()
+class FRS(Distiller):
+    """Feature richness: the student learns features and classes where the teacher sees an object of any class.
+
+    On each level the teacher's highest class probability is the mask, :func:`richness`; no ground truth is needed. With it
+    :func:`rich_feature_loss` compares the necks and :func:`rich_class_loss` the class logits of the heads, summed over
+    levels. Of a two-stage detector the head is the RPN. Logs ``loss_feature`` and ``loss_class``.
+
+    Weights rise linearly from 0 over the first 500 iterations. The authors' configs have
+
+    ============  ==============  ============
+    detector      feature_weight  class_weight
+    ============  ==============  ============
+    RetinaNet     0.005           0.02
+    FCOS          0.01            0.05
+    GFL           0.1             0.05
+    Faster R-CNN  0.002           0.1
+    ============  ==============  ============
+
+    of which the first are the defaults. The adapter, a 3x3 convolution for each level, is always there, for
+    equal channels too. The authors' code takes the cross-entropy of probabilities; logits give the same
+    value and are safe in half precision.
+
+    Args:
+        neck: The layer whose levels are compared.
+        head: The dense head, ``'bbox_head'`` (default) or, of a two-stage detector, ``'rpn_head'``.
+        feature_weight: A number or a schedule. A number has no warm-up: ``dict(type='linear', value=0.1, end=500)`` has.
+        class_weight: Alike. With 0 the student's head is not read, so that it may differ from the teacher's.
+        adapter: A dict; ``'auto'`` (1x1 convolution exactly where channels differ) or None.
+        teacher_neck: The teacher's layer, where its name differs.
+        teacher_head: The teacher's head, where its name differs.
+
+    Example:
+        >>> distillers = dict(frs=dict(type='FRS'))                     # RetinaNet
+        >>> distillers = dict(frs=dict(type='FRS', head='rpn_head'))    # Faster R-CNN, with its weights
+    """
+
+    def __init__(
+        self,
+        neck: str = 'neck',
+        head: str = 'bbox_head',
+        feature_weight: float | Mapping = FEATURE_WEIGHT,
+        class_weight: float | Mapping = CLASS_WEIGHT,
+        adapter: str | Mapping | None = ADAPTER,
+        teacher_neck: str | None = None,
+        teacher_head: str | None = None,
+    ):
+        super().__init__()
+        self.features = FeatureDistiller(neck, feature_weight, teacher_neck, adapter)
+        self.neck, self.head = neck, head
+        self.teacher_neck, self.teacher_head = teacher_neck or neck, teacher_head or head
+        self.compares_classes = bool(class_weight)
+        self.class_weight = Weight(class_weight)
+        self.student_layers = (neck, head) if self.compares_classes else (neck,)
+        self.teacher_layers = (self.teacher_neck, self.teacher_head)
+
+    def setup(self, student: Taps, teacher: Taps) -> None:
+        t_head = dense_head(find_layer(teacher.model, self.teacher_head))
+        logits = t_head.class_logits(teacher[self.teacher_head])
+        self.features.setup(student, teacher)
+        sizes = [[tuple(each.shape[-2:]) for each in levels] for levels in (teacher[self.teacher_neck], logits)]
+        if sizes[0] != sizes[1]:
+            raise ConfigError(
+                f'the levels of the teacher have sizes {sizes[0]} in {self.teacher_neck!r} and {sizes[1]} in '
+                f'{self.teacher_head!r}; name the layer that the head reads'
+            )
+        if self.compares_classes:
+            s_head = dense_head(find_layer(student.model, self.head))
+            heads = (s_head, student[self.head]), (t_head, teacher[self.teacher_head])
+            check_same_slots(*heads, 'FRS (unless class_weight=0)', boxes=False)
+
+    def forward(self, student: Taps, teacher: Taps, data_samples: list | None) -> dict[str, torch.Tensor]:
+        t_head = dense_head(teacher.model.get_submodule(self.teacher_head))
+        targets = t_head.class_logits(teacher[self.teacher_head])
+        masks = [richness(level) for level in targets]
+        pairs = zip(self.features.adapted(student, teacher), self.features.pairs, strict=True)
+        feature = sum(rich_feature_loss(s, t, masks[level]) for (s, t), (_, level) in pairs)
+        losses = {'loss_feature': self.features.weight() * feature}
+        if self.compares_classes:
+            logits = dense_head(student.model.get_submodule(self.head)).class_logits(student[self.head])
+            classes = sum(rich_class_loss(s, t, mask) for s, t, mask in zip(logits, targets, masks, strict=True))
+            losses['loss_class'] = self.class_weight() * classes
+        return losses
