@@ -24,7 +24,6 @@ from pathlib import Path
 import matplotlib
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
-from mmengine.config import Config
 from pages import embed, render
 from rich.console import Console
 from rich.table import Table
@@ -67,14 +66,14 @@ def discover(only: Sequence[str] = (), folder: Path = CONFIG_ROOT / 'shapes') ->
     Raises:
         ConfigError: for a name that is not there, and for a config that cannot be compared.
     """
-    students = {path.stem: _read(path) for path in sorted(folder.glob('*_student.py'))}
+    students = {path.stem: read(str(path)) for path in sorted(folder.glob('*_student.py'))}
     names = [path.stem for path in sorted(folder.glob('*.py')) if not path.stem.endswith(('_student', '_teacher'))]
     for name in only:
         if name not in names:
             raise ConfigError(f'{name}: no such method in {folder}; the nearest are {nearest(name, names)}')
     methods = []
     for name in only or names:
-        config = _read(folder / f'{name}.py')
+        config = read(str(folder / f'{name}.py'))
         if 'distillers' not in config.model:
             continue
         alone = [each for each, plain in students.items() if plain.model == config.model.student]
@@ -91,10 +90,6 @@ def discover(only: Sequence[str] = (), folder: Path = CONFIG_ROOT / 'shapes') ->
             raise ConfigError(f"{name}: its teacher's config, {teacher}, is not in {folder}")
         methods.append(Method(name, alone[0], teacher))
     return sorted(methods, key=lambda method: (method.student, method.name))
-
-
-def _read(path: Path) -> Config:
-    return read(f'mmkd::shapes/{path.name}') if path.parent == CONFIG_ROOT / 'shapes' else Config.fromfile(path)
 
 
 class Comparison:
@@ -306,7 +301,7 @@ def family(name: str) -> str:
 
 
 def best_first(methods: Mapping[str, Mapping]) -> list[tuple[str, Mapping]]:
-    return sorted(methods.items(), key=lambda item: -math.inf if item[1]['mean'] is None else -item[1]['mean'])
+    return sorted(methods.items(), key=lambda item: math.inf if item[1]['mean'] is None else -item[1]['mean'])
 
 
 def notes(results: Mapping) -> list[str]:
@@ -344,7 +339,10 @@ def markdown(results: Mapping) -> str:
 
 
 def chart(results: Mapping) -> Figure:
-    """AP of each method as a bar with its standard deviation and a dot per seed; one panel per student."""
+    """AP of each method as a bar with its standard deviation and a dot per seed; one panel per student.
+
+    Lines: the student alone, with its standard deviation as a band, and the teachers.
+    """
     panels = {
         student: best_first(
             {
@@ -356,10 +354,10 @@ def chart(results: Mapping) -> Figure:
         for student in results['students']
     }
     panels = {student: methods for student, methods in panels.items() if methods} or {'no finished run': []}
-    heights = [len(methods) + 2.2 for methods in panels.values()]
+    heights = [len(methods) + 0.2 for methods in panels.values()]
     figure, axes = plt.subplots(
         len(panels),
-        figsize=(9, 0.36 * sum(heights) + 0.4),
+        figsize=(9, 0.3 * sum(heights) + 0.5 * len(panels) + 0.6),
         gridspec_kw={'height_ratios': heights},
         sharex=True,
         squeeze=False,
@@ -368,8 +366,9 @@ def chart(results: Mapping) -> Figure:
     colours = dict(zip(results['teachers'], ['#444444', '#7d3c98', '#b9770e', '#117864']))
     for axis, (student, methods) in zip(axes[:, 0], panels.items()):
         for place, (_, each) in enumerate(methods):
+            colour = '#c8cfd3' if each['unpaired']['significant'] is False else '#7fb3d5'
             axis.barh(
-                place, each['mean'], xerr=each['deviation'], height=0.66, color='#7fb3d5', ecolor='#1a5276', capsize=3
+                place, each['mean'], xerr=each['deviation'], height=0.66, color=colour, ecolor='#1a5276', capsize=3
             )
             aps = list(each['ap'].values())
             axis.plot(aps, [place] * len(aps), '.', color='#1a5276', ms=4)
@@ -384,15 +383,24 @@ def chart(results: Mapping) -> Figure:
                 axis.axvline(
                     ap, color=colours.get(teacher, 'black'), ls='--', label=f'{family(teacher)} teacher {ap:.3f}'
                 )
-        names = [name.removesuffix(f'_{family(student)}') for name, _ in methods]
-        axis.set_yticks(range(len(names)), names)
-        axis.set(ylim=(len(names) - 0.4, -0.6), xlim=(0, None))
+        labels = [
+            name.removesuffix(f'_{family(student)}') + ('' if each['gain'] is None else f'  {each["gain"]:+.3f}')
+            for name, each in methods
+        ]
+        axis.set_yticks(range(len(labels)), labels)
+        axis.set_ylim(len(labels) - 0.4, -0.6)
         axis.set_title(f'{family(student)} student', loc='left', fontsize=11)
         axis.legend(loc='lower right', bbox_to_anchor=(1, 1), ncols=4, fontsize=8, frameon=False, borderaxespad=0.2)
         axis.grid(axis='x', alpha=0.3)
         axis.set_axisbelow(True)
         axis.spines[['top', 'right']].set_visible(False)
-    axes[-1, 0].set_xlabel('AP on the validation images, mean and standard deviation; dots: seeds')
+    seen = [ap for each in [*results['students'].values(), *results['methods'].values()] for ap in each['ap'].values()]
+    seen += [ap for ap in results['teachers'].values() if ap is not None]
+    axes[-1, 0].set_xlim(0, 1.04 * max([*seen, 0.01]))
+    axes[-1, 0].set_xlabel(
+        'AP on the validation images: mean, standard deviation, and a dot per seed.\n'
+        'After the name: gain over the student alone; grey: no more than two standard errors.'
+    )
     return figure
 
 
@@ -439,7 +447,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     if args.jobs < 1:
         parser.error(f'--jobs: expected at least 1, but got {args.jobs}')
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends the trainings too
     failed: dict[str, str] = {}
     with cli.clear_errors(), nullcontext() if args.report_only else lock(args.work_dir):
         comparison = Comparison(discover(args.methods), args.seeds, args.work_dir)
@@ -458,4 +465,5 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == '__main__':
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends the trainings too
     main()

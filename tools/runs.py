@@ -19,7 +19,7 @@ from mmengine.config import Config
 from tqdm import tqdm
 
 from mmkd.errors import ConfigError
-from mmkd.host import CONFIG_ROOT, config_path
+from mmkd.host import config_path
 
 TRAIN = Path(__file__).resolve().with_name('train.py')
 PROGRESS = re.compile(r'Iter\((train|val)\) +\[ *(\d+)/(\d+)\]')
@@ -31,14 +31,15 @@ class RunFailed(Exception):
 
 
 def read(name: str) -> Config:
-    """A config of mmkd; parsed anew where one of mmkd's config files has changed."""
-    stamp = max(path.stat().st_mtime_ns for path in CONFIG_ROOT.rglob('*.py'))
-    return copy.deepcopy(_parse(name, stamp))
+    """A config file, or a config of mmkd (``mmkd::...``); parsed anew if a config beside it has changed."""
+    path = config_path(name) if name.startswith('mmkd::') else name
+    stamp = max(each.stat().st_mtime_ns for each in Path(path).parent.rglob('*.py'))
+    return copy.deepcopy(_parse(path, stamp))
 
 
 @functools.lru_cache
-def _parse(name: str, stamp: int) -> Config:
-    return Config.fromfile(config_path(name))
+def _parse(path: str, stamp: int) -> Config:
+    return Config.fromfile(path)
 
 
 @dataclass
