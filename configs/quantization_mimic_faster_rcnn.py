@@ -4,5 +4,4 @@ model = dict(
     type='mmkd.Distill',
     student=_base_.model,
     teacher='mmdet::faster_rcnn/faster-rcnn_r101_fpn_2x_coco.py',
-    distillers=dict(quantization_mimic=dict(type='QuantizationMimic')),
-)
+    distillers=dict(quantization_mimic=dict(type='QuantizationMimic')))

@@ -3,8 +3,5 @@ model = dict(
     _delete_=True,
     type='mmkd.Distill',
     student=_base_.model,
-    teacher=dict(
-        config='mmkd::shapes/faster_rcnn_teacher.py', checkpoint='work_dirs/faster_rcnn_teacher/iter_1500.pth'
-    ),
-    distillers=dict(quantization_mimic=dict(type='QuantizationMimic')),
-)
+    teacher=dict(config='mmkd::shapes/faster_rcnn_teacher.py', checkpoint='work_dirs/faster_rcnn_teacher/iter_1500.pth'),
+    distillers=dict(quantization_mimic=dict(type='QuantizationMimic')))

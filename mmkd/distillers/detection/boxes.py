@@ -28,6 +28,28 @@ def pairwise_iou(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
     return overlap / union.clamp(min=1e-6)
 
 
+def pairwise_diou(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+    r"""Distance IoU of each box with each.
+
+    .. math:: \operatorname{DIoU} = \operatorname{IoU} - d^2 / c^2
+
+    with d between the two centres and c the diagonal of the smallest box around both.
+
+    Args:
+        first: (..., N, 4).
+        second: (..., M, 4).
+
+    Returns:
+        (..., N, M), in (-1, 1].
+    """
+    centres = [(boxes[..., :2] + boxes[..., 2:]) / 2 for boxes in (first, second)]
+    distance = (centres[0][..., :, None, :] - centres[1][..., None, :, :]).square().sum(-1)
+    top_left = torch.minimum(first[..., :, None, :2], second[..., None, :, :2])
+    bottom_right = torch.maximum(first[..., :, None, 2:], second[..., None, :, 2:])
+    diagonal = (bottom_right - top_left).square().sum(-1)
+    return pairwise_iou(first, second) - distance / diagonal.clamp(min=1e-6)
+
+
 def decode_deltas(
     priors: torch.Tensor,
     deltas: torch.Tensor,

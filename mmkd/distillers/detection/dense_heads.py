@@ -172,12 +172,12 @@ class AnchorDenseHead(DenseHead):
 
     def assigned(self, outputs: tuple, boxes: torch.Tensor, valid: torch.Tensor, metas: Sequence[dict]) -> torch.Tensor:
         anchors, assigner = self.anchors(outputs), self.head.assigner
-        inside = self._inside(anchors, outputs, metas)
+        inside = self.inside(anchors, outputs, metas)
         if isinstance(assigner, ATSSAssigner):
             return atss(assigner.topk, anchors, self.sizes(outputs), boxes, valid, inside).positive.any(1)
         return max_iou_assigned(assigner, anchors, boxes, valid, inside)
 
-    def _inside(self, anchors: torch.Tensor, outputs: tuple, metas: Sequence[dict]) -> torch.Tensor:
+    def inside(self, anchors: torch.Tensor, outputs: tuple, metas: Sequence[dict]) -> torch.Tensor:
         """(B, slots): the slots that the head is trained on, as its ``get_targets`` has it."""
         sizes = [level.shape[2:] for level in outputs[0]]
         border = self.head.train_cfg['allowed_border']

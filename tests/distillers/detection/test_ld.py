@@ -1,0 +1,309 @@
+import math
+
+import pytest
+import torch
+from mmdet.structures import DetDataSample
+from mmdet.structures.bbox import bbox_overlaps
+from mmengine.structures import InstanceData
+
+from mmkd.distillers.detection import ld
+from mmkd.distillers.detection.boxes import pairwise_diou
+from mmkd.distillers.detection.dense_heads import ATSS, atss, dense_head
+from mmkd.distillers.detection.ld import LD
+from mmkd.errors import ConfigError
+from mmkd.taps import Taps, probe
+from mmkd.testing import detectors
+
+METAS = [
+    dict(img_shape=(96, 128), pad_shape=(96, 128), batch_input_shape=(96, 128)),
+    dict(img_shape=(60, 64), pad_shape=(64, 64), batch_input_shape=(96, 128)),
+]
+
+
+def random_boxes(*shape, size=64.0):
+    first = torch.rand(*shape, 2) * 0.8 * size
+    return torch.cat([first, first + 4 + torch.rand(*shape, 2) * 0.6 * size], -1)
+
+
+def softmax(values, tau):
+    powers = [math.exp(value / tau) for value in values]
+    return [power / sum(powers) for power in powers]
+
+
+def divergence(student, teacher, tau):
+    """Summed over bins."""
+    q_s, q_t = softmax(student, tau), softmax(teacher, tau)
+    return tau**2 * sum(t * math.log(t / s) for s, t in zip(q_s, q_t))
+
+
+@pytest.mark.parametrize('over_bins', ['mean', 'sum'])
+def test_divergence_as_plain_loops(over_bins):
+    student, teacher = 3 * torch.randn(2, 7, 17, dtype=torch.float64)
+    found = ld.distribution_divergence(student, teacher, 10.0, over_bins)
+    expected = [
+        divergence(*pair, 10.0) / (17 if over_bins == 'mean' else 1) for pair in zip(student.tolist(), teacher.tolist())
+    ]
+    assert found.tolist() == pytest.approx(expected, rel=1e-6)
+    shifted = ld.distribution_divergence(student + 5, teacher, 10.0, over_bins)
+    assert shifted.tolist() == pytest.approx(expected, rel=1e-6)
+
+
+def diou(a, b):
+    iou = bbox_overlaps(torch.tensor([a]), torch.tensor([b])).item()
+    distance = sum(((a[i] + a[i + 2]) / 2 - (b[i] + b[i + 2]) / 2) ** 2 for i in (0, 1))
+    diagonal = sum((max(a[i + 2], b[i + 2]) - min(a[i], b[i])) ** 2 for i in (0, 1))
+    return iou, iou - distance / diagonal
+
+
+def test_distance_iou_as_plain_loops():
+    first, second = random_boxes(2, 7).double(), random_boxes(2, 5).double()
+    found = pairwise_diou(first, second)
+    for image in range(2):
+        for i, a in enumerate(first[image].tolist()):
+            for j, b in enumerate(second[image].tolist()):
+                assert found[image, i, j].item() == pytest.approx(diou(a, b)[1], abs=1e-6)
+    assert found.min() < 0
+    assert torch.equal(pairwise_diou(first, first).diagonal(dim1=1, dim2=2), torch.ones(2, 7, dtype=torch.float64))
+
+
+@pytest.mark.parametrize('gamma', [0.25, 0.0, 0.9])
+def test_the_valuable_region_as_plain_loops(gamma):
+    anchors = torch.cat([random_boxes(120), random_boxes(30, size=128.0)])
+    boxes, inside = random_boxes(2, 4), torch.rand(2, 150) > 0.1
+    valid = torch.tensor([[True] * 4, [True, True, False, False]])
+    selection = atss(9, anchors, [120, 30], boxes, valid, inside)
+    found = ld.valuable_region(anchors, boxes, valid, inside, selection, gamma)
+    outside_a_box = False
+    for image in range(2):
+        for slot, anchor in enumerate(anchors.tolist()):
+            weight = 0.0
+            for box, there, threshold in zip(
+                boxes[image].tolist(), valid[image].tolist(), selection.threshold[image].tolist()
+            ):
+                iou, near = diou(anchor, box)
+                if there and inside[image, slot] and gamma * threshold <= near < threshold:
+                    weight = max(weight, iou)
+                    centre = [(anchor[i] + anchor[i + 2]) / 2 for i in (0, 1)]
+                    outside_a_box |= not all(box[i] < centre[i] < box[i + 2] for i in (0, 1))
+            assert found[image, slot].item() == pytest.approx(weight, abs=1e-6)
+    assert found.count_nonzero() > 0
+    assert outside_a_box or gamma > 0.5
+
+
+def test_a_box_without_candidates_has_no_region():
+    """Its threshold is not a number."""
+    nan = torch.full((1, 1), torch.nan)
+    selection = ATSS(torch.zeros(1, 1, 8, dtype=torch.bool), torch.full((1, 1, 8), 0.3), nan)
+    everywhere = torch.ones(1, 8, dtype=torch.bool)
+    region = ld.valuable_region(random_boxes(8), random_boxes(1, 1), everywhere[:, :1], everywhere, selection)
+    assert torch.equal(region, torch.zeros(1, 8))
+
+
+def test_region_losses_as_plain_loops():
+    edges = torch.rand(2, 9, 4, dtype=torch.float64)
+    score, region = torch.rand(2, 9, dtype=torch.float64), torch.rand(2, 9, dtype=torch.float64).round(decimals=1)
+    positive = torch.rand(2, 9) > 0.5
+    main = valuable = 0.0
+    for image in range(2):
+        for slot in range(9):
+            for edge in range(4):
+                value = edges[image, slot, edge].item()
+                main += value * score[image, slot].item() / 4 * positive[image, slot].item()
+                valuable += value * region[image, slot].item() / 16
+    found = ld.region_losses(edges, score, positive, region)
+    assert [each.item() for each in found] == pytest.approx([main, valuable], rel=1e-6)
+
+
+@pytest.mark.parametrize('sizes', [[9], [4, 3, 2]])
+def test_class_divergence_as_plain_loops(sizes):
+    student, teacher = 3 * torch.randn(2, 2, 9, 5, dtype=torch.float64)
+    positive = torch.rand(2, 9) > 0.5
+    positive[:, 7:] = False  # nothing on the last level
+    total, start = 0.0, 0
+    for size in sizes:
+        values = [
+            divergence(student[image, slot].tolist(), teacher[image, slot].tolist(), 2.0) / 5
+            for image in range(2)
+            for slot in range(start, start + size)
+            if positive[image, slot]
+        ]
+        total, start = total + sum(values) / max(len(values), 1), start + size
+    found = ld.class_divergence(student, teacher, positive, 2.0, sizes)
+    assert found.item() == pytest.approx(total, rel=1e-6)
+
+
+def samples(objects=5, metas=METAS):
+    found = []
+    for meta in metas:
+        sample = DetDataSample(metainfo=meta)
+        labels = torch.randint(0, 3, (objects,))
+        sample.gt_instances = InstanceData(bboxes=random_boxes(objects), labels=labels)
+        found.append(sample)
+    return found
+
+
+def pair(student=None, teacher=None, **options):
+    """Two networks, the distiller and both taps."""
+    student = detectors.build(student or detectors.gfl(), seed=0)
+    teacher = detectors.build(teacher or detectors.gfl(channels=24), seed=1).requires_grad_(False)
+    distiller = LD(**options)
+    distiller.setup(probe(student, distiller.student_layers), probe(teacher, distiller.teacher_layers))
+    return student, teacher, distiller
+
+
+def tapped(student, teacher, distiller, images):
+    taps = []
+    for model, layers in ((student, distiller.student_layers), (teacher, distiller.teacher_layers)):
+        with Taps(model, layers) as read:
+            model.bbox_head(model.extract_feat(images))
+        taps.append(read)
+    return taps
+
+
+def confident(head):
+    """As after training: distributions and class logits differ from slot to slot."""
+    with torch.no_grad():
+        head.gfl_reg.weight.mul_(100)
+        head.gfl_cls.weight.mul_(100)
+
+
+def test_positives_are_those_of_the_heads_own_targets():
+    student, teacher, distiller = pair()
+    data_samples = samples()
+    taps = tapped(student, teacher, distiller, torch.randn(2, 3, 96, 128))
+    positive, region = distiller.regions(taps[0], data_samples, dense_head(student.bbox_head))
+    sizes = [level.shape[2:] for level in taps[0]['bbox_head'][0]]
+    anchors, flags = student.bbox_head.get_anchors(sizes, METAS, device='cpu')
+    instances = [each.gt_instances for each in data_samples]
+    labels = torch.cat(student.bbox_head.get_targets(anchors, flags, instances, METAS)[1], 1)
+    assert torch.equal(positive, labels < 3)
+    assert positive.any()
+    assert region.count_nonzero() > 0
+    centres = torch.cat(student.bbox_head.prior_generator.grid_priors(sizes, device='cpu'))
+    centres = (centres[:, :2] + centres[:, 2:]) / 2
+    assert not region[1, (centres > 64).any(1)].any()  # the padding of the second image
+
+
+def test_the_main_region_and_classes_are_as_in_mmdets_own_head():
+    """mmdet's LDHead has the main region alone: the plain sum over the batch, level by level."""
+    student, teacher, distiller = pair(normalise='none')
+    confident(student.bbox_head)
+    confident(teacher.bbox_head)
+    data_samples = samples()
+    taps = tapped(student, teacher, distiller, torch.randn(2, 3, 96, 128))
+    config = detectors.gfl()
+    config.bbox_head.update(type='LDHead', loss_ld=dict(type='KnowledgeDistillationKLDivLoss', loss_weight=0.25, T=10))
+    head = detectors.build(config).bbox_head
+    outputs, (_, soft) = taps[0]['bbox_head'], taps[1]['bbox_head']
+    expected = head.loss_by_feat(*outputs, [each.gt_instances for each in data_samples], METAS, soft)
+    found = distiller(*taps, data_samples)
+    torch.testing.assert_close(found['loss_main'], sum(expected['loss_ld']))
+    assert found['loss_main'] > 1e-3
+    distiller.normalise = 'images'  # two images: the published value
+    torch.testing.assert_close(distiller(*taps, data_samples)['loss_main'], found['loss_main'])
+
+
+@pytest.mark.parametrize('normalise', ['images', 'weights', 'none'])
+def test_the_same_images_twice(normalise):
+    student, teacher, distiller = pair(normalise=normalise)
+    images, data_samples = torch.randn(2, 3, 96, 128), samples()
+    once = distiller(*tapped(student, teacher, distiller, images), data_samples)
+    twice = distiller(*tapped(student, teacher, distiller, images.repeat(2, 1, 1, 1)), data_samples * 2)
+    for name, value in once.items():
+        factor = 2 if normalise == 'none' and name in ('loss_main', 'loss_valuable') else 1
+        assert value > 0
+        torch.testing.assert_close(twice[name], factor * value, rtol=1e-4, atol=1e-7)
+
+
+def test_divided_by_weights_it_is_a_mean_over_the_region():
+    """Where all edges differ by the same, by as much, whatever the number of slots."""
+    student, teacher, distiller = pair(normalise='weights', weight=1.0, valuable_weight=1.0)
+    images = torch.randn(2, 3, 96, 128)
+    with torch.no_grad():
+        for model, slope in ((student, 0.0), (teacher, 1.0)):
+            model.bbox_head.gfl_reg.weight.zero_()
+            model.bbox_head.gfl_reg.bias.copy_(slope * torch.arange(17.0).repeat(4))
+            for scale in model.bbox_head.scales:
+                scale.scale.fill_(1.0)
+    found = distiller(*tapped(student, teacher, distiller, images), samples())
+    each = divergence([0.0] * 17, list(range(17)), 10.0) / 17
+    assert found['loss_main'].item() == pytest.approx(each, rel=1e-4)
+    assert found['loss_valuable'].item() == pytest.approx(each / 4, rel=1e-4)
+
+
+def test_zero_for_equal_networks():
+    student, teacher, distiller = pair(teacher=detectors.gfl())
+    teacher.load_state_dict(student.state_dict())
+    found = distiller(*tapped(student.eval(), teacher.eval(), distiller, torch.randn(2, 3, 96, 128)), samples())
+    assert [found[name].item() for name in ('loss_main', 'loss_valuable', 'loss_class')] == [0, 0, 0]
+    assert found['positives'] > 0
+
+
+@pytest.mark.parametrize('normalise', ['images', 'weights', 'none'])
+@pytest.mark.parametrize('class_mean', ['all', 'level'])
+@pytest.mark.parametrize('objects', [0, 5])
+def test_gradients_reach_the_student_alone(normalise, class_mean, objects):
+    student, teacher, distiller = pair(normalise=normalise, class_mean=class_mean)
+    assert not list(distiller.parameters())
+    found = distiller(*tapped(student, teacher, distiller, torch.randn(2, 3, 96, 128)), samples(objects))
+    losses = {name: loss for name, loss in found.items() if name.startswith('loss')}
+    for loss in losses.values():
+        assert loss.requires_grad
+        assert (loss == 0) == (objects == 0)
+    sum(losses.values()).backward()
+    for layer in (student.bbox_head.gfl_reg, student.bbox_head.gfl_cls, student.neck.lateral_convs[0].conv):
+        assert torch.isfinite(layer.weight.grad).all()
+        assert layer.weight.grad.any() == (objects > 0)
+    assert all(each.grad is None for each in teacher.parameters())
+
+
+def test_the_students_score_only_weighs():
+    """No gradient through it: the main loss leaves the classifier alone."""
+    student, teacher, distiller = pair()
+    distiller(*tapped(student, teacher, distiller, torch.randn(2, 3, 96, 128)), samples())['loss_main'].backward()
+    assert student.bbox_head.gfl_reg.weight.grad.any()
+    assert student.bbox_head.gfl_cls.weight.grad is None
+
+
+def other_assigner():
+    config = detectors.gfl()
+    config.train_cfg.assigner = dict(type='MaxIoUAssigner', pos_iou_thr=0.5, neg_iou_thr=0.4, min_pos_iou=0)
+    return config
+
+
+@pytest.mark.parametrize(
+    ('student', 'teacher', 'message'),
+    [
+        (detectors.retinanet, detectors.gfl, r'RetinaHead \(student\) does not predict distributions'),
+        (detectors.gfl, detectors.atss, r'ATSSHead \(teacher\) does not predict distributions'),
+        (detectors.gfl, lambda: detectors.gfl(bbox_head=dict(reg_max=8)), 'reg_max 16 .student. and 8'),
+        (detectors.gfl, lambda: detectors.gfl(classes=5), 'classes 3 .student. and 5'),
+        (other_assigner, detectors.gfl, 'MaxIoUAssigner; LD needs'),
+        (
+            detectors.gfl,
+            lambda: detectors.gfl(
+                neck=dict(num_outs=4), bbox_head=dict(anchor_generator=dict(strides=[8, 16, 32, 64]))
+            ),
+            'different places',
+        ),
+    ],
+)
+def test_pairs_that_cannot_be_compared_are_errors(student, teacher, message):
+    with pytest.raises(ConfigError, match=message):
+        pair(student(), teacher())
+
+
+@pytest.mark.parametrize(
+    'options',
+    [
+        dict(tau=0),
+        dict(class_tau=-1),
+        dict(gamma=1.0),
+        dict(normalise='mean'),
+        dict(class_mean='image'),
+        dict(over_bins='max'),
+    ],
+)
+def test_options_out_of_range_are_errors(options):
+    with pytest.raises(ConfigError, match=next(iter(options))):
+        LD(**options)
