@@ -231,7 +231,7 @@ class FGD(FeatureDistiller):
                 (
                     *focal_losses(s, t, *masks, self.temperature),
                     attention_loss(s, t, self.temperature),
-                    global_loss(s_context(s), t_context(t)),
+                    global_loss(s_context(s), t_context(t.detach())),
                 )
             )
         foreground, background, attended, related = (sum(each) for each in zip(*levels))
