@@ -56,6 +56,8 @@ def bounded_error(
         L = \begin{cases} \lVert r^S - y \rVert_2^2 & \text{if } \lVert r^S - y \rVert_2^2 + m > \lVert r^T - y \rVert_2^2
             \\ 0 & \text{else} \end{cases}
 
+    0 for equal networks and m = 0; it is a step, so that there a rounding error may give the student's whole error instead.
+
     Args:
         student: Deltas, (..., 4).
         teacher: The same shape; no gradient flows into it. It is a bound, never a target.
