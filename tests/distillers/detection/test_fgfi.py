@@ -9,7 +9,9 @@ from mmkd.errors import ConfigError
 from mmkd.taps import Taps, probe
 from mmkd.testing import detectors
 
-BOXES = torch.tensor([[[10.0, 12, 40, 50], [60, 20, 126, 95], [0, 0, 5, 4]], [[30, 30, 54, 54], [0, 0, 0, 0], [0] * 4]])
+BOXES = torch.tensor(
+    [[[10.0, 12, 40, 50], [60, 20, 126, 95], [0, 0, 5, 4]], [[30, 30, 54, 54], [70, 60, 99, 90], [0] * 4]]
+)
 VALID = torch.tensor([[True, True, True], [True, False, False]])
 
 
@@ -111,9 +113,9 @@ def samples(boxes=(BOXES[0], BOXES[1, :1])):
     return found
 
 
-def pair(family='retinanet', same=False, **options):
+def pair(family='retinanet', same=False, teacher_family=None, **options):
     student = detectors.build(getattr(detectors, family)(), seed=0)
-    teacher = detectors.build(getattr(detectors, family)(16 if same else 24), seed=0 if same else 1)
+    teacher = detectors.build(getattr(detectors, teacher_family or family)(16 if same else 24), seed=0 if same else 1)
     options.setdefault('head', 'rpn_head' if family == 'faster_rcnn' else 'bbox_head')
     distiller = FGFI(**options)
     distiller.setup(probe(student, distiller.student_layers), probe(teacher, distiller.teacher_layers))
@@ -149,6 +151,18 @@ def test_masks_use_the_anchors_of_the_students_head(family):
 def test_zero_for_equal_networks():
     student, teacher, distiller = pair(same=True, adapter=None, weight=1.0)
     assert distiller(*tapped(student, teacher), samples())['loss'].item() == 0
+
+
+def test_levels_of_two_pyramids_have_the_masks_of_the_students():
+    """P2 to P6 of a Faster R-CNN learn from P3 to P5 of a RetinaNet."""
+    student, teacher, distiller = pair('faster_rcnn', teacher_family='retinanet', weight=1.0)
+    s, t = tapped(student, teacher)
+    masks = distiller.masks(s, samples())[1:4]
+    expected = 0.0
+    for adapter, level, target, mask in zip(distiller.adapters, s['neck'][1:4], t['neck'], masks, strict=True):
+        expected += ((adapter(level) - target) ** 2 * mask[:, None]).sum() / (2 * max(mask.sum(), 1))
+    assert expected > 0
+    torch.testing.assert_close(distiller(s, t, samples())['loss'], expected)
 
 
 @pytest.mark.parametrize('boxes', [(BOXES[0], BOXES[1, :1]), (BOXES[0, :0], BOXES[0, :0])])
