@@ -184,9 +184,9 @@ def test_what_cannot_be_known_is_none():
 
 def test_the_step_time_is_a_ratio_of_medians_after_warm_up(tmp_path):
     alone, distilled = (Run(name, 'mmkd::shapes/retinanet_student.py', tmp_path / name) for name in 'ab')
-    finish(alone, 0.1, [9.0, 9.0, 9.0] + [0.1] * 13 + [0.2] * 14)  # the first tenth is 60 iterations, three entries
+    finish(alone, 0.1, [9.0, 9.0, 9.0] + [0.1] * 14 + [0.2] * 13)  # the first tenth is 60 iterations, three entries
     finish(distilled, 0.1, [0.0, 0.0, 0.0] + [0.3] * 27)
-    assert compare.ratio_of_times([distilled], [alone]) == pytest.approx(0.3 / 0.2)
+    assert compare.ratio_of_times([distilled], [alone]) == pytest.approx(0.3 / 0.1)
     assert compare.ratio_of_times([], []) is None
 
 
@@ -240,13 +240,10 @@ def test_missing_and_failed_runs_are_named_and_left_out(tmp_path):
     assert cells(results, 'AP of seeds')['gid_retinanet'] == '0.200 -'
     assert cells(results, 'gain')['gid_retinanet'] == '+0.100'
     assert cells(results, 'AP')['cwd_retinanet'] == 'not finished'
-    assert compare.notes(results) == [
+    assert set(compare.notes(results)) == {
         'Missing: cwd_retinanet: not begun',
         'Missing: gid_retinanet: seed 1 stopped after iteration 600',
-    ] or compare.notes(results) == [
-        'Missing: gid_retinanet: seed 1 stopped after iteration 600',
-        'Missing: cwd_retinanet: not begun',
-    ]
+    }
     failed = made.results({str(gid.folder): 'gid_retinanet, seed 1 failed: it is broken'})
     assert compare.notes(failed)[0] == 'Failed: gid_retinanet, seed 1 failed: it is broken'
     assert not any('seed 1 stopped' in note for note in compare.notes(failed))

@@ -42,6 +42,17 @@ def _parse(path: str, stamp: int) -> Config:
     return Config.fromfile(path)
 
 
+_TEXTS: dict[str, str] = {}
+
+
+def text_of(config: Config) -> str:
+    """``config.pretty_text``, whose formatting takes long, kept for the next call."""
+    key = repr(config.to_dict())
+    if key not in _TEXTS:
+        _TEXTS[key] = config.pretty_text
+    return _TEXTS[key]
+
+
 @dataclass
 class Run:
     """One training run.
@@ -109,10 +120,10 @@ class Run:
     def check_unchanged(self) -> str:
         """Finished or interrupted work is only used with the config it was begun with; that config's fingerprint."""
         config = self.read()
-        text = config.pretty_text
+        text = text_of(config)
         teacher = config.model.get('teacher')
         if teacher is not None:
-            text += read(teacher.config).pretty_text
+            text += text_of(read(teacher.config))
         fingerprint = hashlib.sha256(text.encode()).hexdigest()
         record = self.folder / 'fingerprint'
         if record.is_file() and record.read_text() != fingerprint:
