@@ -1,3 +1,2 @@
 _base_ = '_base_/fcos.py'
-optim_wrapper = dict(optimizer=dict(lr=1.5e-3))
-train_cfg = dict(max_iters=1500, val_interval=500)
+train_cfg = dict(max_iters=3000, val_interval=1000)

@@ -1,0 +1,15 @@
+_base_ = 'retinanet_student.py'
+model = dict(
+    _delete_=True,
+    type='mmkd.Distill',
+    student=_base_.model,
+    teacher=dict(config='mmkd::shapes/faster_rcnn_teacher.py', checkpoint='work_dirs/faster_rcnn_teacher/iter_1500.pth'),
+    distillers=dict(
+        gdetkd=dict(
+            type='GDetKD',
+            head='bbox_head',
+            tower='bbox_head.cls_convs.1',
+            regions=64,
+            candidates=200,
+            memory=2560,
+            keys_per_step=256)))
