@@ -27,6 +27,8 @@ class RoIHead:
         self.bbox_head = f'{roi_head}.bbox_head{suffix}'
         self.layers = (self.extractor, self.extractor + INPUT)
         """What a student has to tap for :meth:`rois` and :meth:`features`."""
+        self.embedding = f'{self.bbox_head}.fc_cls{INPUT}'
+        """What the classifier takes in, (n, D): a region's last features."""
 
     def rois(self, student: Taps) -> torch.Tensor:
         """(n, 5): index of the image, then xyxy in pixels of the padded input; no gradient."""
@@ -77,6 +79,13 @@ class RoIHead:
     def predict_teacher(self, teacher: Taps, features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The teacher's class logits, (n, classes + 1) with the background last, and deltas, (n, 4 or 4 * classes)."""
         return teacher.model.get_submodule(self.bbox_head)(features)
+
+    @torch.no_grad()
+    def embed_teacher(self, teacher: Taps, features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """What the teacher's classifier takes in, (n, D), and what :meth:`predict_teacher` returns."""
+        with Taps(teacher.model, [self.embedding]) as taps:
+            logits, deltas = self.predict_teacher(teacher, features)
+        return taps[self.embedding][0], logits, deltas
 
 
 def _pooled_size(extractor: nn.Module) -> tuple[int, int]:
