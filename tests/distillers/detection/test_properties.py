@@ -10,6 +10,8 @@ from mmkd.testing import detectors
 from mmkd.testing.batches import random_batch
 
 ALL = {'zero', 'batch', 'bf16', 'padding'}
+UNBIASED = 'true up to the factor (n - 1) / n of the unbiased deviation, n the number of positions in the batch'
+OTHER = 'other networks or parts that are trained'
 SELECTED = (
     'slots are selected by their scores, those in the padding too where their box reaches into the image, as mmdet does'
 )
@@ -48,13 +50,82 @@ METHODS = {
         'fcos',
         'faster_rcnn',
         dict(type='Mimic', head='bbox_head'),
-        {'zero': 'other networks', 'bf16': SELECTED, 'padding': SELECTED},
+        {'zero': OTHER, 'bf16': SELECTED, 'padding': SELECTED},
     ),
     'Mimic Faster R-CNN': (
         'faster_rcnn',
         'faster_rcnn',
         dict(type='Mimic', class_weight=1.0, box_weight=1.0),
         {'batch': SAMPLED, 'bf16': SAMPLED, 'padding': SAMPLED},
+    ),
+    'Quantization Mimic': (
+        'faster_rcnn',
+        'faster_rcnn',
+        dict(type='QuantizationMimic'),
+        {'batch': SAMPLED, 'bf16': SAMPLED, 'padding': SAMPLED},
+    ),
+    'Chen': (
+        'faster_rcnn',
+        'faster_rcnn',
+        dict(type='Chen'),
+        {
+            'zero': 'its bound is a step, which rounding decides there; the adapter is always there',
+            'batch': SAMPLED,
+            'bf16': SAMPLED,
+            'padding': SAMPLED,
+        },
+    ),
+    'G-DetKD Faster R-CNN': (
+        'faster_rcnn',
+        'faster_rcnn',
+        dict(type='GDetKD'),
+        {'zero': OTHER, 'batch': SAMPLED, 'bf16': SAMPLED, 'padding': SAMPLED},
+    ),
+    'G-DetKD RetinaNet': (
+        'retinanet',
+        'faster_rcnn',
+        dict(type='GDetKD', head='bbox_head'),
+        {'zero': OTHER, 'batch': 'more regions are more negatives', 'bf16': SELECTED, 'padding': SELECTED},
+    ),
+    'FGD': (
+        'retinanet',
+        'retinanet',
+        dict(type='FGD'),
+        {
+            'bf16': 'the exponential of its attention amplifies the rounding of the features, to 1.3e-2 here',
+            'padding': 'attention and background are of the whole map',
+        },
+    ),
+    'MGD': (
+        'retinanet',
+        'retinanet',
+        dict(type='MGD', layer='neck'),
+        {'zero': 'the generator is not the identity', 'batch': 'masks are random', 'padding': 'the whole map counts'},
+    ),
+    'PKD': (
+        'retinanet',
+        'retinanet',
+        dict(type='PKD', layer='neck'),
+        {'batch': UNBIASED, 'padding': 'statistics are of the whole map'},
+    ),
+    'PKD across families': (
+        'retinanet',
+        'faster_rcnn',
+        dict(type='PKD', layer='neck'),
+        {'zero': OTHER, 'batch': UNBIASED, 'padding': 'statistics are of the whole map'},
+    ),
+    'LD': ('gfl', 'gfl', dict(type='LD'), {}),
+    'FGFI': (
+        'retinanet',
+        'retinanet',
+        dict(type='FGFI', head='bbox_head', weight=0.01),
+        {'zero': 'its adapter, always there, is not the identity'},
+    ),
+    'FRS': (
+        'retinanet',
+        'retinanet',
+        dict(type='FRS', feature_weight=0.005, class_weight=0.02),
+        {'zero': 'its adapters, always there, are not the identity', 'padding': 'the mask is of the whole map'},
     ),
 }
 
