@@ -115,8 +115,10 @@ class Comparison:
 
     @staticmethod
     def _run(name: str, seed: int, folder: Path, options: Mapping[str, object] = {}) -> Run:
-        options = {'randomness.seed': seed, **options}
-        return Run(f'{name}, seed {seed}', f'mmkd::shapes/{name}.py', folder / f'{name}_seed{seed}', options)
+        config = f'mmkd::shapes/{name}.py'
+        at_the_end = {'train_cfg.val_interval': read(config).train_cfg.max_iters}
+        options = {'randomness.seed': seed, **at_the_end, **options}
+        return Run(f'{name}, seed {seed}', config, folder / f'{name}_seed{seed}', options)
 
     def queue(self) -> list[Run]:
         """The students alone and the methods, seed by seed."""
