@@ -265,6 +265,9 @@ def test_the_chart_has_a_panel_per_student_with_bars_and_lines(tmp_path):
     fcos, retinanet = figure.axes
     assert [text.get_text() for text in retinanet.get_yticklabels()] == ['gid  +0.130', 'cwd  +0.000']
     assert [bar.get_width() for bar in retinanet.patches[:2]] == pytest.approx([0.25, 0.12])
+    errors = [line for bars in retinanet.containers if hasattr(bars, 'has_xerr') for line in bars.lines[2]]
+    (first,), _ = (each.get_segments() for each in errors)
+    assert first[:, 0] == pytest.approx([0.25 - 0.005**0.5, 0.25 + 0.005**0.5])
     labels = {line.get_label(): line.get_xdata()[0] for line in fcos.lines if not line.get_label().startswith('_')}
     assert labels == pytest.approx({'student alone 0.120': 0.12, 'fcos teacher 0.380': 0.38})
     assert retinanet.get_xlim()[1] > 0.38
@@ -302,8 +305,9 @@ def test_teachers_come_first_then_seed_by_seed_with_the_trained_teacher(tmp_path
     last = notes()[-1]
     assert last['arguments'][0] == 'mmkd::shapes/gid_retinanet.py'
     teacher = f'model.teacher.checkpoint={folder}/retinanet_teacher/iter_1500.pth'
-    assert last['arguments'][-3:] == ['--cfg-options', 'randomness.seed=4', teacher]
-    assert notes()[1]['arguments'][-2:] == ['--cfg-options', 'randomness.seed=3']
+    options = ['--cfg-options', 'randomness.seed=4', 'train_cfg.val_interval=600']
+    assert last['arguments'][-4:] == [*options, teacher]
+    assert notes()[4]['arguments'][-3:] == options
     assert {call['threads'] for call in notes()} == {str(len(os.sched_getaffinity(0)))}
     assert json.loads((folder / 'results.json').read_text())['methods']['gid_retinanet']['gain'] == 0
     capsys.readouterr()
