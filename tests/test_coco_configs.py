@@ -71,7 +71,7 @@ def test_two_training_steps(name, coco, tmp_path):
     config.default_hooks.logger.interval = 1
     config.log_processor = dict(type='LogProcessor', by_epoch=False, window_size=1)
     config.work_dir = str(tmp_path)
-    config.experiment_name = name.replace('.', '_')
+    config.experiment_name = config.visualizer.name = name.replace('.', '_')  # mmengine keeps both by name
     runner = Runner.from_cfg(config)
     runner.model._teacher.speed_up()  # with random weights
     runner.train()
