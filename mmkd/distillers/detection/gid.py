@@ -170,7 +170,7 @@ def response_losses(
 
 @DISTILLERS.register_module()
 class GID(Distiller):
-    """General Instance Distillation for dense detectors with RetinaNet-like heads.
+    """General Instance Distillation, for detectors with a dense head: RetinaNet, ATSS, GFL, FCOS, and the RPN of others.
 
     Selects the instances at which the two networks differ most, without ground truth: at each slot
     the score of :func:`instance_scores` and the box of the network that is surer; NMS; the first ``topk`` of each
@@ -186,6 +186,12 @@ class GID(Distiller):
     features and trained. Two choices follow the code, because its weights belong to them: the feature distance is
     squared and divided by the number of cells (``feature_distance='l2'`` gives the paper's plain norm), and at most 3000
     slots per image enter the NMS. The code also drops boxes with a side of at most 10 pixels (``min_box_side=10``).
+
+    The paper gives RetinaNet, FCOS and Faster R-CNN the same weights (from memory, unverified). **Two-stage detectors**:
+    ``head='rpn_head'``; scores are the objectness, boxes and responses the RPN's. **FCOS, GFL**: boxes are compared as
+    distances in strides, whatever unit the head puts out, GFL's as the means of its distributions; responses are
+    compared where the head's own assignment (FCOS's ranges and centre sampling, ATSS) puts the selected boxes. A
+    slot in the padding can be selected where its box reaches into the image, as mmdet predicts from it, too.
 
     ``relation='batch'`` compares each instance with all others of the batch: its memory grows with the square of their
     number (16 images: 160 x 160 x 25600 float32, 2.6 GB, if the backward pass of ``cdist`` holds all
