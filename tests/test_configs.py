@@ -65,3 +65,17 @@ def test_the_headline_command_without_coco_says_what_to_do(tmp_path):
     assert str(tmp_path / 'data/coco') in line
     assert '--cfg-options train_dataloader.dataset.data_root=' in line
     assert 'make demo' in line
+
+
+@pytest.mark.parametrize('name', COCO)
+def test_the_table_of_configs_has_it_with_its_student_and_teacher(name):
+    """And does not claim to have run it."""
+    (row,) = [line for line in (ROOT / 'README.md').read_text().splitlines() if f']({name})' in line]
+    assert row.rstrip(' |').endswith('not run')
+    config = Config.fromfile(ROOT / name)
+    depth = config.model.student.backbone.depth
+    pair = row.split('|')[4]
+    assert '→' in pair
+    assert f'R{depth}' in pair.partition('→')[2]
+    teacher = Path(config.model.teacher.partition('::')[2]).stem.split('_')[1]
+    assert teacher.partition('-')[0].upper() in pair.partition('→')[0].upper()
