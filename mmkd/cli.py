@@ -183,8 +183,14 @@ def build_runner(config: Config) -> Runner:
 
 
 def end_processes() -> None:
-    """Leave the process group, as torch asks for before a process exits."""
+    """Leave the process group, as torch asks for before a process exits.
+
+    The barrier comes first because gloo's threads may still hold the tensors of the last collective operation, and need
+    the interpreter's lock to let go of them: while it waits, the lock is free. A thread that asks for it when
+    the interpreter is already shutting down aborts the process.
+    """
     if torch.distributed.is_initialized():
+        torch.distributed.barrier()
         torch.distributed.destroy_process_group()
 
 
