@@ -12,7 +12,16 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from mmdet.models.dense_heads import AnchorHead, FCOSHead, GFLHead
+from mmdet.models.dense_heads import (
+    AnchorHead,
+    ATSSHead,
+    FCOSHead,
+    GFLHead,
+    LDHead,
+    RetinaHead,
+    RetinaSepBNHead,
+    RPNHead,
+)
 from mmdet.models.task_modules.assigners import ATSSAssigner, BboxOverlaps2D, MaxIoUAssigner
 from mmdet.models.task_modules.coders import DeltaXYWHBBoxCoder
 from mmdet.models.task_modules.prior_generators import anchor_inside_flags
@@ -48,8 +57,15 @@ class DenseHead:
 
     unit: str
     """What the regression means; two heads can be compared where this is equal."""
+    of_mmdet: tuple[type, ...] = ()
+    """mmdet's heads that are read so. Others of mmdet that inherit from them put out something else."""
 
     def __init__(self, head: nn.Module):
+        if type(head).__module__.startswith('mmdet.') and type(head) not in self.of_mmdet:
+            raise ConfigError(
+                f'{type(head).__name__}: how to read this head of mmdet is not known (its parent class is); add it with '
+                f'mmkd.distillers.detection.dense_heads.dense_head.register'
+            )
         if not head.use_sigmoid_cls:
             raise ConfigError(f'{type(head).__name__} has softmax class scores; a head with sigmoid scores is needed')
         self.head = head
@@ -134,6 +150,8 @@ def check_same_slots(
 class AnchorDenseHead(DenseHead):
     """A head with anchors and boxes as deltas from them: RetinaNet's, an RPN, ATSS."""
 
+    of_mmdet = (AnchorHead, RetinaHead, RetinaSepBNHead, RPNHead, ATSSHead)
+
     def __init__(self, head: nn.Module):
         super().__init__(head)
         coder = head.bbox_coder
@@ -206,6 +224,8 @@ class DistanceDenseHead(DenseHead):
 class DistributionDenseHead(DistanceDenseHead, AnchorDenseHead):
     """A head that predicts a distribution of each distance: GFL. Its regression is their means."""
 
+    of_mmdet = (GFLHead, LDHead)
+
     def __init__(self, head: nn.Module):
         DenseHead.__init__(self, head)
 
@@ -227,6 +247,8 @@ class DistributionDenseHead(DistanceDenseHead, AnchorDenseHead):
 @dense_head.register(FCOSHead)
 class PointDenseHead(DistanceDenseHead):
     """A head of locations without anchors: FCOS. In whatever unit it puts out distances, here they are in strides."""
+
+    of_mmdet = (FCOSHead,)
 
     @property
     def strides(self) -> list[int]:

@@ -144,3 +144,12 @@ def test_a_third_party_adds_a_head():
             self.head = head
 
     assert type(dense_head(OwnHead())) is OwnDenseHead
+
+
+def test_a_head_of_mmdet_that_only_inherits_from_a_known_one_is_refused():
+    """TOOD's puts out decoded boxes, not deltas."""
+    from mmdet.models.dense_heads import TOODHead
+
+    head = TOODHead.__new__(TOODHead)
+    with pytest.raises(ConfigError, match='TOODHead: how to read this head of mmdet is not known'):
+        dense_head(head)

@@ -276,6 +276,40 @@ def test_selected_boxes_are_the_surer_networks_inside_the_image():
     assert distance.max() < 1e-4
 
 
+def test_another_packages_head_is_read_once_it_is_registered():
+    """A head that puts boxes before classes; nothing in mmkd knows it."""
+    from mmdet.models.dense_heads import RetinaHead
+    from mmdet.registry import MODELS
+
+    from mmkd.distillers.detection.dense_heads import AnchorDenseHead, dense_head
+
+    class BoxesFirst(RetinaHead):
+        def forward(self, features):
+            classes, boxes = super().forward(features)
+            return boxes, classes
+
+    @dense_head.register(BoxesFirst)
+    class BoxesFirstDenseHead(AnchorDenseHead):
+        def class_logits(self, outputs):
+            return super().class_logits(outputs[::-1])
+
+        def regression(self, outputs):
+            return super().regression(outputs[::-1])
+
+    MODELS.register_module(module=BoxesFirst, force=True)
+    pairs = []
+    for head in ('RetinaHead', 'BoxesFirst'):
+        configs = [detectors.retinanet(channels=channels, bbox_head=dict(type=head)) for channels in (16, 24)]
+        student, teacher = (detectors.build(config, seed=seed) for seed, config in enumerate(configs))
+        distiller = ready(GID(adapter=dict(type='ConvAdapter', init_std=0.1)), student, teacher)
+        pairs.append((distiller, student, teacher))
+    pairs[1][0].load_state_dict(pairs[0][0].state_dict())
+    images = torch.randn(2, 3, 96, 128)
+    expected, found = (pair[0](*tapped(*pair[1:], pair[0], images), samples()) for pair in pairs)
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value)
+
+
 def test_an_overflow_in_the_forward_pass_gives_nan_and_no_crash():
     """Under AMP the gradient scaler then skips the step."""
     student = detectors.build(detectors.retinanet(), seed=0)

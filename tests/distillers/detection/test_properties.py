@@ -15,6 +15,7 @@ OTHER = 'other networks or parts that are trained'
 SELECTED = (
     'slots are selected by their scores, those in the padding too where their box reaches into the image, as mmdet does'
 )
+NO_NMS = 'mmcv has no NMS in bf16 on a CPU, so mmdet itself cannot run so there'
 SAMPLED = 'the RoIs of a two-stage student are drawn at random and differ with the images around'
 # method: (student, teacher, distiller, properties that do not hold and why)
 METHODS = {
@@ -56,13 +57,13 @@ METHODS = {
         'faster_rcnn',
         'faster_rcnn',
         dict(type='Mimic', class_weight=1.0, box_weight=1.0),
-        {'batch': SAMPLED, 'bf16': SAMPLED, 'padding': SAMPLED},
+        {'batch': SAMPLED, 'bf16': NO_NMS, 'padding': SAMPLED},
     ),
     'Quantization Mimic': (
         'faster_rcnn',
         'faster_rcnn',
         dict(type='QuantizationMimic'),
-        {'batch': SAMPLED, 'bf16': SAMPLED, 'padding': SAMPLED},
+        {'batch': SAMPLED, 'bf16': NO_NMS, 'padding': SAMPLED},
     ),
     'Chen': (
         'faster_rcnn',
@@ -71,7 +72,7 @@ METHODS = {
         {
             'zero': 'its bound is a step, which rounding decides there; the adapter is always there',
             'batch': SAMPLED,
-            'bf16': SAMPLED,
+            'bf16': NO_NMS,
             'padding': SAMPLED,
         },
     ),
@@ -79,7 +80,7 @@ METHODS = {
         'faster_rcnn',
         'faster_rcnn',
         dict(type='GDetKD'),
-        {'zero': OTHER, 'batch': SAMPLED, 'bf16': SAMPLED, 'padding': SAMPLED},
+        {'zero': OTHER, 'batch': SAMPLED, 'bf16': NO_NMS, 'padding': SAMPLED},
     ),
     'G-DetKD RetinaNet': (
         'retinanet',
