@@ -22,6 +22,7 @@ class RoIHead:
     """
 
     def __init__(self, roi_head: str = 'roi_head', stage: int | None = None):
+        self.name = roi_head
         suffix = '' if stage is None else f'.{stage}'
         self.extractor = f'{roi_head}.bbox_roi_extractor{suffix}'
         self.bbox_head = f'{roi_head}.bbox_head{suffix}'
@@ -78,6 +79,9 @@ class RoIHead:
     @torch.no_grad()
     def predict_teacher(self, teacher: Taps, features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The teacher's class logits, (n, classes + 1) with the background last, and deltas, (n, 4 or 4 * classes)."""
+        roi_head = teacher.model.get_submodule(self.name)
+        if roi_head.with_shared_head:
+            features = roi_head.shared_head(features)
         return teacher.model.get_submodule(self.bbox_head)(features)
 
     @torch.no_grad()

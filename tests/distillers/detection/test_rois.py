@@ -1,7 +1,9 @@
+import pytest
 import torch
 
 from mmkd.distillers.detection.dense_heads import dense_head
-from mmkd.distillers.detection.rois import best_predictions, to_rois
+from mmkd.distillers.detection.rois import RoIHead, best_predictions, to_rois
+from mmkd.taps import Taps
 from mmkd.testing import detectors
 
 
@@ -10,6 +12,22 @@ def test_boxes_become_rois_with_their_images_index():
     rois = to_rois(boxes)
     assert rois[:, 0].tolist() == [0, 0, 1, 1, 2, 2]
     assert torch.equal(rois[:, 1:], boxes.view(6, 4))
+
+
+@pytest.mark.parametrize('shared', [False, True])
+def test_the_teacher_sees_rois_as_mmdet_runs_it(shared):
+    """Also with a shared head between pooling and box head, as detectors on C4 have."""
+    teacher = detectors.build(detectors.faster_rcnn(), seed=0).eval()
+    if shared:
+        teacher.roi_head.shared_head = torch.nn.Conv2d(16, 16, 1)
+    rois = torch.tensor([[0.0, 10, 20, 60, 70], [1, 5, 5, 100, 90]])
+    roi_head = RoIHead()
+    with torch.no_grad(), Taps(teacher, ['neck']) as taps:
+        features = teacher.extract_feat(torch.randn(2, 3, 96, 128).contiguous(memory_format=torch.channels_last))
+        expected = teacher.roi_head._bbox_forward([each.contiguous() for each in features], rois)
+    logits, deltas = roi_head.predict_teacher(taps, roi_head.pool_teacher(taps, 'neck', rois))
+    torch.testing.assert_close(logits, expected['cls_score'])
+    torch.testing.assert_close(deltas, expected['bbox_pred'])
 
 
 def test_best_predictions_are_the_highest_scores_in_order_and_inside_the_image():
