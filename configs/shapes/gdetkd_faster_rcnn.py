@@ -4,4 +4,12 @@ model = dict(
     type='mmkd.Distill',
     student=_base_.model,
     teacher=dict(config='mmkd::shapes/faster_rcnn_teacher.py', checkpoint='work_dirs/faster_rcnn_teacher/iter_1500.pth'),
-    distillers=dict(gdetkd=dict(type='GDetKD', class_weight=1.0, box_weight=1.0, memory=2560, keys_per_step=256)))
+    distillers=dict(
+        gdetkd=dict(
+            type='GDetKD',
+            class_weight=1.0,
+            box_weight=1.0,
+            hidden_channels=32,
+            key_channels=16,
+            memory=2560,
+            keys_per_step=256)))
