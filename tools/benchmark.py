@@ -105,6 +105,8 @@ def main() -> None:
         plain = MODELS.build(config.model.student).to(device)
         stock = build_teacher(config.model.teacher).model.to(device)
         distilled = MODELS.build(config.model).to(device)
+        # the same weights: with others an RPN would propose other regions, of another cost
+        distilled.load_state_dict(plain.state_dict(), strict=False)
         distilled._teacher.speed_up(device)  # with random weights, as all models here
         data = random_batch(plain, tuple(args.shape), args.objects)
 

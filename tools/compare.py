@@ -359,7 +359,7 @@ def chart(results: Mapping) -> Figure:
     heights = [len(methods) + 0.2 for methods in panels.values()]
     figure, axes = plt.subplots(
         len(panels),
-        figsize=(9, 0.3 * sum(heights) + 0.5 * len(panels) + 0.6),
+        figsize=(9, 0.3 * sum(heights) + 0.7 * len(panels) + 0.6),
         gridspec_kw={'height_ratios': heights},
         sharex=True,
         squeeze=False,
@@ -391,8 +391,8 @@ def chart(results: Mapping) -> Figure:
         ]
         axis.set_yticks(range(len(labels)), labels)
         axis.set_ylim(len(labels) - 0.4, -0.6)
-        axis.set_title(f'{family(student)} student', loc='left', fontsize=11)
-        axis.legend(loc='lower right', bbox_to_anchor=(1, 1), ncols=4, fontsize=8, frameon=False, borderaxespad=0.2)
+        axis.set_title(f'{family(student)} student', loc='left', fontsize=11, pad=20)  # the legend goes below it
+        axis.legend(loc='lower left', bbox_to_anchor=(0, 1), ncols=4, fontsize=8, frameon=False, borderaxespad=0.2)
         axis.grid(axis='x', alpha=0.3)
         axis.set_axisbelow(True)
         axis.spines[['top', 'right']].set_visible(False)
