@@ -6,6 +6,7 @@ Li, Jin, Yan, "Mimicking Very Efficient Network for Object Detection", CVPR 2017
 from collections.abc import Mapping
 
 import torch
+import torch.nn.functional as F
 
 from mmkd.adapters import Adapters
 from mmkd.distillers.base import Distiller, maps, require_gradient
@@ -30,7 +31,7 @@ def half_mean_square(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tens
     Returns:
         A scalar; 0 for no region at all.
     """
-    return 0.5 * (teacher - student).square().sum() / max(student.numel(), 1)
+    return 0.5 * F.mse_loss(student, teacher, reduction='sum') / max(student.numel(), 1)
 
 
 @DISTILLERS.register_module()
