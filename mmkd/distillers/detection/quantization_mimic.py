@@ -33,11 +33,20 @@ def quantise(feature: torch.Tensor, step: float | torch.Tensor, signed: bool = T
     Returns:
         The same shape, multiples of ``step``.
     """
-    with torch.no_grad():
-        code = torch.ceil(feature / step - 0.5)
-        entry = (code if signed else code.clamp(min=0)) * step
-    # f - f is exactly 0, whereas f + (Q(f) - f) would be off by its rounding
-    return entry + (feature - feature.detach())
+    return _Quantise.apply(feature, step, signed)
+
+
+class _Quantise(torch.autograd.Function):
+    """Rounding whose gradient passes straight through."""
+
+    @staticmethod
+    def forward(ctx, feature: torch.Tensor, step: float | torch.Tensor, signed: bool) -> torch.Tensor:
+        code = (feature / step).sub_(0.5).ceil_()
+        return (code if signed else code.clamp_(min=0)).mul_(step)
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        return gradient, None, None
 
 
 def derived_step(teacher: torch.Tensor, levels: int) -> torch.Tensor:
