@@ -151,6 +151,11 @@ class LD(Distiller):
     (``class_mean='level'``), which is more, up to five times on five levels. The optional feature imitation of the code
     is another method: add :class:`mmkd.distillers.detection.mimic.Mimic` or the like.
 
+    On the generated data set the gain over three seeds is not significant (+0.063 AP, standard error 0.033: two seeds gain
+    0.1, one loses 0.014). The class term, a mean over the classes, is there the largest of all losses: a mean over 6 classes is
+    some 13 times that over 80. With ``class_weight=1`` the seed that lost had 0.129 instead of 0.105 (alone 0.119), so
+    this explains a part of it at most.
+
     Args:
         head: The student's dense head.
         tau: Temperature of the distances' distributions. Default 10.
