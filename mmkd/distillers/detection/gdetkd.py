@@ -217,9 +217,9 @@ class GDetKD(Distiller):
     processes ``memory`` holds the last 2.5 steps; a key of 1024 numbers takes 4 KB of the checkpoint (42 MB for
     10240).
 
-    On the generated data set a RetinaNet gains little from a Faster R-CNN (+0.037 AP over three seeds, standard error 0.021), while a
-    Faster R-CNN with class and box terms gains most of all methods (+0.272); which part does it was not taken apart. All
-    levels' regions go through the keys' convolutions: at 256x320 pixels a step of a one-stage student takes six times
+    On the generated data set a RetinaNet gains little from a Faster R-CNN (+0.037 AP over three seeds, standard error
+    0.021), while a Faster R-CNN with class and box terms gains most of all methods (+0.272); which part does it was not
+    taken apart. All levels' regions go through the keys' convolutions: at 256x320 pixels a step of a one-stage student takes six times
     that of student and teacher alone; fewer ``regions`` cost less in proportion.
 
     Args:
