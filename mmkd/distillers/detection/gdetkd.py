@@ -219,8 +219,8 @@ class GDetKD(Distiller):
 
     On the generated data set a RetinaNet gains little from a Faster R-CNN (+0.037 AP over three seeds, standard error
     0.021), while a Faster R-CNN with class and box terms gains most of all methods (+0.272); which part does it was not
-    taken apart. All levels' regions go through the keys' convolutions: at 256x320 pixels a step of a one-stage student takes six times
-    that of student and teacher alone; fewer ``regions`` cost less in proportion.
+    taken apart. All levels' regions go through the keys' convolutions: at 256x320 pixels a step of a one-stage student
+    takes six times that of student and teacher alone; fewer ``regions`` cost less in proportion.
 
     Args:
         neck: The layer whose levels are pooled.
