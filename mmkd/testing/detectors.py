@@ -19,7 +19,7 @@ TEST = dict(nms_pre=1000, min_bbox_size=0, score_thr=0.0, nms=dict(type='nms', i
 
 
 def _detector(
-    kind: str, base: int, channels: int, start_level: int, num_outs: int, changes: dict, **parts
+    kind: str, base: int, channels: int, changes: dict, start_level: int = 1, num_outs: int = 3, **parts: Any
 ) -> ConfigDict:
     """ResNet-18 of ``base`` channels and an FPN of ``channels``, which the tests' detectors share."""
     config = ConfigDict(
@@ -53,8 +53,6 @@ def retinanet(channels: int = 16, classes: int = 3, base: int = 8, **changes: An
         'RetinaNet',
         base,
         channels,
-        1,
-        3,
         changes,
         bbox_head=dict(
             type='RetinaHead',
@@ -89,8 +87,6 @@ def _of_anchor_per_location(kind: str, head: dict, base: int, channels: int, cla
         kind,
         base,
         channels,
-        1,
-        3,
         changes,
         bbox_head=dict(
             num_classes=classes,
@@ -138,8 +134,6 @@ def fcos(channels: int = 16, classes: int = 3, base: int = 8, **changes: Any) ->
         'FCOS',
         base,
         channels,
-        1,
-        3,
         changes,
         bbox_head=dict(
             type='FCOSHead',
@@ -171,9 +165,9 @@ def faster_rcnn(channels: int = 16, classes: int = 3, base: int = 8, **changes: 
         'FasterRCNN',
         base,
         channels,
-        0,
-        5,
         changes,
+        start_level=0,
+        num_outs=5,
         rpn_head=dict(
             type='RPNHead',
             in_channels=channels,

@@ -221,7 +221,7 @@ class FGD(FeatureDistiller):
         self.teacher_contexts = nn.ModuleList(GlobalContext(each) for each in channels)
 
     def forward(self, student: Taps, teacher: Taps, data_samples: list | None) -> dict[str, torch.Tensor]:
-        boxes, _, valid = ground_truth(data_samples)
+        boxes, valid = ground_truth(data_samples)
         shape = padded_shape(data_samples)
         levels = []
         pairs = self.adapted(student, teacher)

@@ -217,10 +217,11 @@ class GDetKD(Distiller):
     processes ``memory`` holds the last 2.5 steps; a key of 1024 numbers takes 4 KB of the checkpoint (42 MB for
     10240).
 
-    On the generated data set a RetinaNet gains little from a Faster R-CNN (+0.037 AP over three seeds, standard error
-    0.021), while a Faster R-CNN with class and box terms gains most of all methods (+0.272); which part does it was not
-    taken apart. All levels' regions go through the keys' convolutions: at 256x320 pixels a step of a one-stage student
-    takes six times that of student and teacher alone; fewer ``regions`` cost less in proportion.
+    On the generated data set (``tools/compare.py``) a RetinaNet gains little from a Faster R-CNN (+0.037 AP over three
+    seeds, standard error 0.021), while a Faster R-CNN with class and box terms gains most of all methods (+0.272);
+    which part does it was not taken apart. All levels' regions go through the keys' convolutions: at 256x320 pixels a
+    step of a one-stage student takes six times that of student and teacher alone; fewer ``regions`` cost less in
+    proportion.
 
     Args:
         neck: The layer whose levels are pooled.
@@ -383,7 +384,7 @@ class GDetKD(Distiller):
         """Regions of a one-stage student, (B, K, 4), xyxy in pixels."""
         head = dense_head(student.model.get_submodule(self.head))
         metas = [sample.metainfo for sample in data_samples]
-        boxes, _ = best_predictions(head, student[self.head], self.candidates, metas)
+        boxes = best_predictions(head, student[self.head], self.candidates, metas)
         objects = ground_truth(data_samples)
         overlaps = pairwise_iou(boxes, objects.boxes.to(boxes.dtype)) * objects.valid[:, None]
         chosen = draw_regions(overlaps.amax(2) > self.positive_iou, self.regions, self.positive_fraction)

@@ -13,22 +13,18 @@ class GroundTruth(NamedTuple):
 
     boxes: torch.Tensor
     """(B, K, 4), xyxy in pixels of the padded input; 0 where there is none."""
-    labels: torch.Tensor
-    """(B, K), class indices; 0 where there is none."""
     valid: torch.Tensor
     """(B, K), False where there is none."""
 
 
 def ground_truth(data_samples: Sequence) -> GroundTruth:
     """The annotated objects of a batch of mmdet's data samples."""
-    instances = [sample.gt_instances for sample in data_samples]
-    boxes = [get_box_tensor(each.bboxes) for each in instances]
-    most = max(1, *(len(each) for each in boxes)) if boxes else 1
+    boxes = [get_box_tensor(sample.gt_instances.bboxes) for sample in data_samples]
+    most = max(1, *(len(each) for each in boxes))
     # a first row that is as long as the longest makes all so
     padded = pad_sequence([boxes[0].new_zeros(most, 4), *boxes], batch_first=True)[1:]
-    labels = pad_sequence([instances[0].labels.new_zeros(most), *(each.labels for each in instances)], True)[1:]
     counts = torch.tensor([len(each) for each in boxes]).to(padded.device, non_blocking=True)
-    return GroundTruth(padded, labels, torch.arange(most, device=padded.device) < counts[:, None])
+    return GroundTruth(padded, torch.arange(most, device=padded.device) < counts[:, None])
 
 
 def padded_shape(data_samples: Sequence) -> tuple[int, int]:

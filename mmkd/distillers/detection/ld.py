@@ -151,10 +151,10 @@ class LD(Distiller):
     (``class_mean='level'``), which is more, up to five times on five levels. The optional feature imitation of the code
     is another method: add :class:`mmkd.distillers.detection.mimic.Mimic` or the like.
 
-    On the generated data set the gain over three seeds is not significant (+0.063 AP, standard error 0.033: two seeds gain
-    0.1, one loses 0.014). The class term, a mean over the classes, is there the largest of all losses: a mean over 6 classes is
-    some 13 times that over 80. With ``class_weight=1`` the seed that lost had 0.129 instead of 0.105 (alone 0.119), so
-    this explains a part of it at most.
+    On the generated data set (``tools/compare.py ld_gfl``) the gain over three seeds is not significant (+0.063 AP,
+    standard error 0.033: two seeds gain 0.1, one loses 0.014). The class term, a mean over the classes, is there the
+    largest of all losses: a mean over 6 classes is some 13 times that over 80. With ``class_weight=1`` the seed that
+    lost had 0.129 instead of 0.105 (alone 0.119), so this explains a part of it at most.
 
     Args:
         head: The student's dense head.
@@ -248,7 +248,7 @@ class LD(Distiller):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The student's positives, (B, slots), bool, and the weights of the valuable region, (B, slots)."""
         outputs, metas = student[self.head], [sample.metainfo for sample in data_samples]
-        boxes, _, valid = ground_truth(data_samples)
+        boxes, valid = ground_truth(data_samples)
         anchors = head.anchors(outputs)
         inside = head.inside(anchors, outputs, metas)
         selection = atss(head.head.assigner.topk, anchors, head.sizes(outputs), boxes, valid, inside)

@@ -149,7 +149,7 @@ class Mimic(Distiller):
 
     def _of_head(self, student: Taps, teacher: Taps, metas: list[dict]) -> tuple[torch.Tensor, torch.Tensor]:
         head = dense_head(student.model.get_submodule(self.head))
-        boxes, _ = best_predictions(head, student[self.head], self.topk, metas)
+        boxes = best_predictions(head, student[self.head], self.topk, metas)
         size = (self.pooled_size, self.sampling_ratio)
         features = pool_boxes(student[self.neck], boxes, self.strides, *size)
         with torch.no_grad():
@@ -161,8 +161,7 @@ class Mimic(Distiller):
             rois, features = self.roi_head.rois(student), self.roi_head.features(student)
         else:
             rois = teacher_proposals(teacher, metas)
-            extractor = student.model.get_submodule(self.roi_head.extractor)
-            features = extractor([level.contiguous() for level in student[self.neck][: extractor.num_inputs]], rois)
+            features = self.roi_head.pool(student, self.neck, rois)
         return features, self.roi_head.pool_teacher(teacher, self.teacher_neck, rois)
 
 

@@ -68,13 +68,17 @@ class RoIHead:
                 f'{said[1]} (teacher); {method} compares them'
             )
 
+    def pool(self, taps: Taps, neck: str, rois: torch.Tensor) -> torch.Tensor:
+        """(n, C, h, w): a model's features of RoIs, pooled as its own RoI head does."""
+        extractor = taps.model.get_submodule(self.extractor)
+        # mmcv's RoIAlign reads memory in the order of NCHW, whatever the strides say
+        levels = [level.contiguous() for level in taps[neck][: extractor.num_inputs]]
+        return extractor(levels, rois)
+
     @torch.no_grad()
     def pool_teacher(self, teacher: Taps, neck: str, rois: torch.Tensor) -> torch.Tensor:
-        """(n, C, h, w): the teacher's features of RoIs, pooled as its own RoI head does."""
-        extractor = teacher.model.get_submodule(self.extractor)
-        # mmcv's RoIAlign reads memory in the order of NCHW, whatever the strides say
-        levels = [level.contiguous() for level in teacher[neck][: extractor.num_inputs]]
-        return extractor(levels, rois)
+        """:meth:`pool` for the teacher."""
+        return self.pool(teacher, neck, rois)
 
     @torch.no_grad()
     def predict_teacher(self, teacher: Taps, features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -103,9 +107,7 @@ def to_rois(boxes: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def best_predictions(
-    head: DenseHead, outputs: tuple, number: int, metas: Sequence[dict]
-) -> tuple[torch.Tensor, torch.Tensor]:
+def best_predictions(head: DenseHead, outputs: tuple, number: int, metas: Sequence[dict]) -> torch.Tensor:
     """The boxes of the slots with the highest class score, of each image; the proposals of a one-stage detector.
 
     Args:
@@ -115,15 +117,14 @@ def best_predictions(
         metas: Each image's meta data; boxes are clipped to its ``img_shape``.
 
     Returns:
-        (B, number, 4), xyxy in pixels, best first, and their scores, (B, number). Fewer than ``number`` where there are
-        fewer slots.
+        (B, number, 4), xyxy in pixels, best first. Fewer than ``number`` where there are fewer slots.
     """
     logits = head.class_logits(outputs)
-    scores = torch.cat([level.amax(2).permute(0, 2, 3, 1).flatten(1) for level in logits], 1).sigmoid()
-    scores, slots = scores.topk(min(number, scores.shape[1]), dim=1)
+    best = torch.cat([level.amax(2).permute(0, 2, 3, 1).flatten(1) for level in logits], 1)
+    slots = best.topk(min(number, best.shape[1]), dim=1)[1]
     regression = head.regression(outputs).gather(1, slots[..., None].expand(-1, -1, 4))
     boxes = head.decode(head.priors(outputs)[slots], regression)
-    return clip(boxes, metas), scores
+    return clip(boxes, metas)
 
 
 def clip(boxes: torch.Tensor, metas: Sequence[dict]) -> torch.Tensor:

@@ -36,12 +36,10 @@ def test_best_predictions_are_the_highest_scores_in_order_and_inside_the_image()
     with torch.no_grad():
         outputs = model.bbox_head(model.extract_feat(torch.randn(2, 3, 96, 128)))
     head = dense_head(model.bbox_head)
-    boxes, scores = best_predictions(head, outputs, 7, metas)
+    boxes = best_predictions(head, outputs, 7, metas)
     flat = torch.cat([each.permute(0, 3, 4, 1, 2).reshape(2, -1, 3) for each in head.class_logits(outputs)], 1)
     decoded = head.decode(head.priors(outputs).expand(2, -1, -1), head.regression(outputs))
     for image, (height, width) in enumerate([(96, 128), (80, 100)]):
-        expected = sorted(flat[image].amax(1).sigmoid().tolist(), reverse=True)[:7]
-        torch.testing.assert_close(scores[image], torch.tensor(expected))
         index = flat[image].amax(1).argsort(descending=True)[:7]
         inside = torch.minimum(decoded[image, index].clamp(min=0), torch.tensor([width, height, width, height]))
         torch.testing.assert_close(boxes[image], inside)
