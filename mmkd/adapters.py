@@ -12,13 +12,15 @@ from mmkd.registry import ADAPTERS, build
 
 @ADAPTERS.register_module()
 class ConvAdapter(nn.Module):
-    """One convolution from the student's channels to the teacher's, keeping height and width.
+    """One convolution from the student's channels to the teacher's, with batch norm and ReLU if wanted; keeps height and width.
 
     Args:
         in_channels: The student's channels; filled in from the probed shapes.
         out_channels: The teacher's channels; filled in from the probed shapes.
         kernel_size: An odd number. Default 1.
         bias: Default True.
+        norm: Whether a batch norm follows, over the batch of each process, as no running statistics are needed. Default
+            False.
         relu: Whether a ReLU follows. Default False.
         init_std: Initial weights from a normal distribution of this standard deviation, cut at twice it, and a bias of
             0. None (default): as torch has them.
@@ -30,11 +32,13 @@ class ConvAdapter(nn.Module):
         out_channels: int,
         kernel_size: int = 1,
         bias: bool = True,
+        norm: bool = False,
         relu: bool = False,
         init_std: float | None = None,
     ):
         super().__init__()
         self.conv = nn.Conv2d(in_channels, out_channels, kernel_size, padding=kernel_size // 2, bias=bias)
+        self.norm = nn.BatchNorm2d(out_channels, track_running_stats=False) if norm else nn.Identity()
         self.relu = relu
         if init_std is not None:
             nn.init.trunc_normal_(self.conv.weight, std=init_std, a=-2 * init_std, b=2 * init_std)
@@ -42,7 +46,7 @@ class ConvAdapter(nn.Module):
                 nn.init.zeros_(self.conv.bias)
 
     def forward(self, feature: torch.Tensor) -> torch.Tensor:
-        feature = self.conv(feature)
+        feature = self.norm(self.conv(feature))
         return feature.relu() if self.relu else feature
 
 

@@ -123,13 +123,33 @@ def run(model: nn.Module, layers: Sequence[str], inputs: torch.Tensor, data_samp
     """One forward pass of a mmdet or mmseg model, no further than needed for ``layers``; no loss, no assignment."""
     roots = dict.fromkeys(layer.removesuffix(INPUT).partition('.')[0] for layer in layers)
     heads = [root for root in roots if root not in ('backbone', 'neck')]
-    if set(heads) <= {'rpn_head', 'bbox_head'} and not hasattr(model, 'forward_transformer'):
+    if hasattr(model, 'decode_head'):
+        run_segmentor(model, heads, inputs)
+    elif set(heads) <= {'rpn_head', 'bbox_head'} and not hasattr(model, 'forward_transformer'):
         # called as in training, as modules: mmdet's tensor mode calls `head.forward`, past the hooks
         features = model.extract_feat(inputs)
         for head in heads:
             getattr(model, head)(features)
     else:
         model(inputs, data_samples, mode='tensor')
+
+
+def run_segmentor(model: nn.Module, heads: Sequence[str], inputs: torch.Tensor) -> None:
+    """The backbone and neck of a mmseg model, and those of its heads that are wanted, auxiliary ones too.
+
+    mmseg's own tensor mode never runs an auxiliary head. Heads are called as in training, by their ``forward``: a hook
+    on a head itself would not fire there either.
+    """
+    features = model.extract_feat(inputs)
+    for name in heads:
+        head = getattr(model, name)
+        stages = head if isinstance(head, nn.ModuleList) else [head]
+        output = None
+        for stage in stages:
+            if name == 'decode_head' and output is not None:  # a cascade: each head refines the one before
+                output = stage.forward(features, output)
+            else:
+                output = stage.forward(features)
 
 
 @torch.no_grad()

@@ -2,7 +2,7 @@ import pytest
 import torch
 from mmengine.registry import DefaultScope
 
-from mmkd.testing import detectors
+from mmkd.testing import detectors, models
 
 
 @pytest.fixture(autouse=True)
@@ -16,5 +16,5 @@ def _reproducible():
 def teacher_options(tmp_path_factory) -> dict:
     """A small RetinaNet teacher, wider than the default student, with a checkpoint."""
     config = detectors.retinanet(channels=24, base=12)
-    checkpoint = detectors.save_weights(config, tmp_path_factory.mktemp('teacher') / 'teacher.pth')
+    checkpoint = models.save_weights(config, tmp_path_factory.mktemp('teacher') / 'teacher.pth')
     return dict(config=config, checkpoint=checkpoint)

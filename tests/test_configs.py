@@ -10,7 +10,7 @@ from mmengine.config import Config
 from mmengine.registry import MODELS
 
 from mmkd.cli import _datasets
-from mmkd.testing import detectors
+from mmkd.testing import models
 
 ROOT = Path(__file__).parents[1] / 'configs'
 CONFIGS = sorted(str(path.relative_to(ROOT)) for path in ROOT.rglob('*.py') if path.parent.name != '_base_')
@@ -35,7 +35,7 @@ def test_a_coco_config_is_short_and_its_student_is_plain(name):
     config = Config.fromfile(ROOT / name)
     model = MODELS.build(config.model)
     keys = [key for key in model.state_dict() if not key.startswith('distillers.')]
-    assert keys == list(detectors.build(config.model.student).state_dict())
+    assert keys == list(models.build(config.model.student).state_dict())
     assert model._teacher.checkpoint.startswith('https://')
     assert config.train_cfg.max_epochs in (12, 24)
     assert config.auto_scale_lr.base_batch_size == 16

@@ -13,7 +13,7 @@ from torch import nn
 from mmkd.distill import distill
 from mmkd.distillers import Distiller
 from mmkd.errors import ConfigError
-from mmkd.testing import detectors
+from mmkd.testing import detectors, models
 from mmkd.testing.batches import random_batch
 
 METHODS = dict(gid=dict(type='GID'), cwd=dict(type='CWD', layer='neck'))
@@ -44,11 +44,11 @@ def test_state_dict_has_exactly_the_plain_keys_without_adapters(teacher_options)
     """Of the demo's size here and of the COCO config in test_configs.py."""
     same = dict(config=detectors.retinanet(), checkpoint='unused')
     model = build(same, load=False)
-    assert list(model.state_dict()) == list(detectors.build(detectors.retinanet()).state_dict())
+    assert list(model.state_dict()) == list(models.build(detectors.retinanet()).state_dict())
 
 
 def test_adapters_stand_beside_the_plain_keys(teacher_options):
-    plain = set(detectors.build(detectors.retinanet()).state_dict())
+    plain = set(models.build(detectors.retinanet()).state_dict())
     own = set(build(teacher_options, load=False).state_dict()) - plain
     adapters = {f'distillers.gid.adapters.0.conv.{name}' for name in ('weight', 'bias')}
     adapters |= {f'distillers.cwd.adapters.{level}.conv.{name}' for level in range(3) for name in ('weight', 'bias')}
@@ -144,7 +144,7 @@ def test_matrix_products_of_a_loss_are_not_autocast(teacher_options):
 
 def test_predictions_and_tensors_are_those_of_the_plain_student(teacher_options):
     model = build(teacher_options).eval()
-    plain = detectors.build(detectors.retinanet()).eval()
+    plain = models.build(detectors.retinanet()).eval()
     plain.load_state_dict({name: value for name, value in model.state_dict().items() if 'distillers' not in name})
     batch = plain.data_preprocessor(random_batch(plain, (2, 3, 96, 128)), False)
     with torch.no_grad():
@@ -215,7 +215,7 @@ def test_a_segmentor_learns_as_a_detector_does(tmp_path):
 
 def test_initial_weights_and_random_state_do_not_depend_on_the_teacher(teacher_options):
     torch.manual_seed(7)
-    plain = detectors.build(detectors.retinanet())
+    plain = models.build(detectors.retinanet())
     plain.init_weights()
     after = torch.rand(3)
     torch.manual_seed(7)

@@ -6,7 +6,7 @@ from mmengine.config import Config
 
 from mmkd.distill import distill
 from mmkd.errors import ConfigError
-from mmkd.testing import detectors
+from mmkd.testing import detectors, models
 
 CWD = dict(cwd=dict(type='CWD', layer='neck'))
 # a batch norm in the neck, as the teacher's is folded away after loading
@@ -15,7 +15,7 @@ TEACHER = detectors.retinanet(neck=dict(norm_cfg=dict(type='BN')))
 
 @pytest.fixture
 def teacher(tmp_path):
-    return dict(config=TEACHER, checkpoint=detectors.save_weights(TEACHER, tmp_path / 'teacher.pth'))
+    return dict(config=TEACHER, checkpoint=models.save_weights(TEACHER, tmp_path / 'teacher.pth'))
 
 
 def test_parts_start_from_the_teachers_weights_and_the_others_do_not(teacher):

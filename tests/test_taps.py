@@ -4,7 +4,7 @@ from torch import nn
 
 from mmkd.errors import ConfigError
 from mmkd.taps import Taps, find_layer, probe, run
-from mmkd.testing import detectors
+from mmkd.testing import detectors, models
 
 
 class Toy(nn.Module):
@@ -52,7 +52,7 @@ def test_inputs_of_a_layer(images):
 
 
 def test_an_fpn_gives_its_levels():
-    model = detectors.build(detectors.retinanet())
+    model = models.build(detectors.retinanet())
     taps = probe(model, ['neck'])
     assert [tuple(level.shape) for level in taps['neck']] == [(1, 16, 32, 32), (1, 16, 16, 16), (1, 16, 8, 8)]
 
@@ -84,7 +84,7 @@ def test_a_layer_that_was_never_called_is_an_error(images):
 
 
 def test_an_unknown_layer_names_the_nearest():
-    model = detectors.build(detectors.retinanet())
+    model = models.build(detectors.retinanet())
     with pytest.raises(ConfigError, match="'bbox_head.retina_cl'.*'bbox_head.retina_cls'"):
         find_layer(model, 'bbox_head.retina_cl')
 
@@ -115,7 +115,7 @@ def test_half_precision_is_handed_out_as_float32(images):
 
 
 def test_run_goes_no_further_than_the_neck():
-    model = detectors.build(detectors.retinanet())
+    model = models.build(detectors.retinanet())
     calls = []
     model.bbox_head.register_forward_hook(lambda *_: calls.append('head'))
     run(model, ['backbone.layer1', 'neck'], torch.randn(1, 3, 64, 64), None)
@@ -125,7 +125,7 @@ def test_run_goes_no_further_than_the_neck():
 
 
 def test_a_probe_leaves_no_trace():
-    model = detectors.build(detectors.retinanet(backbone=dict(norm_eval=False))).train()
+    model = models.build(detectors.retinanet(backbone=dict(norm_eval=False))).train()
     model.neck.eval()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     modes = [module.training for module in model.modules()]

@@ -11,7 +11,7 @@ from mmkd.distillers import Distillers
 from mmkd.errors import ConfigError
 from mmkd.taps import Taps, run
 from mmkd.teacher import Renormalise, build_teacher, fold_batch_norm, load_weights, read_checkpoint
-from mmkd.testing import detectors
+from mmkd.testing import detectors, models
 
 LAYERS = ('backbone', 'neck', 'bbox_head')
 
@@ -24,7 +24,7 @@ def ready(options, layers=LAYERS):
 
 
 def stock(options):
-    model = detectors.build(options['config']).eval()
+    model = models.build(options['config']).eval()
     model.load_state_dict(torch.load(options['checkpoint'], weights_only=True)['state_dict'])
     return model
 
@@ -53,7 +53,7 @@ def test_a_full_size_teacher_equals_stock_mmdet():
 
     config = get_config('mmdet::retinanet/retinanet_r50_fpn_1x_coco.py').model
     config.backbone.init_cfg = None
-    model = detectors.build(config, seed=0).eval()
+    model = models.build(config, seed=0).eval()
     images = torch.randn(1, 3, 128, 160)
     expected = outputs(model, ('neck', 'bbox_head'), images)
     assert fold_batch_norm(model, ('neck', 'bbox_head')) == 53
@@ -153,7 +153,7 @@ def test_autocast_of_its_own(teacher_options):
 
 
 def preprocess(config, image):
-    model = detectors.build(detectors.retinanet(data_preprocessor=config))
+    model = models.build(detectors.retinanet(data_preprocessor=config))
     data = {'inputs': [image], 'data_samples': [DetDataSample(metainfo=dict(img_shape=tuple(image.shape[1:])))]}
     batch = model.data_preprocessor(data)
     return model.data_preprocessor, batch['inputs'], batch['data_samples']
@@ -196,7 +196,7 @@ def test_a_training_checkpoint_with_histories_loads(teacher_options, tmp_path):
 
 
 def test_module_versions_are_kept(teacher_options):
-    model = detectors.build(teacher_options['config'])
+    model = models.build(teacher_options['config'])
     weights = read_checkpoint(Path(teacher_options['checkpoint']))
     assert weights._metadata == model.state_dict()._metadata
     assert weights._metadata['backbone.bn1'] == {'version': 2}
@@ -234,7 +234,7 @@ def damaged(kind, options, tmp_path):
     elif kind == 'no weights':
         torch.save({'optimizer': {'lr': 0.1}}, path)
     elif kind == 'other architecture':
-        detectors.save_weights(detectors.retinanet(channels=16, base=12, bbox_head=dict(stacked_convs=2)), path)
+        models.save_weights(detectors.retinanet(channels=16, base=12, bbox_head=dict(stacked_convs=2)), path)
     return path
 
 
@@ -259,7 +259,7 @@ def test_a_checkpoint_that_cannot_be_used_is_one_clear_line(kind, message, teach
     monkeypatch.chdir(tmp_path)
     path = damaged(kind, teacher_options, tmp_path)
     with pytest.raises(ConfigError, match=message) as error:
-        load_weights(detectors.build(teacher_options['config']), str(path))
+        load_weights(models.build(teacher_options['config']), str(path))
     assert str(path) in str(error.value)
     assert '\n' not in str(error.value)
     assert not (tmp_path / 'executed').exists()

@@ -10,7 +10,7 @@ import pytest
 import torch
 from mmengine.runner import Runner, load_checkpoint
 
-from mmkd.testing import detectors
+from mmkd.testing import detectors, models
 from mmkd.testing.batches import random_batch
 from mmkd.testing.runs import distilled, shapes_config
 
@@ -64,7 +64,7 @@ def test_the_checkpoint_is_a_plain_models_and_predicts_bit_for_bit(tmp_path):
     model = distilled(tmp_path, dict(gid=dict(type='GID')), plain, teacher=detectors.retinanet(classes=6))
     runner = Runner.from_cfg(shapes_config(tmp_path, model))
     runner.train()
-    stock = detectors.build(plain)
+    stock = models.build(plain)
     load_checkpoint(stock, str(tmp_path / 'work' / 'iter_4.pth'), strict=True)
     assert list(stock.state_dict()) == list(runner.model.state_dict())
     for found, expected in zip(predictions(stock), predictions(runner.model)):

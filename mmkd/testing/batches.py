@@ -1,27 +1,50 @@
 """Random batches for tests and benchmarks."""
 
 import torch
-from mmengine.structures import InstanceData
+from mmengine.structures import InstanceData, PixelData
 from torch import nn
 
 
 def random_batch(
-    detector: nn.Module, shape: tuple[int, int, int, int], objects: int = 4, seed: int = 0
+    model: nn.Module, shape: tuple[int, int, int, int], objects: int = 4, seed: int = 0
 ) -> dict[str, list]:
     """A batch as a data loader yields it, before the data preprocessor.
 
     Args:
-        detector: For its number of classes.
+        model: A detector or segmentor, for its number of classes.
         shape: (B, 3, H, W).
-        objects: Boxes per image; 0 for images without any.
+        objects: Boxes per image, for a detector; labelled rectangles per image, for a segmentor, whose pixels are
+            ignored elsewhere. 0 for images without any.
         seed: The random seed.
 
     Returns:
         ``inputs``, a list of uint8 images, and ``data_samples``.
     """
+    make = _segmentation if hasattr(model, 'decode_head') else _detection
+    return make(model, shape, objects, torch.Generator().manual_seed(seed))
+
+
+def _segmentation(model: nn.Module, shape: tuple[int, ...], objects: int, random: torch.Generator) -> dict[str, list]:
+    from mmseg.structures import SegDataSample
+
+    batch, channels, height, width = shape
+    inputs, data_samples = [], []
+    for _ in range(batch):
+        inputs.append(torch.randint(0, 256, (channels, height, width), dtype=torch.uint8, generator=random))
+        labels = torch.full((1, height, width), model.decode_head.ignore_index)
+        for _ in range(objects):
+            top, left = (int(torch.randint(0, side // 2, (), generator=random)) for side in (height, width))
+            label = torch.randint(0, model.decode_head.num_classes, (), generator=random)
+            labels[:, top : top + height // 2, left : left + width // 2] = label
+        sample = SegDataSample(metainfo=dict(img_shape=(height, width), ori_shape=(height, width)))
+        sample.gt_sem_seg = PixelData(data=labels)
+        data_samples.append(sample)
+    return {'inputs': inputs, 'data_samples': data_samples}
+
+
+def _detection(detector: nn.Module, shape: tuple[int, ...], objects: int, random: torch.Generator) -> dict[str, list]:
     from mmdet.structures import DetDataSample
 
-    random = torch.Generator().manual_seed(seed)
     batch, channels, height, width = shape
     head = detector.roi_head.bbox_head if hasattr(detector, 'roi_head') else detector.bbox_head
     inputs, data_samples = [], []

@@ -1,12 +1,8 @@
 """Small detectors for tests: real mmdet classes, a few thousand parameters."""
 
-from pathlib import Path
 from typing import Any
 
-import torch
 from mmengine.config import ConfigDict
-from mmengine.registry import MODELS, DefaultScope
-from torch import nn
 
 PREPROCESSOR = dict(
     type='DetDataPreprocessor',
@@ -221,27 +217,3 @@ def faster_rcnn(channels: int = 16, classes: int = 3, base: int = 8, **changes: 
             rcnn=dict(score_thr=0.0, nms=dict(type='nms', iou_threshold=0.5), max_per_img=50),
         ),
     )
-
-
-def build(config: dict, seed: int | None = None) -> nn.Module:
-    """Build a model from its config; with ``seed``, also initialise it, batch-norm statistics included."""
-    with DefaultScope.overwrite_default_scope('mmdet'):
-        if seed is None:
-            return MODELS.build(config)
-        with torch.random.fork_rng([]):
-            torch.manual_seed(seed)
-            model = MODELS.build(config)
-            model.init_weights()
-            for module in model.modules():
-                if isinstance(module, nn.BatchNorm2d):
-                    nn.init.uniform_(module.running_mean, -0.2, 0.2)
-                    nn.init.uniform_(module.running_var, 0.5, 1.5)
-                    nn.init.uniform_(module.weight, 0.5, 1.5)
-                    nn.init.uniform_(module.bias, -0.2, 0.2)
-    return model
-
-
-def save_weights(config: dict, path: str | Path, seed: int = 1) -> str:
-    """Write a checkpoint of the initialised model; its path."""
-    torch.save({'state_dict': build(config, seed).state_dict()}, path)
-    return str(path)

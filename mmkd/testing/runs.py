@@ -7,7 +7,7 @@ from mmengine.config import Config
 from mmengine.hooks import Hook
 from mmengine.runner import Runner
 
-from mmkd.testing import detectors, shapes
+from mmkd.testing import detectors, models, shapes
 
 
 def shapes_config(folder: str | Path, model: dict, iterations: int = 4, batch: int = 4, images: int = 24) -> Config:
@@ -82,7 +82,7 @@ def distilled(folder: str | Path, distillers: dict, student: dict | None = None,
     """The config of a distilled RetinaNet with six classes, whose teacher's weights are written to ``folder``."""
     student = student or detectors.retinanet(classes=6)
     teacher = teacher or detectors.retinanet(classes=6, channels=24, base=12)
-    checkpoint = detectors.save_weights(teacher, Path(folder) / 'teacher.pth')
+    checkpoint = models.save_weights(teacher, Path(folder) / 'teacher.pth')
     return dict(
         type='mmkd.Distill', student=student, teacher=dict(config=teacher, checkpoint=checkpoint), distillers=distillers
     )

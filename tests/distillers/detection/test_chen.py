@@ -9,7 +9,7 @@ from mmkd.distillers.detection import chen
 from mmkd.distillers.detection.chen import Chen
 from mmkd.errors import ConfigError
 from mmkd.taps import Taps
-from mmkd.testing import detectors
+from mmkd.testing import detectors, models
 from mmkd.testing.batches import random_batch
 
 
@@ -70,10 +70,10 @@ def test_the_bound_ends_where_the_student_is_better_by_the_margin_and_has_no_gra
 
 def pair(tmp_path, same=False, student=None, teacher=None, **options):
     teacher = detectors.faster_rcnn(16 if same else 24, **(teacher or {}))
-    checkpoint = detectors.save_weights(teacher, tmp_path / 'teacher.pth')
+    checkpoint = models.save_weights(teacher, tmp_path / 'teacher.pth')
     torch.manual_seed(0)
     model = distill(
-        detectors.build(detectors.faster_rcnn(**(student or {})), seed=0),
+        models.build(detectors.faster_rcnn(**(student or {})), seed=0),
         dict(config=teacher, checkpoint=checkpoint),
         dict(it=dict(type='Chen', **options)),
     )

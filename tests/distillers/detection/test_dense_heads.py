@@ -5,7 +5,7 @@ from mmengine.structures import InstanceData
 
 from mmkd.distillers.detection.dense_heads import DenseHead, dense_head, max_iou_assigned
 from mmkd.errors import ConfigError
-from mmkd.testing import detectors
+from mmkd.testing import detectors, models
 
 
 def random_boxes(*shape, size=128.0):
@@ -42,7 +42,7 @@ def test_the_mask_is_the_assigners(options, present):
 @pytest.mark.parametrize('whole_pixels', [False, True])
 def test_assigned_slots_are_those_of_the_heads_own_targets(family, whole_pixels):
     """Also with images of different sizes, whose padding the head leaves out, and of boxes between two anchors."""
-    model = detectors.build(getattr(detectors, family)(), seed=0)
+    model = models.build(getattr(detectors, family)(), seed=0)
     head = dense_head(model.bbox_head)
     outputs = model.bbox_head(model.extract_feat(torch.randn(2, 3, 96, 128)))
     metas = [dict(img_shape=(96, 128), pad_shape=(96, 128)), dict(img_shape=(60, 64), pad_shape=(64, 64))]
@@ -60,7 +60,7 @@ def test_assigned_slots_are_those_of_the_heads_own_targets(family, whole_pixels)
 
 @pytest.mark.parametrize('options', [dict(), dict(center_sampling=False), dict(center_sample_radius=0.7)])
 def test_assigned_locations_are_those_of_fcos_targets(options):
-    model = detectors.build(detectors.fcos(bbox_head=options), seed=0)
+    model = models.build(detectors.fcos(bbox_head=options), seed=0)
     head = dense_head(model.bbox_head)
     outputs = model.bbox_head(model.extract_feat(torch.randn(2, 3, 96, 128)))
     boxes = random_boxes(2, 6)
@@ -80,7 +80,7 @@ def test_assigned_locations_are_those_of_fcos_targets(options):
 @pytest.mark.parametrize('norm_on_bbox', [True, False])
 def test_fcos_distances_are_in_strides_in_training_and_evaluation(norm_on_bbox):
     """Where mmdet's own outputs differ by the stride."""
-    model = detectors.build(detectors.fcos(bbox_head=dict(norm_on_bbox=norm_on_bbox)), seed=0).eval()
+    model = models.build(detectors.fcos(bbox_head=dict(norm_on_bbox=norm_on_bbox)), seed=0).eval()
     with torch.no_grad():
         for scale in model.bbox_head.scales:
             scale.scale.fill_(5.0)  # so that distances are not all 0
@@ -95,7 +95,7 @@ def test_fcos_distances_are_in_strides_in_training_and_evaluation(norm_on_bbox):
 
 @pytest.mark.parametrize('family', ['retinanet', 'atss', 'gfl', 'fcos'])
 def test_slots_decode_as_the_head_predicts(family):
-    model = detectors.build(getattr(detectors, family)(), seed=0).eval()
+    model = models.build(getattr(detectors, family)(), seed=0).eval()
     head = dense_head(model.bbox_head)
     metas = [dict(img_shape=(96, 128), scale_factor=(1.0, 1.0))]
     with torch.no_grad():
@@ -125,13 +125,13 @@ def test_a_head_that_cannot_be_read_is_refused():
     softmax = detectors.retinanet(bbox_head=dict(loss_cls=dict(type='CrossEntropyLoss', use_sigmoid=False, gamma=None)))
     softmax.bbox_head.loss_cls = dict(type='CrossEntropyLoss', use_sigmoid=False)
     with pytest.raises(ConfigError, match='softmax class scores'):
-        dense_head(detectors.build(softmax).bbox_head)
+        dense_head(models.build(softmax).bbox_head)
     with pytest.raises(ConfigError, match='Conv2d.*not known'):
         dense_head(torch.nn.Conv2d(1, 1, 1))
     other = detectors.retinanet()
     other.train_cfg.assigner = dict(type='ATSSAssigner', topk=9, alpha=0.8)
     with pytest.raises(ConfigError, match='ATSSAssigner; MaxIoUAssigner'):
-        dense_head(detectors.build(other).bbox_head).check_assigner()
+        dense_head(models.build(other).bbox_head).check_assigner()
 
 
 def test_a_third_party_adds_a_head():

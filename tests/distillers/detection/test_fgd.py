@@ -8,7 +8,7 @@ from mmkd.distillers.detection import fgd
 from mmkd.distillers.detection.fgd import FGD, GlobalContext
 from mmkd.errors import ConfigError
 from mmkd.taps import Taps, probe
-from mmkd.testing import detectors
+from mmkd.testing import detectors, models
 
 SHAPE = (96, 128)
 # the padded input is larger than the second image
@@ -198,14 +198,14 @@ KEYS = ['loss_foreground', 'loss_background', 'loss_attention', 'loss_global']
 
 @pytest.mark.parametrize('boxes', [BOXES, NONE])
 def test_all_losses_are_zero_for_equal_networks(boxes):
-    student, teacher = (detectors.build(detectors.retinanet(), seed=0) for _ in range(2))
+    student, teacher = (models.build(detectors.retinanet(), seed=0) for _ in range(2))
     distiller = ready(FGD(), student, teacher)
     losses = distiller(*tapped(student, teacher, distiller, torch.randn(2, 3, *SHAPE)), samples(boxes))
     assert {name: loss.item() for name, loss in losses.items()} == dict.fromkeys(KEYS, 0.0)
 
 
 def test_losses_are_weighted_sums_over_levels_on_the_padded_input():
-    student, teacher = (detectors.build(detectors.retinanet(), seed=seed) for seed in (0, 1))
+    student, teacher = (models.build(detectors.retinanet(), seed=seed) for seed in (0, 1))
     weights = dict(foreground_weight=2.0, background_weight=3.0, attention_weight=5.0, global_weight=7.0)
     distiller = ready(FGD(**weights, temperature=0.8), student, teacher)
     taps = tapped(student, teacher, distiller, torch.randn(2, 3, *SHAPE))
@@ -222,8 +222,8 @@ def test_losses_are_weighted_sums_over_levels_on_the_padded_input():
 @pytest.mark.parametrize('boxes', [BOXES, NONE])
 @pytest.mark.parametrize('detector', [detectors.retinanet, detectors.faster_rcnn])
 def test_gradients_reach_student_adapters_and_both_blocks_and_never_the_teacher(boxes, detector):
-    student = detectors.build(detector(), seed=0)
-    teacher = detectors.build(detector(channels=24), seed=1)
+    student = models.build(detector(), seed=0)
+    teacher = models.build(detector(channels=24), seed=1)
     distiller = ready(FGD(), student, teacher)
     for blocks in (distiller.student_contexts, distiller.teacher_contexts):
         for block in blocks:  # after a first step
@@ -243,7 +243,7 @@ def test_gradients_reach_student_adapters_and_both_blocks_and_never_the_teacher(
 
 def test_every_trained_part_takes_part_in_the_first_step():
     """Where W2 is still 0, and under a weight of 0: what DDP needs."""
-    student, teacher = (detectors.build(detectors.retinanet(), seed=seed) for seed in (0, 1))
+    student, teacher = (models.build(detectors.retinanet(), seed=seed) for seed in (0, 1))
     distiller = ready(FGD(global_weight=0.0), student, teacher)
     losses = distiller(*tapped(student, teacher, distiller, torch.randn(2, 3, *SHAPE)), samples(NONE))
     sum(losses.values()).backward()
@@ -251,7 +251,7 @@ def test_every_trained_part_takes_part_in_the_first_step():
 
 
 def test_the_value_does_not_depend_on_the_number_of_images():
-    student, teacher = (detectors.build(detectors.retinanet(), seed=seed) for seed in (0, 1))
+    student, teacher = (models.build(detectors.retinanet(), seed=seed) for seed in (0, 1))
     distiller = ready(FGD(), student, teacher)
     image = torch.randn(1, 3, *SHAPE)
     one = distiller(*tapped(student, teacher, distiller, image), samples(BOXES[:1], METAS[:1]))

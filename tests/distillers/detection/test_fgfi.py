@@ -7,7 +7,7 @@ from mmkd.distillers.detection.boxes import pairwise_iou
 from mmkd.distillers.detection.fgfi import FGFI
 from mmkd.errors import ConfigError
 from mmkd.taps import Taps, probe
-from mmkd.testing import detectors
+from mmkd.testing import detectors, models
 
 BOXES = torch.tensor(
     [[[10.0, 12, 40, 50], [60, 20, 126, 95], [0, 0, 5, 4]], [[30, 30, 54, 54], [70, 60, 99, 90], [0] * 4]]
@@ -114,8 +114,8 @@ def samples(boxes=(BOXES[0], BOXES[1, :1])):
 
 
 def pair(family='retinanet', same=False, teacher_family=None, **options):
-    student = detectors.build(getattr(detectors, family)(), seed=0)
-    teacher = detectors.build(getattr(detectors, teacher_family or family)(16 if same else 24), seed=0 if same else 1)
+    student = models.build(getattr(detectors, family)(), seed=0)
+    teacher = models.build(getattr(detectors, teacher_family or family)(16 if same else 24), seed=0 if same else 1)
     options.setdefault('head', 'rpn_head' if family == 'faster_rcnn' else 'bbox_head')
     distiller = FGFI(**options)
     distiller.setup(probe(student, distiller.student_layers), probe(teacher, distiller.teacher_layers))

@@ -7,7 +7,7 @@ from mmkd.distillers.detection import frs
 from mmkd.distillers.detection.frs import FRS
 from mmkd.errors import ConfigError
 from mmkd.taps import Taps, probe
-from mmkd.testing import detectors
+from mmkd.testing import detectors, models
 
 SHAPE = (2, 3, 4, 5, 6)  # images, anchors, classes, height, width
 
@@ -86,9 +86,9 @@ def test_probabilities_of_0_and_1_are_finite(value):
 
 
 def pair(family='retinanet', teacher_family=None, same=False, **options):
-    student = detectors.build(getattr(detectors, family)(), seed=0)
+    student = models.build(getattr(detectors, family)(), seed=0)
     teacher = getattr(detectors, teacher_family or family)(16 if same else 24, **options.pop('teacher', {}))
-    teacher = detectors.build(teacher, seed=0 if same else 1)
+    teacher = models.build(teacher, seed=0 if same else 1)
     if family == 'faster_rcnn':
         options.setdefault('head', 'rpn_head')
     for each in ('feature_weight', 'class_weight'):

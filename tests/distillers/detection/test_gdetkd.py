@@ -12,7 +12,7 @@ from mmkd.distillers.detection import gdetkd
 from mmkd.distillers.detection.gdetkd import GDetKD, Memory
 from mmkd.errors import ConfigError
 from mmkd.taps import Taps, probe
-from mmkd.testing import detectors
+from mmkd.testing import detectors, models
 from mmkd.testing.batches import random_batch
 
 HEADS = dict(class_weight=1.0, box_weight=1.0)
@@ -209,10 +209,10 @@ def test_two_processes_have_the_same_memory_of_both(tmp_path):
 
 def pair(family, tmp_path, teacher=None, **options):
     teacher = teacher or detectors.faster_rcnn(24)
-    checkpoint = detectors.save_weights(teacher, tmp_path / 'teacher.pth')
+    checkpoint = models.save_weights(teacher, tmp_path / 'teacher.pth')
     options = dict(memory=64, keys_per_step=16, regions=20, candidates=60) | PAIRS[family] | options
     model = distill(
-        detectors.build(getattr(detectors, family)(), seed=0),
+        models.build(getattr(detectors, family)(), seed=0),
         dict(config=teacher, checkpoint=checkpoint),
         dict(g=dict(type='GDetKD', **options)),
     )

@@ -8,7 +8,7 @@ from mmkd.distillers.detection import gid
 from mmkd.distillers.detection.gid import GID
 from mmkd.errors import ConfigError
 from mmkd.taps import Taps, probe
-from mmkd.testing import detectors
+from mmkd.testing import detectors, models
 
 METAS = [dict(img_shape=(96, 128), pad_shape=(96, 128)), dict(img_shape=(80, 100), pad_shape=(96, 128))]
 
@@ -211,7 +211,7 @@ def samples(metas=METAS):
 
 
 def test_all_losses_are_zero_for_equal_networks():
-    student, teacher = (detectors.build(detectors.retinanet(), seed=0) for _ in range(2))
+    student, teacher = (models.build(detectors.retinanet(), seed=0) for _ in range(2))
     distiller = ready(GID(), student, teacher)
     losses = distiller(*tapped(student, teacher, distiller), samples())
     assert losses.pop('instances').item() == 10
@@ -220,8 +220,8 @@ def test_all_losses_are_zero_for_equal_networks():
 
 @pytest.mark.parametrize('relation', ['image', 'batch'])
 def test_gradients_reach_student_and_adapter_and_never_the_teacher(relation):
-    student = detectors.build(detectors.retinanet(), seed=0)
-    teacher = detectors.build(detectors.retinanet(channels=24), seed=1)
+    student = models.build(detectors.retinanet(), seed=0)
+    teacher = models.build(detectors.retinanet(channels=24), seed=1)
     distiller = ready(GID(relation=relation), student, teacher)
     losses = distiller(*tapped(student, teacher, distiller), samples())
     sum(loss for name, loss in losses.items() if name.startswith('loss')).backward()
@@ -236,8 +236,8 @@ def test_gradients_reach_student_and_adapter_and_never_the_teacher(relation):
 @pytest.mark.parametrize('topk', [1, 10])
 def test_few_or_no_instances_still_give_every_gradient(topk):
     """An image too small for any box, a batch of one, one instance: finite, and the adapter takes part."""
-    student = detectors.build(detectors.retinanet(), seed=0)
-    teacher = detectors.build(detectors.retinanet(channels=24), seed=1)
+    student = models.build(detectors.retinanet(), seed=0)
+    teacher = models.build(detectors.retinanet(channels=24), seed=1)
     for side in (0.0, 1000.0):
         distiller = ready(GID(topk=topk, min_box_side=side), student, teacher)
         losses = distiller(*tapped(student, teacher, distiller, torch.randn(1, 3, 96, 128)), samples(METAS[:1]))
@@ -252,8 +252,8 @@ def test_few_or_no_instances_still_give_every_gradient(topk):
 
 
 def test_selected_boxes_are_the_surer_networks_inside_the_image():
-    student = detectors.build(detectors.retinanet(), seed=0)
-    teacher = detectors.build(detectors.retinanet(channels=24), seed=1)
+    student = models.build(detectors.retinanet(), seed=0)
+    teacher = models.build(detectors.retinanet(channels=24), seed=1)
     with torch.no_grad():
         teacher.bbox_head.retina_cls.bias.fill_(6.0)  # the teacher is surer everywhere
     distiller = ready(GID(min_box_side=10), student, teacher)
@@ -300,7 +300,7 @@ def test_another_packages_head_is_read_once_it_is_registered():
     pairs = []
     for head in ('RetinaHead', 'BoxesFirst'):
         configs = [detectors.retinanet(channels=channels, bbox_head=dict(type=head)) for channels in (16, 24)]
-        student, teacher = (detectors.build(config, seed=seed) for seed, config in enumerate(configs))
+        student, teacher = (models.build(config, seed=seed) for seed, config in enumerate(configs))
         distiller = ready(GID(adapter=dict(type='ConvAdapter', init_std=0.1)), student, teacher)
         pairs.append((distiller, student, teacher))
     pairs[1][0].load_state_dict(pairs[0][0].state_dict())
@@ -312,8 +312,8 @@ def test_another_packages_head_is_read_once_it_is_registered():
 
 def test_an_overflow_in_the_forward_pass_gives_nan_and_no_crash():
     """Under AMP the gradient scaler then skips the step."""
-    student = detectors.build(detectors.retinanet(), seed=0)
-    teacher = detectors.build(detectors.retinanet(), seed=1)
+    student = models.build(detectors.retinanet(), seed=0)
+    teacher = models.build(detectors.retinanet(), seed=1)
     distiller = ready(GID(), student, teacher)
     for value in (float('nan'), float('inf')):
         images = torch.randn(2, 3, 96, 128)
@@ -323,8 +323,8 @@ def test_an_overflow_in_the_forward_pass_gives_nan_and_no_crash():
 
 
 def test_the_value_does_not_depend_on_the_number_of_images():
-    student = detectors.build(detectors.retinanet(), seed=0)
-    teacher = detectors.build(detectors.retinanet(channels=24), seed=1)
+    student = models.build(detectors.retinanet(), seed=0)
+    teacher = models.build(detectors.retinanet(channels=24), seed=1)
     distiller = ready(GID(), student, teacher)
     image = torch.randn(1, 3, 96, 128)
     one = distiller(*tapped(student, teacher, distiller, image), samples(METAS[:1]))
@@ -346,7 +346,7 @@ def test_the_value_does_not_depend_on_the_number_of_images():
 )
 def test_pairs_that_cannot_be_compared_are_errors(options, teacher, message):
     with pytest.raises(ConfigError, match=message):
-        ready(GID(**options), detectors.build(detectors.retinanet()), detectors.build(detectors.retinanet(**teacher)))
+        ready(GID(**options), models.build(detectors.retinanet()), models.build(detectors.retinanet(**teacher)))
 
 
 @pytest.mark.parametrize('options', [dict(relation='all'), dict(feature_distance='l1'), dict(topk=0), dict(nms_pre=5)])

@@ -12,7 +12,7 @@ from mmkd.distillers.detection.dense_heads import ATSS, atss, dense_head
 from mmkd.distillers.detection.ld import LD
 from mmkd.errors import ConfigError
 from mmkd.taps import Taps, probe
-from mmkd.testing import detectors
+from mmkd.testing import detectors, models
 
 METAS = [
     dict(img_shape=(96, 128), pad_shape=(96, 128), batch_input_shape=(96, 128)),
@@ -144,8 +144,8 @@ def samples(objects=5, metas=METAS):
 
 def pair(student=None, teacher=None, **options):
     """Two networks, the distiller and both taps."""
-    student = detectors.build(student or detectors.gfl(), seed=0)
-    teacher = detectors.build(teacher or detectors.gfl(channels=24), seed=1).requires_grad_(False)
+    student = models.build(student or detectors.gfl(), seed=0)
+    teacher = models.build(teacher or detectors.gfl(channels=24), seed=1).requires_grad_(False)
     distiller = LD(**options)
     distiller.setup(probe(student, distiller.student_layers), probe(teacher, distiller.teacher_layers))
     return student, teacher, distiller
@@ -193,7 +193,7 @@ def test_the_main_region_and_classes_are_as_in_mmdets_own_head():
     taps = tapped(student, teacher, distiller, torch.randn(2, 3, 96, 128))
     config = detectors.gfl()
     config.bbox_head.update(type='LDHead', loss_ld=dict(type='KnowledgeDistillationKLDivLoss', loss_weight=0.25, T=10))
-    head = detectors.build(config).bbox_head
+    head = models.build(config).bbox_head
     outputs, (_, soft) = taps[0]['bbox_head'], taps[1]['bbox_head']
     expected = head.loss_by_feat(*outputs, [each.gt_instances for each in data_samples], METAS, soft)
     found = distiller(*taps, data_samples)

@@ -5,7 +5,7 @@ from mmengine.structures import InstanceData
 from mmkd.distillers.detection.mimic import Mimic, half_mean_square, teacher_proposals
 from mmkd.errors import ConfigError
 from mmkd.taps import Taps, probe
-from mmkd.testing import detectors
+from mmkd.testing import detectors, models
 
 
 def test_half_mean_square_as_plain_loops():
@@ -34,8 +34,8 @@ def test_no_region_is_a_differentiable_zero():
 
 
 def two_stage(**options):
-    student = detectors.build(detectors.faster_rcnn(), seed=0)
-    teacher = detectors.build(detectors.faster_rcnn(channels=24), seed=1).eval()
+    student = models.build(detectors.faster_rcnn(), seed=0)
+    teacher = models.build(detectors.faster_rcnn(channels=24), seed=1).eval()
     distiller = Mimic(**options)
     distiller.setup(probe(student, distiller.student_layers), probe(teacher, distiller.teacher_layers))
     return student, teacher, distiller
@@ -109,7 +109,7 @@ def test_options_out_of_range_are_errors(options, message):
     ],
 )
 def test_pairs_that_cannot_be_compared_are_errors(options, teacher, message):
-    student, teacher, distiller = detectors.build(detectors.faster_rcnn()), detectors.build(teacher), Mimic(**options)
+    student, teacher, distiller = models.build(detectors.faster_rcnn()), models.build(teacher), Mimic(**options)
     with pytest.raises(ConfigError, match=message):
         distiller.setup(
             probe(student, distiller.student_layers),

@@ -6,7 +6,7 @@ from mmengine.registry import DefaultScope
 
 from mmkd.distill import distill
 from mmkd.taps import Taps
-from mmkd.testing import detectors
+from mmkd.testing import detectors, models
 from mmkd.testing.batches import random_batch
 
 ALL = {'zero', 'batch', 'bf16', 'padding'}
@@ -140,8 +140,8 @@ def pair(method, tmp_path, channels=24, same=False):
     """A student and its teacher: of other weights and channels, or the same."""
     family, teacher_family, spec, _ = METHODS[method]
     teacher = getattr(detectors, teacher_family)(16 if same else channels)
-    checkpoint = detectors.save_weights(teacher, tmp_path / 'teacher.pth')
-    student = detectors.build(getattr(detectors, family)(), seed=0)
+    checkpoint = models.save_weights(teacher, tmp_path / 'teacher.pth')
+    student = models.build(getattr(detectors, family)(), seed=0)
     model = distill(student, dict(config=teacher, checkpoint=checkpoint), dict(it=spec))
     if same:
         model.load_state_dict(torch.load(checkpoint, weights_only=True)['state_dict'], strict=False)

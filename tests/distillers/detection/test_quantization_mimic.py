@@ -8,7 +8,7 @@ from mmkd.distillers.detection import quantization_mimic as qm
 from mmkd.distillers.detection.mimic import Mimic, half_mean_square
 from mmkd.distillers.detection.quantization_mimic import QuantizationMimic
 from mmkd.errors import ConfigError
-from mmkd.testing import detectors
+from mmkd.testing import detectors, models
 from mmkd.testing.batches import random_batch
 
 
@@ -89,9 +89,9 @@ def test_no_region_and_teachers_without_range(step):
 @pytest.mark.parametrize('objects', [4, 0])
 def test_student_and_adapter_learn_and_the_teacher_does_not(family, objects, tmp_path):
     teacher = getattr(detectors, family)(24)
-    options = dict(config=teacher, checkpoint=detectors.save_weights(teacher, tmp_path / 'teacher.pth'))
+    options = dict(config=teacher, checkpoint=models.save_weights(teacher, tmp_path / 'teacher.pth'))
     spec = dict(type='QuantizationMimic', head=None if family == 'faster_rcnn' else 'bbox_head')
-    model = distill(detectors.build(getattr(detectors, family)(), seed=0), options, dict(q=spec))
+    model = distill(models.build(getattr(detectors, family)(), seed=0), options, dict(q=spec))
     model._teacher.load()
     losses = model.train()(**model.data_preprocessor(random_batch(model, (2, 3, 96, 128), objects), True), mode='loss')
     losses['q.loss_feature'].backward()

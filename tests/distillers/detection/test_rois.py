@@ -4,7 +4,7 @@ import torch
 from mmkd.distillers.detection.dense_heads import dense_head
 from mmkd.distillers.detection.rois import RoIHead, best_predictions, to_rois
 from mmkd.taps import Taps
-from mmkd.testing import detectors
+from mmkd.testing import detectors, models
 
 
 def test_boxes_become_rois_with_their_images_index():
@@ -17,7 +17,7 @@ def test_boxes_become_rois_with_their_images_index():
 @pytest.mark.parametrize('shared', [False, True])
 def test_the_teacher_sees_rois_as_mmdet_runs_it(shared):
     """Also with a shared head between pooling and box head, as detectors on C4 have."""
-    teacher = detectors.build(detectors.faster_rcnn(), seed=0).eval()
+    teacher = models.build(detectors.faster_rcnn(), seed=0).eval()
     if shared:
         teacher.roi_head.shared_head = torch.nn.Conv2d(16, 16, 1)
     rois = torch.tensor([[0.0, 10, 20, 60, 70], [1, 5, 5, 100, 90]])
@@ -31,7 +31,7 @@ def test_the_teacher_sees_rois_as_mmdet_runs_it(shared):
 
 
 def test_best_predictions_are_the_highest_scores_in_order_and_inside_the_image():
-    model = detectors.build(detectors.retinanet(), seed=0).eval()
+    model = models.build(detectors.retinanet(), seed=0).eval()
     metas = [dict(img_shape=(96, 128)), dict(img_shape=(80, 100))]
     with torch.no_grad():
         outputs = model.bbox_head(model.extract_feat(torch.randn(2, 3, 96, 128)))

@@ -5,7 +5,7 @@ from mmkd.distillers.generic import mgd
 from mmkd.distillers.generic.mgd import MGD, generation_loss, random_mask
 from mmkd.errors import ConfigError
 from mmkd.taps import Taps, probe
-from mmkd.testing import detectors
+from mmkd.testing import detectors, models
 
 
 def convolution(feature, weight, bias):
@@ -77,8 +77,8 @@ def tapped(student, teacher, distiller, images=None):
 
 @pytest.mark.parametrize('channels', [16, 24])
 def test_gradients_reach_student_adapters_and_generators_and_never_the_teacher(channels):
-    student = detectors.build(detectors.retinanet(), seed=0)
-    teacher = detectors.build(detectors.retinanet(channels=channels), seed=1)
+    student = models.build(detectors.retinanet(), seed=0)
+    teacher = models.build(detectors.retinanet(channels=channels), seed=1)
     distiller = MGD('neck')
     distiller(*tapped(student, teacher, distiller), None)['loss'].backward()
     assert len(list(distiller.parameters())) == 3 * (4 if channels == 16 else 6)
@@ -88,7 +88,7 @@ def test_gradients_reach_student_adapters_and_generators_and_never_the_teacher(c
 
 
 def test_each_step_draws_a_new_mask_unless_nothing_is_masked():
-    student, teacher = (detectors.build(detectors.retinanet(), seed=seed) for seed in (0, 1))
+    student, teacher = (models.build(detectors.retinanet(), seed=seed) for seed in (0, 1))
     for ratio in (0.65, 0.0):
         distiller = MGD('neck', mask_ratio=ratio)
         taps = tapped(student, teacher, distiller)
@@ -97,7 +97,7 @@ def test_each_step_draws_a_new_mask_unless_nothing_is_masked():
 
 
 def test_levels_are_summed_and_weighed_alike_for_any_number_of_images():
-    student, teacher = (detectors.build(detectors.retinanet(), seed=seed) for seed in (0, 1))
+    student, teacher = (models.build(detectors.retinanet(), seed=seed) for seed in (0, 1))
     image = torch.randn(1, 3, 96, 128)
     distiller = MGD('neck', mask_ratio=0.0, weight=3.0)
     s, t = tapped(student, teacher, distiller, image)

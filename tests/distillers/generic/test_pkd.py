@@ -6,7 +6,7 @@ import torch
 from mmkd.distillers.generic.pkd import PKD, pearson_loss, standardise
 from mmkd.errors import ConfigError
 from mmkd.taps import Taps, probe
-from mmkd.testing import detectors
+from mmkd.testing import detectors, models
 
 
 def plain_loops(student, teacher, eps):
@@ -100,7 +100,7 @@ def tapped(student, teacher, distiller, size=(96, 128)):
 
 
 def test_equal_networks_and_the_sum_over_levels():
-    student, teacher, other = (detectors.build(detectors.retinanet(), seed=seed) for seed in (0, 0, 1))
+    student, teacher, other = (models.build(detectors.retinanet(), seed=seed) for seed in (0, 0, 1))
     distiller = PKD('neck', weight=2.0)
     assert distiller(*tapped(student, teacher, distiller), None)['loss'].item() == 0
     taps = tapped(student, other, distiller)
@@ -112,8 +112,8 @@ def test_equal_networks_and_the_sum_over_levels():
 @pytest.mark.parametrize('channels', [16, 24])
 def test_gradients_reach_the_student_and_the_adapter_where_channels_differ(channels):
     """Across families: only where channels differ is there anything to train beside the student."""
-    student = detectors.build(detectors.retinanet(), seed=0)
-    teacher = detectors.build(detectors.fcos(channels=channels), seed=1)
+    student = models.build(detectors.retinanet(), seed=0)
+    teacher = models.build(detectors.fcos(channels=channels), seed=1)
     distiller = PKD('neck')
     distiller(*tapped(student, teacher, distiller), None)['loss'].backward()
     parameters = list(distiller.parameters())
@@ -127,8 +127,8 @@ def test_gradients_reach_the_student_and_the_adapter_where_channels_differ(chann
 
 def test_levels_in_order_are_resized_to_the_teachers():
     """P3 of a student with P2 of a teacher."""
-    student = detectors.build(detectors.retinanet(neck=dict(num_outs=5)), seed=0)
-    teacher = detectors.build(detectors.faster_rcnn(), seed=1)
+    student = models.build(detectors.retinanet(neck=dict(num_outs=5)), seed=0)
+    teacher = models.build(detectors.faster_rcnn(), seed=1)
     by_index = PKD('neck', match='index')
     s, t = tapped(student, teacher, by_index)
     expected = sum(
