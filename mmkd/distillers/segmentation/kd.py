@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import torch
 import torch.nn.functional as F
 
-from mmkd.distillers.base import FeatureDistiller
+from mmkd.distillers.base import FeatureDistiller, require_gradient
 from mmkd.distillers.segmentation.labels import ground_truth, labelled
 from mmkd.distillers.segmentation.logits import require_class_logits, resize_logits
 from mmkd.errors import ConfigError
@@ -93,7 +93,8 @@ class KD(FeatureDistiller):
         reduction: ``'pixel_mean'`` (default), ``'image_sum'``, ``'element_mean'`` or ``'sum'``.
         label_size: Whether both logits are first resized (bilinear, with the decode head's ``align_corners``) to the
             size of the labels, as SegDistill does. Default False: compared at the size of the logits.
-        use_labels: Whether ignored pixels are left out. Default True; False needs no ground truth.
+        use_labels: Whether ignored pixels are left out. Default True; False needs no ground truth, but for
+            ``label_size``.
         teacher_layer: The teacher's layer, where its name differs.
 
     Example:
@@ -125,9 +126,12 @@ class KD(FeatureDistiller):
         super().setup(student, teacher)
 
     def forward(self, student: Taps, teacher: Taps, data_samples: list | None) -> dict[str, torch.Tensor]:
-        ((s, t),) = self.adapted(student, teacher)
-        if self.label_size:
+        if self.label_size:  # from their own sizes, not from each other's
+            (s,), (t,) = self._levels(student, teacher)
+            require_gradient(*self.student_layers, [s])
             size = ground_truth(data_samples).shape[1:]
             s, t = resize_logits(s, size, student.model), resize_logits(t, size, teacher.model)
+        else:
+            ((s, t),) = self.adapted(student, teacher)
         valid = labelled(student.model, data_samples, s.shape[2:]) if self.use_labels else None
         return {'loss': self.weight() * pixel_divergence(s, t, self.tau, self.reduction, valid)}
