@@ -60,6 +60,8 @@ class Adapters(nn.ModuleList):
         student: The student's levels for one image, each (B, C, H, W).
         teacher: The teacher's levels for the same image.
         names: What to call the two in an error.
+        same_channels: Whether the student's channels have to become the teacher's. Default True; where False, ``'auto'``
+            only resizes.
 
     Raises:
         ConfigError: where the shapes cannot be made to agree.
@@ -71,6 +73,7 @@ class Adapters(nn.ModuleList):
         student: Sequence[torch.Tensor],
         teacher: Sequence[torch.Tensor],
         names: tuple[str, str] = ('student', 'teacher'),
+        same_channels: bool = True,
     ):
         super().__init__()
         if spec != 'auto' and spec is not None and not (isinstance(spec, Mapping) and 'type' in spec):
@@ -88,14 +91,14 @@ class Adapters(nn.ModuleList):
                 adapter: nn.Module = nn.Identity()
             elif spec != 'auto':
                 adapter = build(ADAPTERS, 'adapter', spec, in_channels=s.shape[1], out_channels=t.shape[1])
-            elif s.shape[1] != t.shape[1]:
+            elif same_channels and s.shape[1] != t.shape[1]:
                 adapter = ConvAdapter(s.shape[1], t.shape[1])
             else:
                 adapter = nn.Identity()
             adapter.to(s.device)
             with torch.no_grad():
                 s = adapter(s)
-            if s.shape[1] != t.shape[1]:
+            if same_channels and s.shape[1] != t.shape[1]:
                 raise ConfigError(
                     f'{both}: level {level} has {s.shape[1]} and {t.shape[1]} channels with adapter={spec!r}; use '
                     f"adapter='auto', which adds a 1x1 convolution"

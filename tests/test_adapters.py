@@ -29,6 +29,12 @@ def test_auto_resizes_where_strides_differ_whatever_the_image_size():
     assert adapted[0].shape == (2, 8, 20, 24)
 
 
+def test_channels_may_differ_where_they_are_not_compared():
+    adapters = Adapters('auto', maps(8, 16), maps(6, 32), same_channels=False)
+    assert not list(adapters.parameters())
+    assert adapters(maps(8, 10), maps(6, 20))[0].shape == (2, 8, 20, 20)
+
+
 def test_a_dict_builds_that_adapter_for_each_level():
     adapters = Adapters(dict(type='ConvAdapter', kernel_size=3), maps(8, 16, 8), maps(6, 16, 8))
     assert [type(each) for each in adapters] == [ConvAdapter, ConvAdapter]

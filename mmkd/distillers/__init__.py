@@ -6,9 +6,10 @@ from mmkd.distillers.base import Distiller, Distillers, FeatureDistiller
 from mmkd.distillers.generic.cwd import CWD
 from mmkd.distillers.generic.mgd import MGD
 from mmkd.distillers.generic.pkd import PKD
+from mmkd.distillers.segmentation.ifvd import IFVD
 from mmkd.distillers.segmentation.kd import KD
 
-__all__ = ['CWD', 'KD', 'MGD', 'PKD', 'Distiller', 'Distillers', 'FeatureDistiller']
+__all__ = ['CWD', 'IFVD', 'KD', 'MGD', 'PKD', 'Distiller', 'Distillers', 'FeatureDistiller']
 
 if find_spec('mmdet') is not None:  # segmentation needs no mmdet
     from mmkd.distillers.detection.chen import Chen

@@ -55,6 +55,9 @@ class FeatureDistiller(Distiller):
             belong together. ``'index'``: the first with the first and so on.
     """
 
+    same_channels = True
+    """False for a method that compares relations within each network: then both may have any number of channels."""
+
     def __init__(
         self,
         layer: str | Sequence[str],
@@ -87,7 +90,7 @@ class FeatureDistiller(Distiller):
             found = match_levels(s_levels, t_levels, self.match, (layer, other))
             self.pairs += [(s_start + i, t_start + j) for i, j in found]
             s_start, t_start = s_start + len(s_levels), t_start + len(t_levels)
-        self.adapters = Adapters(self.adapter, *self._levels(student, teacher), names)
+        self.adapters = Adapters(self.adapter, *self._levels(student, teacher), names, self.same_channels)
 
     def _levels(self, student: Taps, teacher: Taps) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """The levels that belong together, of both."""

@@ -1,0 +1,9 @@
+_base_ = 'mmseg::pspnet/pspnet_r18-d8_4xb2-80k_cityscapes-512x1024.py'
+model = dict(
+    _delete_=True,
+    type='mmkd.Distill',
+    student=_base_.model,
+    teacher='mmseg::pspnet/pspnet_r101-d8_4xb2-80k_cityscapes-512x1024.py',
+    distillers=dict(
+        kd=dict(type='KD', weight=10.0, reduction='element_mean'),
+        ifvd=dict(type='IFVD', weight=200.0)))
