@@ -3,13 +3,17 @@
 from importlib.util import find_spec
 
 from mmkd.distillers.base import Distiller, Distillers, FeatureDistiller
+from mmkd.distillers.generic.at import AT
 from mmkd.distillers.generic.cwd import CWD
 from mmkd.distillers.generic.mgd import MGD
 from mmkd.distillers.generic.pkd import PKD
+from mmkd.distillers.segmentation.dist import DIST
 from mmkd.distillers.segmentation.ifvd import IFVD
+from mmkd.distillers.segmentation.dakd import DAKD
 from mmkd.distillers.segmentation.kd import KD
+from mmkd.distillers.segmentation.skd import SKD
 
-__all__ = ['CWD', 'IFVD', 'KD', 'MGD', 'PKD', 'Distiller', 'Distillers', 'FeatureDistiller']
+__all__ = ['AT', 'CWD', 'DIST', 'IFVD', 'KD', 'MGD', 'PKD', 'SKD', 'Distiller', 'Distillers', 'FeatureDistiller']
 
 if find_spec('mmdet') is not None:  # segmentation needs no mmdet
     from mmkd.distillers.detection.chen import Chen

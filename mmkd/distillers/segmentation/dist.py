@@ -1,0 +1,132 @@
+"""Relations between and within classes (DIST), for every pixel.
+
+Huang, You, Wang, Qian, Xu, "Knowledge Distillation from A Stronger Teacher", NeurIPS 2022, arXiv 2205.10536.
+"""
+
+from collections.abc import Mapping
+
+import torch
+
+from mmkd.distillers.base import FeatureDistiller
+from mmkd.distillers.segmentation.labels import labelled
+from mmkd.distillers.segmentation.logits import require_class_logits
+from mmkd.errors import ConfigError
+from mmkd.registry import DISTILLERS
+from mmkd.taps import Taps
+
+EPS = 1e-8
+
+
+def correlation(a: torch.Tensor, b: torch.Tensor, dim: int) -> torch.Tensor:
+    r"""Pearson correlation along one dimension, of values whose mean along it is 0 already.
+
+    .. math:: \rho = \frac{\sum_i a_i b_i + \epsilon}{\sqrt{\sum_i a_i^2 + \epsilon} \sqrt{\sum_i b_i^2 + \epsilon}}
+
+    with epsilon 1e-8, so that it is finite and differentiable, and at most 1, for constant values too: 1 where both are
+    constant, near 0 where one is.
+
+    Args:
+        a: Any shape, centred.
+        b: The same shape, centred.
+        dim: The dimension that i runs over.
+
+    Returns:
+        The shape without ``dim``, of -1 to 1.
+    """
+    norms = [(each.square().sum(dim) + EPS).sqrt() for each in (a, b)]
+    return ((a * b).sum(dim) + EPS) / (norms[0] * norms[1])
+
+
+def relation_losses(
+    student: torch.Tensor, teacher: torch.Tensor, tau: float = 1.0, valid: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    r"""How far the two networks' class probabilities are from linear functions of each other, by pixel and by class.
+
+    With P the probabilities as a matrix of one row for each valid pixel of the batch and one column for each of K classes,
+
+    .. math::
+        P = \operatorname{softmax}_k(z / \tau), \qquad
+        L_\text{inter} = \frac{1}{V} \sum_{i=1}^{V} \bigl(1 - \rho(P^S_{i \cdot}, P^T_{i \cdot})\bigr), \qquad
+        L_\text{intra} = \frac{1}{K} \sum_{k=1}^{K} \bigl(1 - \rho(P^S_{\cdot k}, P^T_{\cdot k})\bigr)
+
+    rho is :func:`correlation`. Both are 0 for equal inputs, and without valid pixels.
+
+    Args:
+        student: (B, K, H, W) logits.
+        teacher: The same shape; no gradient flows into it.
+        tau: Temperature.
+        valid: (B, H, W) bool; None for all.
+
+    Returns:
+        L_inter and L_intra, scalars from 0 to 2.
+    """
+    rows = [(each / tau).softmax(1).movedim(1, -1).flatten(0, 2) for each in (student, teacher.detach())]
+    inter = 1 - correlation(*(each - each.mean(1, keepdim=True) for each in rows), dim=1)
+    if valid is None:
+        columns = [each - each.mean(0) for each in rows]
+        return inter.mean(), 1 - correlation(*columns, dim=0).mean()
+    valid = valid.flatten()[:, None].to(rows[0].dtype)
+    count = valid.sum().clamp(min=1)
+    columns = [(each - (each * valid).sum(0) / count) * valid for each in rows]
+    return (inter * valid[:, 0]).sum() / count, 1 - correlation(*columns, dim=0).mean()
+
+
+@DISTILLERS.register_module()
+class DIST(FeatureDistiller):
+    """Relations between the classes of a pixel and within a class over all pixels, see :func:`relation_losses`.
+
+    ``loss_inter = weight * beta * L_inter`` and ``loss_intra = weight * gamma * L_intra``, between the class logits of
+    both networks; where these differ in size the student's are resized to the teacher's. The pixels of all images of a
+    process make one column. As in the paper's listing nothing is multiplied by tau squared, as public code for
+    classification does: there, give ``weight=tau**2``.
+
+    Positions are left out whose label the student's decode head ignores (255), padding included; the authors' code takes
+    them all, as ``use_labels=False`` does. With two classes rho of a pixel is 1 or -1 and hardly has a gradient: the
+    authors advise against that.
+
+    For auxiliary logits, which the authors' segmentation code weighs by 0.4, add an entry::
+
+        auxiliary=dict(type='DIST', layer='auxiliary_head.conv_seg', weight=0.4)
+
+    Args:
+        layer: The student's layer that puts out class logits. Default ``'decode_head.conv_seg'``.
+        beta: Weight of the relation between classes. Default 1, the authors' for segmentation.
+        gamma: Weight of the relation within classes. Default 1, the authors' for segmentation.
+        tau: Temperature, positive. Default 1.
+        weight: A number or a schedule, of both. Default 1.
+        teacher_layer: The teacher's layer, where its name differs.
+        use_labels: Whether ignored pixels are left out. Default True; False needs no ground truth.
+
+    Example:
+        >>> distillers = dict(dist=dict(type='DIST'))
+    """
+
+    def __init__(
+        self,
+        layer: str = 'decode_head.conv_seg',
+        beta: float = 1.0,
+        gamma: float = 1.0,
+        tau: float = 1.0,
+        weight: float | Mapping = 1.0,
+        teacher_layer: str | None = None,
+        use_labels: bool = True,
+    ):
+        super().__init__(layer, weight, teacher_layer)
+        for name, value in (('beta', beta), ('gamma', gamma)):
+            if not isinstance(value, (int, float)) or value < 0:
+                raise ConfigError(f'{name}={value!r}: expected a number of at least 0')
+        if not isinstance(tau, (int, float)) or tau <= 0:
+            raise ConfigError(f'tau={tau!r}: expected a positive temperature')
+        self.beta, self.gamma, self.tau = beta, gamma, tau
+        self.use_labels = use_labels
+
+    def setup(self, student: Taps, teacher: Taps) -> None:
+        require_class_logits(student, *self.student_layers, teacher, *self.teacher_layers)
+        super().setup(student, teacher)
+
+    def forward(self, student: Taps, teacher: Taps, data_samples: list | None) -> dict[str, torch.Tensor]:
+        ((s, t),) = self.adapted(student, teacher)
+        valid = labelled(student.model, data_samples, s.shape[2:]) if self.use_labels else None
+        inter, intra = relation_losses(s, t, self.tau, valid)
+        weight = self.weight()
+        return {'loss_inter': weight * self.beta * inter, 'loss_intra': weight * self.gamma * intra}
