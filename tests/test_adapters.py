@@ -41,6 +41,32 @@ def test_a_dict_builds_that_adapter_for_each_level():
     assert adapters(maps(8, 16, 8), maps(6, 16, 8))[1].shape == (2, 6, 8, 8)
 
 
+def test_batch_norm_of_an_adapter_is_over_its_own_batch_in_training_and_evaluation():
+    """Nothing of earlier batches is kept, so nothing has to be synchronised or stored."""
+    adapter = ConvAdapter(8, 5, bias=False, norm=True, relu=True)
+    assert set(adapter.state_dict()) == {'conv.weight', 'norm.weight', 'norm.bias'}
+    assert not list(adapter.buffers())
+    torch.nn.init.uniform_(adapter.norm.weight, 0.5, 1.5)
+    torch.nn.init.uniform_(adapter.norm.bias, -0.5, 0.5)
+    (feature,) = maps(8, 6)
+    convolved = adapter.conv(feature)
+    mean, deviation = (each.view(1, 5, 1, 1) for each in (convolved.mean((0, 2, 3)), convolved.std((0, 2, 3), False)))
+    weight, bias = (each.view(1, 5, 1, 1) for each in (adapter.norm.weight, adapter.norm.bias))
+    expected = ((convolved - mean) / deviation * weight + bias).clamp(min=0)
+    adapter(3 * feature + 1)
+    for module in (adapter.train(), adapter.eval()):
+        torch.testing.assert_close(module(feature), expected, rtol=1e-4, atol=1e-4)
+    adapter(feature).sum().backward()
+    assert all(each.grad.any() for each in adapter.parameters())
+
+
+def test_an_adapter_has_no_norm_unless_asked():
+    (feature,) = maps(8, 6)
+    adapter = ConvAdapter(8, 5)
+    assert set(adapter.state_dict()) == {'conv.weight', 'conv.bias'}
+    assert torch.equal(adapter(feature), adapter.conv(feature))
+
+
 class Doubled(nn.Module):
     def __init__(self, in_channels, out_channels):
         super().__init__()

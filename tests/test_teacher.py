@@ -7,11 +7,13 @@ import torch
 from mmdet.structures import DetDataSample
 from mmengine.logging import HistoryBuffer
 
+from mmkd.distill import distill
 from mmkd.distillers import Distillers
 from mmkd.errors import ConfigError
 from mmkd.taps import Taps, run
 from mmkd.teacher import Renormalise, build_teacher, fold_batch_norm, load_weights, read_checkpoint
-from mmkd.testing import detectors, models
+from mmkd.testing import detectors, models, segmentors
+from mmkd.testing.batches import random_batch
 
 LAYERS = ('backbone', 'neck', 'bbox_head')
 
@@ -181,6 +183,42 @@ def test_a_batch_is_renormalised_as_the_teacher_would_have_done(teachers):
 def test_equal_normalisation_costs_nothing():
     source, _, _ = preprocess({}, torch.zeros(3, 32, 32, dtype=torch.uint8))
     assert Renormalise.between(source, source) is None
+
+
+@pytest.mark.parametrize(
+    'padding', [dict(size=(96, 128), size_divisor=None), dict(size_divisor=32)], ids=['size', 'divisor']
+)
+@pytest.mark.parametrize(
+    'teachers',
+    [
+        dict(mean=[103.53, 116.28, 123.675], std=[1.0, 1.0, 1.0], bgr_to_rgb=False),
+        dict(mean=[127.5] * 3, std=[127.5] * 3, pad_val=0.5),
+        dict(pad_val=-2.0),
+        dict(mean=None, std=None, bgr_to_rgb=False),
+    ],
+)
+def test_a_segmentor_with_its_own_normalisation_sees_what_it_would_have_made_itself(teachers, padding, tmp_path):
+    """For a batch of two image sizes, padded."""
+    teacher = segmentors.pspnet(24, data_preprocessor=dict(teachers, **padding))
+    options = dict(config=teacher, checkpoint=models.save_weights(teacher, tmp_path / 'teacher.pth'))
+    student = models.build(segmentors.pspnet(data_preprocessor=dict(pad_val=1.0, **padding)), seed=0)
+    layer = 'decode_head.conv_seg'
+    model = distill(student, options, dict(kd=dict(type='KD')))
+    model._teacher.load()
+
+    def batch():
+        parts = [random_batch(model, (1, 3, *size), seed=seed) for seed, size in enumerate([(50, 120), (90, 70)])]
+        return {key: parts[0][key] + parts[1][key] for key in parts[0]}
+
+    own = stock(options)
+    images = own.data_preprocessor(batch(), True)['inputs']
+    assert images.shape == (2, 3, 96, 128)
+    (expected,) = outputs(own, (layer,), images)[layer]
+    data = model.data_preprocessor(batch(), True)
+    given = data['inputs'].clone()
+    (found,) = model._teacher(data['inputs'], data['data_samples'])[layer]
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))
+    assert torch.equal(data['inputs'], given)  # the student's own images stay as they are
 
 
 # --- weights

@@ -65,6 +65,10 @@ class MGD(FeatureDistiller):
     two-stage ones ``weight=5e-7, mask_ratio=0.45``. The loss is a sum, so the weight has to follow the number of
     channels and positions: times 4 for images of half the height and width.
 
+    For segmentation the authors' code takes the last stage of the backbone alone, ``layer='backbone.layer4',
+    mask_ratio=0.75, weight=2e-5``, for crops of 512x512, and by default adds CWD on the class logits, an entry of its own:
+    ``dict(type='CWD', layer='decode_head.conv_seg', tau=4.0, weight=3.0)``.
+
     Args:
         layer: The student's layer, or a list.
         mask_ratio: The probability that a position is masked, lambda in the paper. Default 0.65.

@@ -52,6 +52,11 @@ def test_the_formula_as_plain_loops(form, power):
     assert distance(student, teacher, form, power).item() == pytest.approx(expected, rel=1e-6)
 
 
+def test_a_map_is_the_mean_over_channels():
+    feature = torch.randn(2, 7, 5, 6)
+    torch.testing.assert_close(attention_map(feature), feature.square().mean(1, keepdim=True))
+
+
 @pytest.mark.parametrize('form', FORMS)
 def test_zero_for_equal_inputs_up_to_a_factor_and_the_order_of_channels(form):
     student = torch.randn(2, 4, 5, 6, requires_grad=True)
