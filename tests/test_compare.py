@@ -1,5 +1,6 @@
 """The comparison of methods: its book-keeping and its arithmetic, with runs that are made up or trained by a stand-in."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -16,10 +17,12 @@ import compare
 import runs
 from compare import Comparison, Method
 from runs import Run
+from suites import SUITES
 
 from mmkd.errors import ConfigError
 from mmkd.host import CONFIG_ROOT
 
+SHAPES = SUITES['shapes']
 GID = Method('gid_retinanet', 'retinanet_student', 'retinanet_teacher')
 CWD = Method('cwd_retinanet', 'retinanet_student', 'retinanet_teacher')
 
@@ -50,7 +53,8 @@ def notes(tmp_path, monkeypatch):
     script = tmp_path / 'train.py'
     script.write_text(STAND_IN)
     monkeypatch.setattr(runs, 'TRAIN', script)
-    monkeypatch.setattr(compare.shapes, 'generate', lambda folder: folder)
+    quiet = dataclasses.replace(SHAPES, generate=lambda: 'nothing')
+    monkeypatch.setitem(SUITES, 'shapes', quiet)
 
     def read() -> list[dict]:
         path = tmp_path / 'notes'
@@ -75,14 +79,14 @@ def finish(run: Run, ap: float, times=(0.1,) * 30):
     log = run.folder / '20260101_000000' / 'vis_data' / 'scalars.json'
     log.parent.mkdir(parents=True)
     entries = [{'loss': 1.0, 'time': each, 'step': 20 * (index + 1)} for index, each in enumerate(times)]
-    entries += [{compare.AP: 0.01, 'time': 9.0, 'step': 200}, {compare.AP: ap, 'time': 9.0, 'step': run.iterations}]
+    entries += [{SHAPES.key: 0.01, 'time': 9.0, 'step': 200}, {SHAPES.key: ap, 'time': 9.0, 'step': run.iterations}]
     log.write_text('\n'.join(map(json.dumps, entries)) + '\n')
     run.checkpoint.touch()
 
 
 def fabricate(folder, methods=(GID,), seeds=(0, 1)) -> Comparison:
     """A finished comparison: teacher 0.38; alone 0.10, 0.14; GID 0.20, 0.30; CWD as alone."""
-    made = Comparison(methods, seeds, folder)
+    made = Comparison(SHAPES, methods, seeds, folder)
     for run in made.teachers.values():
         finish(run, 0.38)
     aps = {
@@ -106,7 +110,7 @@ def cells(results, column):
 
 
 def test_every_config_with_distillers_is_found_with_its_student_and_teacher():
-    methods = {method.name: method for method in compare.discover()}
+    methods = {method.name: method for method in compare.discover(SHAPES.configs)}
     assert methods['gid_retinanet'] == GID
     assert methods['cwd_retinanet'] == CWD
     files = {path.stem for path in (CONFIG_ROOT / 'shapes').glob('*.py')}
@@ -114,15 +118,15 @@ def test_every_config_with_distillers_is_found_with_its_student_and_teacher():
 
 
 def test_methods_can_be_restricted_and_a_wrong_name_says_the_nearest():
-    assert compare.discover(['gid_retinanet']) == [GID]
+    assert compare.discover(SHAPES.configs, ['gid_retinanet']) == [GID]
     with pytest.raises(ConfigError, match="gid_retinane: no such method .* 'gid_retinanet'"):
-        compare.discover(['gid_retinane'])
+        compare.discover(SHAPES.configs, ['gid_retinane'])
 
 
 def test_the_teacher_may_be_of_another_family(configs):
     text = (configs / 'gid_retinanet.py').read_text().replace('shapes/retinanet_teacher.py', 'shapes/fcos_teacher.py')
     (configs / 'pkd_retinanet.py').write_text(text)
-    assert compare.discover(folder=configs) == [GID, Method('pkd_retinanet', 'retinanet_student', 'fcos_teacher')]
+    assert compare.discover(configs) == [GID, Method('pkd_retinanet', 'retinanet_student', 'fcos_teacher')]
 
 
 def test_another_student_or_budget_than_the_student_alone_is_refused(configs):
@@ -130,14 +134,14 @@ def test_another_student_or_budget_than_the_student_alone_is_refused(configs):
     text = path.read_text()
     path.write_text(text + 'train_cfg = dict(max_iters=700)\n')
     with pytest.raises(ConfigError, match='gid_retinanet: its train_cfg is not that of retinanet_student'):
-        compare.discover(folder=configs)
+        compare.discover(configs)
     path.write_text(text)
     student = configs / 'retinanet_student.py'
     student.write_text(student.read_text().replace('stacked_convs=2', 'stacked_convs=3'))
-    assert compare.discover(folder=configs) == [GID]  # it inherits the change
+    assert compare.discover(configs) == [GID]  # it inherits the change
     path.write_text(text.replace('student=_base_.model', 'student=dict(_base_.model, neck=None)'))
     with pytest.raises(ConfigError, match='its student is the model of 0 configs'):
-        compare.discover(folder=configs)
+        compare.discover(configs)
 
 
 # arithmetic
@@ -294,7 +298,7 @@ def test_the_report_is_written_and_its_picture_is_not_blank(tmp_path):
 
 def test_teachers_come_first_then_seed_by_seed_with_the_trained_teacher(tmp_path, notes, capsys):
     folder = tmp_path / 'work'
-    command = ['gid_retinanet', 'cwd_retinanet', '--seeds', '3', '4', '--work-dir', str(folder)]
+    command = ['shapes', 'gid_retinanet', 'cwd_retinanet', '--seeds', '3', '4', '--work-dir', str(folder)]
     compare.main(command)
     names = ['retinanet_student', 'cwd_retinanet', 'gid_retinanet']
     assert [call['folder'] for call in notes()] == [
@@ -319,7 +323,7 @@ def test_teachers_come_first_then_seed_by_seed_with_the_trained_teacher(tmp_path
 def test_a_failed_run_does_not_stop_the_others_and_the_exit_status_is_1(tmp_path, notes, monkeypatch, capsys):
     monkeypatch.setenv('FAIL', 'student_seed0')
     with pytest.raises(SystemExit) as exit:
-        compare.main(['gid_retinanet', '--seeds', '0', '1', '--work-dir', str(tmp_path / 'work')])
+        compare.main(['shapes', 'gid_retinanet', '--seeds', '0', '1', '--work-dir', str(tmp_path / 'work')])
     assert exit.value.code == 1
     assert len(notes()) == 5
     line = 'retinanet_student, seed 0 failed: ValueError: made to fail (see'
@@ -330,32 +334,34 @@ def test_a_failed_run_does_not_stop_the_others_and_the_exit_status_is_1(tmp_path
 def test_without_its_teacher_a_method_is_not_trained(tmp_path, notes, monkeypatch, capsys):
     monkeypatch.setenv('FAIL', 'teacher')
     with pytest.raises(SystemExit):
-        compare.main(['gid_retinanet', '--seeds', '0', '--work-dir', str(tmp_path / 'work')])
+        compare.main(['shapes', 'gid_retinanet', '--seeds', '0', '--work-dir', str(tmp_path / 'work')])
     assert [call['folder'] for call in notes()] == ['retinanet_teacher', 'retinanet_student_seed0']
     assert 'gid_retinanet, seed 0 not trained: its teacher, retinanet_teacher, failed' in capsys.readouterr().out
 
 
 def test_report_only_trains_nothing(tmp_path, notes, capsys):
     fabricate(tmp_path / 'work', seeds=(0,))
-    compare.main(['gid_retinanet', '--seeds', '0', '1', '--work-dir', str(tmp_path / 'work'), '--report-only'])
+    compare.main(
+        ['shapes', 'gid_retinanet', '--seeds', '0', '1', '--work-dir', str(tmp_path / 'work'), '--report-only']
+    )
     assert notes() == []
     assert 'Missing: gid_retinanet: seed 1 not begun' in capsys.readouterr().out
     assert (tmp_path / 'work' / 'report.html').is_file()
 
 
 def test_a_run_begun_with_another_config_is_an_error_that_names_its_folder(tmp_path, notes):
-    compare.main(['gid_retinanet', '--seeds', '0', '--work-dir', str(tmp_path / 'work')])
+    compare.main(['shapes', 'gid_retinanet', '--seeds', '0', '--work-dir', str(tmp_path / 'work')])
     folder = tmp_path / 'work' / 'gid_retinanet_seed0'
     (folder / 'fingerprint').write_text('of another version')
     for more in ([], ['--report-only']):
         with pytest.raises(SystemExit, match=f'error: {folder}: begun with another version of .*gid_retinanet.py'):
-            compare.main(['gid_retinanet', '--seeds', '0', '--work-dir', str(tmp_path / 'work'), *more])
+            compare.main(['shapes', 'gid_retinanet', '--seeds', '0', '--work-dir', str(tmp_path / 'work'), *more])
     assert len(notes()) == 3
 
 
 def test_a_second_queue_in_the_same_folder_is_refused(tmp_path, notes):
     with compare.lock(tmp_path / 'work'), pytest.raises(SystemExit, match='another compare.py is at work'):
-        compare.main(['gid_retinanet', '--work-dir', str(tmp_path / 'work')])
+        compare.main(['shapes', 'gid_retinanet', '--work-dir', str(tmp_path / 'work')])
     assert notes() == []
 
 
@@ -391,7 +397,7 @@ def test_the_reason_of_a_failure_is_one_line():
     assert runs.reason_of_failure(1, 'error: no such layer\n') == 'error: no such layer'
     assert runs.reason_of_failure(1, 'a\nlast words\n\n') == 'last words'
     assert runs.reason_of_failure(-9, 'a\n') == 'ended by signal 9'
-    assert 'without an AP' in runs.reason_of_failure(0, '')
+    assert 'without a score' in runs.reason_of_failure(0, '')
 
 
 def test_an_earlier_attempts_error_is_not_this_ones(tmp_path, notes, monkeypatch):

@@ -1,8 +1,9 @@
-"""Train every detection method on the generated data, several seeds each, and compare it with its student alone.
+"""Train every method of a task on generated data, several seeds each, and compare it with its student alone.
 
-python tools/compare.py                                  # all of configs/shapes, seeds 0, 1, 2
-python tools/compare.py gid_retinanet pkd_retinanet      # these two, and what they are compared with
-python tools/compare.py --report-only                    # table and chart of what is finished
+python tools/compare.py shapes                               # all of configs/shapes, seeds 0, 1, 2
+python tools/compare.py streets                              # all of configs/streets
+python tools/compare.py shapes gid_retinanet pkd_retinanet   # these two, and what they are compared with
+python tools/compare.py shapes --report-only                 # table and chart of what is finished
 
 Teachers are trained first, then, seed by seed, students alone and methods. Finished runs are reused, interrupted ones
 resumed. Writes table.md, chart.png, report.html and results.json to the work directory.
@@ -28,40 +29,35 @@ from pages import embed, render
 from rich.console import Console
 from rich.table import Table
 from runs import Run, read, train_all
+from suites import SUITES, Suite
 from tqdm import tqdm
 
 from mmkd import cli
 from mmkd.errors import ConfigError, nearest
-from mmkd.host import CONFIG_ROOT
-from mmkd.testing import shapes
 
 matplotlib.use('Agg')
-AP = 'coco/bbox_mAP'
 WARM_UP = 0.1  # of a run's iterations, left out of its step time
-COLUMNS = (
-    'method', 'student', 'teacher', 'AP', 'AP of seeds', 'gain', 'SE', 'gain / SE', '> 2 SE', 'gap closed', 'step time',
-)  # fmt: skip
 LEGEND = (
-    'AP is that of COCO, on the 200 validation images of the generated data set "shapes"; mean ± standard deviation '
-    'over the seeds. Gain: over the student alone, mean over the seeds that both have. SE: standard error of the gain, '
-    'sqrt(s1²/n + s2²/n), which of few seeds is itself a rough estimate. Gap closed: gain / (teacher - alone). '
-    "Step time: median time of a training iteration over the student alone's."
+    'mean ± standard deviation over the seeds. Gain: over the student alone, mean over the seeds that both have. SE: '
+    'standard error of the gain, sqrt(s1²/n + s2²/n), which of few seeds is itself a rough estimate. Gap closed: '
+    "gain / (teacher - alone). Step time: median time of a training iteration over the student alone's."
 )
 
 
 @dataclass(frozen=True)
 class Method:
-    """A config of ``configs/shapes`` that distills, and the configs it is compared with; names without ``.py``."""
+    """A config that distills, and the configs it is compared with; names without ``.py``."""
 
     name: str
     student: str
     teacher: str
 
 
-def discover(only: Sequence[str] = (), folder: Path = CONFIG_ROOT / 'shapes') -> list[Method]:
-    """The methods in ``folder``: every config with distillers; ``only`` restricts them by name.
+def discover(folder: Path, only: Sequence[str] = ()) -> list[Method]:
+    """The methods in a folder of configs: every config with distillers; ``only`` restricts them by name.
 
-    A method's student alone is the ``*_student.py`` with the same model, which must have the same schedule.
+    A method's student alone is the ``*_student.py`` with the same model and validation data, which must have the same
+    schedule.
 
     Raises:
         ConfigError: for a name that is not there, and for a config that cannot be compared.
@@ -76,16 +72,22 @@ def discover(only: Sequence[str] = (), folder: Path = CONFIG_ROOT / 'shapes') ->
         config = read(str(folder / f'{name}.py'))
         if 'distillers' not in config.model:
             continue
-        alone = [each for each, plain in students.items() if plain.model == config.model.student]
+        alone = [
+            each
+            for each, plain in students.items()
+            if plain.model == config.model.student and plain.val_dataloader == config.val_dataloader
+        ]
         if len(alone) != 1:
             raise ConfigError(
                 f'{name}: its student is the model of {len(alone)} configs {folder}/*_student.py, expected 1; what it is '
-                f'compared with must be the same model'
+                f'compared with must be the same model, on the same images'
             )
         if students[alone[0]].train_cfg != config.train_cfg:
             raise ConfigError(f'{name}: its train_cfg is not that of {alone[0]}; both must have the same budget')
         teacher = config.model.teacher
-        teacher = Path((teacher if isinstance(teacher, str) else teacher.config).removeprefix('mmkd::shapes/')).stem
+        teacher = Path(
+            (teacher if isinstance(teacher, str) else teacher.config).removeprefix(f'mmkd::{folder.name}/')
+        ).stem
         if not (folder / f'{teacher}.py').is_file():
             raise ConfigError(f"{name}: its teacher's config, {teacher}, is not in {folder}")
         methods.append(Method(name, alone[0], teacher))
@@ -96,16 +98,18 @@ class Comparison:
     """All the runs of a comparison.
 
     Args:
+        suite: Whose configs they are.
         methods: What to compare.
         seeds: Each student is trained with each of them.
         folder: The runs' work directories go in here.
     """
 
-    def __init__(self, methods: Sequence[Method], seeds: Sequence[int], folder: Path) -> None:
+    def __init__(self, suite: Suite, methods: Sequence[Method], seeds: Sequence[int], folder: Path) -> None:
+        self.suite = suite
         self.methods = list(methods)
         self.seeds = list(dict.fromkeys(seeds))
         names = dict.fromkeys(method.teacher for method in methods)
-        self.teachers = {name: Run(name, f'mmkd::shapes/{name}.py', folder / name) for name in names}
+        self.teachers = {name: Run(name, f'mmkd::{suite.name}/{name}.py', folder / name) for name in names}
         self.runs: dict[str, dict[int, Run]] = {}
         for name in dict.fromkeys(method.student for method in methods):
             self.runs[name] = {seed: self._run(name, seed, folder) for seed in self.seeds}
@@ -113,9 +117,8 @@ class Comparison:
             teacher = {'model.teacher.checkpoint': str(self.teachers[method.teacher].checkpoint)}
             self.runs[method.name] = {seed: self._run(method.name, seed, folder, teacher) for seed in self.seeds}
 
-    @staticmethod
-    def _run(name: str, seed: int, folder: Path, options: Mapping[str, object] = {}) -> Run:
-        config = f'mmkd::shapes/{name}.py'
+    def _run(self, name: str, seed: int, folder: Path, options: Mapping[str, object] = {}) -> Run:
+        config = f'mmkd::{self.suite.name}/{name}.py'
         at_the_end = {'train_cfg.val_interval': read(config).train_cfg.max_iters}
         options = {'randomness.seed': seed, **at_the_end, **options}
         return Run(f'{name}, seed {seed}', config, folder / f'{name}_seed{seed}', options)
@@ -158,14 +161,14 @@ class Comparison:
         def finished(runs: Mapping[int, Run]) -> dict[int, Run]:
             return {seed: run for seed, run in runs.items() if str(run.folder) not in missing}
 
-        def aps(runs: Mapping[int, Run]) -> dict[int, float]:
-            return {seed: run.evaluations()[-1][AP] for seed, run in finished(runs).items()}
+        def score(run: Run) -> float:
+            return run.evaluations()[-1][self.suite.key]
 
-        teachers = {
-            name: None if str(run.folder) in missing else run.evaluations()[-1][AP]
-            for name, run in self.teachers.items()
-        }
-        students = {name: summary(aps(self.runs[name])) for name in self.runs if name.endswith('_student')}
+        def scores(runs: Mapping[int, Run]) -> dict[int, float]:
+            return {seed: score(run) for seed, run in finished(runs).items()}
+
+        teachers = {name: None if str(run.folder) in missing else score(run) for name, run in self.teachers.items()}
+        students = {name: summary(scores(self.runs[name])) for name in self.runs if name.endswith('_student')}
         methods = {}
         for method in self.methods:
             own, alone = finished(self.runs[method.name]), finished(self.runs[method.student])
@@ -173,11 +176,12 @@ class Comparison:
             methods[method.name] = {
                 'student': method.student,
                 'teacher': method.teacher,
-                **summary(aps(own)),
-                **compare(aps(alone), aps(own), teachers[method.teacher]),
+                **summary(scores(own)),
+                **compare(scores(alone), scores(own), teachers[method.teacher]),
                 'step_time': ratio_of_times([own[seed] for seed in common], [alone[seed] for seed in common]),
             }
         return {
+            'suite': self.suite.name,
             'seeds': self.seeds,
             'teachers': teachers,
             'students': students,
@@ -187,11 +191,11 @@ class Comparison:
         }
 
 
-def summary(aps: Mapping[int, float]) -> dict:
-    """AP by seed, mean, and standard deviation (of two seeds or more)."""
-    values = list(aps.values())
+def summary(scores: Mapping[int, float]) -> dict:
+    """Score by seed, mean, and standard deviation (of two seeds or more)."""
+    values = list(scores.values())
     return {
-        'ap': {str(seed): ap for seed, ap in aps.items()},
+        'scores': {str(seed): score for seed, score in scores.items()},
         'mean': statistics.mean(values) if values else None,
         'deviation': statistics.stdev(values) if len(values) > 1 else None,
     }
@@ -200,7 +204,7 @@ def summary(aps: Mapping[int, float]) -> dict:
 def compare(alone: Mapping[int, float], distilled: Mapping[int, float], teacher: float | None) -> dict:
     r"""The gain of a method over its student alone, over the :math:`n` seeds that both have.
 
-    With :math:`d_i` the difference of the two APs of seed :math:`i` and :math:`s` standard deviations,
+    With :math:`d_i` the difference of the two scores of seed :math:`i` and :math:`s` standard deviations,
 
     .. math::
         \text{gain} = \frac{1}{n} \sum_i d_i, \qquad
@@ -208,9 +212,9 @@ def compare(alone: Mapping[int, float], distilled: Mapping[int, float], teacher:
         \text{SE}_\text{paired} = \frac{s_d}{\sqrt{n}}
 
     Args:
-        alone: Seed to AP of the student alone.
-        distilled: Seed to AP of the same student with the method.
-        teacher: The teacher's AP.
+        alone: Seed to score of the student alone.
+        distilled: Seed to score of the same student with the method.
+        teacher: The teacher's score.
 
     Returns:
         ``gain``, ``gap_closed`` (gain over the teacher's lead), and for both kinds of standard error ``error``,
@@ -260,18 +264,31 @@ def ratio_of_times(distilled: Sequence[Run], alone: Sequence[Run]) -> float | No
     return statistics.median(own) / statistics.median(base) if own and base else None
 
 
+def columns(results: Mapping) -> tuple[str, ...]:
+    score = SUITES[results['suite']].score
+    return (
+        'method', 'student', 'teacher', score, f'{score} of seeds', 'gain', 'SE', 'gain / SE', '> 2 SE', 'gap closed',
+        'step time',
+    )  # fmt: skip
+
+
 def rows(results: Mapping) -> list[dict[str, str]]:
     """The table, grouped by student: the student alone, its teachers, the methods, best first."""
+    suite = SUITES[results['suite']]
+    form = f'.{suite.digits}f'
 
-    def text(value: float | None, form: str) -> str:
+    def text(value: float | None, form: str = form) -> str:
         return '' if value is None else format(value, form)
 
     def row(method: str, student: str, teacher: str = '', of: Mapping = {}) -> dict[str, str]:
-        made = dict.fromkeys(COLUMNS, '') | {'method': method, 'student': family(student), 'teacher': family(teacher)}
-        if 'ap' in of:
-            spread = '' if of['deviation'] is None else f' ± {of["deviation"]:.3f}'
-            made['AP'] = text(of['mean'], '.3f') + spread or 'not finished'
-            made['AP of seeds'] = ' '.join(f'{of["ap"][seed]:.3f}' if seed in of['ap'] else '-' for seed in seeds)
+        made = dict.fromkeys(columns(results), '')
+        made |= {'method': method, 'student': family(student), 'teacher': family(teacher)}
+        if 'scores' in of:
+            spread = '' if of['deviation'] is None else f' ± {text(of["deviation"])}'
+            made[suite.score] = text(of['mean']) + spread or 'not finished'
+            made[f'{suite.score} of seeds'] = ' '.join(
+                text(of['scores'][seed]) if seed in of['scores'] else '-' for seed in seeds
+            )
         return made
 
     seeds = [str(seed) for seed in results['seeds']]
@@ -280,15 +297,15 @@ def rows(results: Mapping) -> list[dict[str, str]]:
         methods = {name: each for name, each in results['methods'].items() if each['student'] == student}
         table.append(row('student alone', student, of=alone))
         for teacher in dict.fromkeys(each['teacher'] for each in methods.values()):
-            ap = results['teachers'][teacher]
-            table.append({**row('teacher', '', teacher), 'AP': text(ap, '.3f') or 'not finished'})
+            score = results['teachers'][teacher]
+            table.append({**row('teacher', '', teacher), suite.score: text(score) or 'not finished'})
         for name, each in best_first(methods):
             error = each['unpaired']
             table.append(
                 row(name, student, each['teacher'], each)
                 | {
-                    'gain': text(each['gain'], '+.3f'),
-                    'SE': text(error['error'], '.3f'),
+                    'gain': text(each['gain'], f'+{form}'),
+                    'SE': text(error['error']),
                     'gain / SE': text(error['ratio'], '.1f'),
                     '> 2 SE': {None: '', True: 'yes', False: 'no'}[error['significant']],
                     'gap closed': text(each['gap_closed'], '.0%').replace('%', ' %'),
@@ -320,9 +337,10 @@ def notes(results: Mapping) -> list[str]:
 
 
 def print_table(results: Mapping) -> None:
-    table = Table(title=f'shapes, 200 validation images, seeds {" ".join(map(str, results["seeds"]))}')
-    for column in COLUMNS:
-        table.add_column(column, justify='left' if column in COLUMNS[:3] else 'right', no_wrap=True)
+    suite = SUITES[results['suite']]
+    table = Table(title=f'{suite.name}, {suite.images} validation images, seeds {" ".join(map(str, results["seeds"]))}')
+    for index, column in enumerate(columns(results)):
+        table.add_column(column, justify='left' if index < 3 else 'right', no_wrap=True)
     for row in rows(results):
         if row['method'] == 'student alone':
             table.add_section()
@@ -331,20 +349,27 @@ def print_table(results: Mapping) -> None:
     print('\n'.join(notes(results)))
 
 
+def legend(results: Mapping) -> str:
+    return f'{SUITES[results["suite"]].about}; {LEGEND}'
+
+
 def markdown(results: Mapping) -> str:
-    lines = [f'| {" | ".join(COLUMNS)} |', '|' + '---|' * len(COLUMNS)]
+    names = columns(results)
+    lines = [f'| {" | ".join(names)} |', '|' + '---|' * len(names)]
     lines += [f'| {" | ".join(row.values())} |' for row in rows(results)]
-    lines += ['', LEGEND]
+    lines += ['', legend(results)]
     if notes(results):
         lines += ['', *(f'- {note}' for note in notes(results))]
     return '\n'.join(lines) + '\n'
 
 
 def chart(results: Mapping) -> Figure:
-    """AP of each method as a bar with its standard deviation and a dot per seed; one panel per student.
+    """Score of each method as a bar with its standard deviation and a dot per seed; one panel per student.
 
     Lines: the student alone, with its standard deviation as a band, and the teachers.
     """
+    suite = SUITES[results['suite']]
+    form = f'.{suite.digits}f'
     panels = {
         student: best_first(
             {
@@ -372,21 +397,20 @@ def chart(results: Mapping) -> Figure:
             axis.barh(
                 place, each['mean'], xerr=each['deviation'], height=0.66, color=colour, ecolor='#1a5276', capsize=3
             )
-            aps = list(each['ap'].values())
-            axis.plot(aps, [place] * len(aps), '.', color='#1a5276', ms=4)
+            scores = list(each['scores'].values())
+            axis.plot(scores, [place] * len(scores), '.', color='#1a5276', ms=4)
         alone = results['students'].get(student, {'mean': None})
         if alone['mean'] is not None:
-            axis.axvline(alone['mean'], color='#c0392b', label=f'student alone {alone["mean"]:.3f}')
+            axis.axvline(alone['mean'], color='#c0392b', label=f'student alone {alone["mean"]:{form}}')
             spread = alone['deviation'] or 0
             axis.axvspan(alone['mean'] - spread, alone['mean'] + spread, color='#c0392b', alpha=0.15, lw=0)
         for teacher in dict.fromkeys(each['teacher'] for _, each in methods):
-            ap = results['teachers'][teacher]
-            if ap is not None:
-                axis.axvline(
-                    ap, color=colours.get(teacher, 'black'), ls='--', label=f'{family(teacher)} teacher {ap:.3f}'
-                )
+            score = results['teachers'][teacher]
+            if score is not None:
+                label = f'{family(teacher)} teacher {score:{form}}'
+                axis.axvline(score, color=colours.get(teacher, 'black'), ls='--', label=label)
         labels = [
-            name.removesuffix(f'_{family(student)}') + ('' if each['gain'] is None else f'  {each["gain"]:+.3f}')
+            name.removesuffix(f'_{family(student)}') + ('' if each['gain'] is None else f'  {each["gain"]:+{form}}')
             for name, each in methods
         ]
         axis.set_yticks(range(len(labels)), labels)
@@ -396,11 +420,12 @@ def chart(results: Mapping) -> Figure:
         axis.grid(axis='x', alpha=0.3)
         axis.set_axisbelow(True)
         axis.spines[['top', 'right']].set_visible(False)
-    seen = [ap for each in [*results['students'].values(), *results['methods'].values()] for ap in each['ap'].values()]
-    seen += [ap for ap in results['teachers'].values() if ap is not None]
+    models = [*results['students'].values(), *results['methods'].values()]
+    seen = [score for each in models for score in each['scores'].values()]
+    seen += [score for score in results['teachers'].values() if score is not None]
     axes[-1, 0].set_xlim(0, 1.04 * max([*seen, 0.01]))
     axes[-1, 0].set_xlabel(
-        'AP on the validation images: mean, standard deviation, and a dot per seed.\n'
+        f'{suite.score} on the validation images: mean, standard deviation, and a dot per seed.\n'
         'After the name: gain over the student alone; grey: no more than two standard errors.'
     )
     return figure
@@ -417,10 +442,11 @@ def write(results: Mapping, folder: Path) -> Path:
     report.write_text(
         render(
             Path(__file__).with_name('compare.html'),
-            columns=COLUMNS,
+            task=SUITES[results['suite']].task,
+            columns=columns(results),
             rows=rows(results),
             seeds=results['seeds'],
-            legend=LEGEND,
+            legend=legend(results),
             notes=notes(results),
             chart=embed(figure),
         )
@@ -441,27 +467,30 @@ def lock(folder: Path):
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('methods', nargs='*', help='configs of configs/shapes, such as gid_retinanet; default all')
+    parser.add_argument('suite', choices=SUITES, help='the folder of configs, and its data: %(choices)s')
+    parser.add_argument('methods', nargs='*', help='configs of that folder, such as gid_retinanet; default all')
     parser.add_argument('--seeds', type=int, nargs='+', default=[0, 1, 2])
     parser.add_argument('--jobs', type=int, default=1, help='runs trained at the same time; they share the CPU cores')
-    parser.add_argument('--work-dir', type=Path, default=Path('work_dirs/compare'))
+    parser.add_argument('--work-dir', type=Path, help='default work_dirs/compare_<suite>')
     parser.add_argument('--report-only', action='store_true', help='train nothing, report what is finished')
     args = parser.parse_args(arguments)
     if args.jobs < 1:
         parser.error(f'--jobs: expected at least 1, but got {args.jobs}')
+    suite = SUITES[args.suite]
+    folder = args.work_dir or Path(f'work_dirs/compare_{suite.name}')
     failed: dict[str, str] = {}
-    with cli.clear_errors(), nullcontext() if args.report_only else lock(args.work_dir):
-        comparison = Comparison(discover(args.methods), args.seeds, args.work_dir)
+    with cli.clear_errors(), nullcontext() if args.report_only else lock(folder):
+        comparison = Comparison(suite, discover(suite.configs, args.methods), args.seeds, folder)
         comparison.check()
         if not args.report_only:
-            tqdm.write(f'Data: {shapes.generate("data/shapes")} (1200 generated images)')
+            tqdm.write(f'Data: {suite.generate()}')
             try:
                 failed = comparison.train(args.jobs)
             except KeyboardInterrupt:
                 sys.exit('Interrupted; the same command continues.')
         results = comparison.results(failed)
         print_table(results)
-        print(f'Report: {write(results, args.work_dir)}')
+        print(f'Report: {write(results, folder)}')
     if failed:
         sys.exit(1)
 

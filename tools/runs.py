@@ -22,6 +22,7 @@ from mmkd.errors import ConfigError
 from mmkd.host import config_path
 
 TRAIN = Path(__file__).resolve().with_name('train.py')
+SCORES = ('coco/bbox_mAP', 'mIoU')  # of an evaluation, as the logs have it
 PROGRESS = re.compile(r'Iter\((train|val)\) +\[ *(\d+)/(\d+)\]')
 ERROR = re.compile(r'error: |[\w.]+(Error|Exception)\b')
 
@@ -51,6 +52,10 @@ def text_of(config: Config) -> str:
     if key not in _TEXTS:
         _TEXTS[key] = config.pretty_text
     return _TEXTS[key]
+
+
+def is_evaluation(entry: dict) -> bool:
+    return any(score in entry for score in SCORES)
 
 
 @dataclass
@@ -98,14 +103,14 @@ class Run:
             for line in file.read_text().splitlines():
                 with contextlib.suppress(json.JSONDecodeError):  # the last line of a run that was interrupted
                     entry = json.loads(line)
-                    entries[entry['step'], 'coco/bbox_mAP' in entry] = entry
+                    entries[entry['step'], is_evaluation(entry)] = entry
         return [entries[key] for key in sorted(entries)]
 
     def losses(self) -> list[dict]:
         return [entry for entry in self.history() if 'loss' in entry]
 
     def evaluations(self) -> list[dict]:
-        return [entry for entry in self.history() if 'coco/bbox_mAP' in entry]
+        return [entry for entry in self.history() if is_evaluation(entry)]
 
     def parameters(self) -> int:
         """Parameters of the model that is deployed, without adapters."""
@@ -190,7 +195,7 @@ class Run:
 def reason_of_failure(status: int, output: str) -> str:
     """One line on why a training ended, from its exit status and what it printed."""
     if not status:
-        return 'it ended without an AP after its last iteration; a model that detects nothing at all has none'
+        return 'it ended without a score after its last iteration; a model that detects nothing at all has no AP'
     if status < 0:
         return f'ended by signal {-status}'
     lines = [line.strip() for line in output.splitlines() if line.strip()]
