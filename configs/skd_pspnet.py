@@ -1,0 +1,8 @@
+_base_ = 'mmseg::pspnet/pspnet_r18-d8_4xb2-80k_cityscapes-512x1024.py'
+model = dict(
+    _delete_=True,
+    type='mmkd.Distill',
+    student=_base_.model,
+    teacher='mmseg::pspnet/pspnet_r101-d8_4xb2-80k_cityscapes-512x1024.py',
+    distillers=dict(skd=dict(type='SKD')))
+optim_wrapper = dict(paramwise_cfg=dict(custom_keys={'distillers.skd.critic': dict(lr_mult=0.04)}))
