@@ -10,12 +10,16 @@ from collections.abc import Mapping
 from importlib import import_module
 from typing import Any
 
+from mmengine.registry import DATA_SAMPLERS as MMENGINE_DATA_SAMPLERS
 from mmengine.registry import MODELS as MMENGINE_MODELS
+from mmengine.registry import TRANSFORMS as MMENGINE_TRANSFORMS
 from mmengine.registry import Registry
 
 from mmkd.errors import ConfigError, nearest
 
 MODELS = Registry('model', parent=MMENGINE_MODELS, scope='mmkd', locations=['mmkd.distill'])
+DATA_SAMPLERS = Registry('data sampler', parent=MMENGINE_DATA_SAMPLERS, scope='mmkd', locations=['mmkd.domains'])
+TRANSFORMS = Registry('transform', parent=MMENGINE_TRANSFORMS, scope='mmkd', locations=['mmkd.domains'])
 DISTILLERS = Registry('distiller', scope='mmkd', locations=['mmkd.distillers'])
 ADAPTERS = Registry('adapter', scope='mmkd', locations=['mmkd.adapters'])
 
