@@ -1,7 +1,8 @@
 # make demo   set up, then train teacher and students on generated data and write a report
+# make demo-seg   the same for segmentation
 # make test   set up, then run the tests
 # make lint   check format and style (make format applies them)
-.PHONY: setup demo test lint format clean
+.PHONY: setup demo demo-seg test lint format clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -10,7 +11,10 @@ setup:
 	@sh tools/setup.sh $(VENV)
 
 demo: setup
-	$(BIN)/python demo/run.py
+	$(BIN)/python demo/run.py detection
+
+demo-seg: setup
+	$(BIN)/python demo/run.py segmentation
 
 test: setup
 	$(BIN)/python -m pytest -q --durations=10

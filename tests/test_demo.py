@@ -10,6 +10,7 @@ import torch
 sys.path += [str(Path(__file__).parents[1] / folder) for folder in ('demo', 'tools')]
 
 import report
+from detection import DEMO
 from runs import Run
 
 from mmkd.errors import ConfigError
@@ -20,7 +21,7 @@ def write_run(folder, ap, seed=0, name='student alone', size=4):
     run = Run(name, 'mmkd::shapes/retinanet_student.py', folder, {'randomness.seed': seed})
     log = folder / '20260101_000000' / 'vis_data' / 'scalars.json'
     log.parent.mkdir(parents=True)
-    metrics = dict.fromkeys(report.METRICS.values(), ap) | {'coco/bbox_mAP_l': -1.0}
+    metrics = dict.fromkeys(DEMO.metrics.values(), ap) | {'coco/bbox_mAP_l': -1.0}
     entries = [{'loss': 2.0, 'step': 20}, {'coco/bbox_mAP': 0.01, 'step': 200}, {**metrics, 'step': run.iterations}]
     log.write_text('\n'.join(map(json.dumps, entries)) + '\n')
     weights = {
@@ -38,7 +39,7 @@ def test_the_table_has_means_spread_and_the_share_of_the_gap(tmp_path):
         'student alone': [write_run(tmp_path / f'a{seed}', ap, seed) for seed, ap in enumerate((0.1, 0.2))],
         'GID': [write_run(tmp_path / f'g{seed}', ap, seed) for seed, ap in enumerate((0.3, 0.35))],
     }
-    table = {row['model']: row for row in report.rows(teacher, students)}
+    table = {row['model']: row for row in report.rows(DEMO, teacher, students)}
     assert table['GID']['AP'] == '0.325 ± 0.035'
     assert table['GID']['gap closed'] == '50 %'
     assert table['student alone']['AP by seed'] == '0.100 0.200'

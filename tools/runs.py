@@ -16,10 +16,12 @@ from pathlib import Path
 
 import torch
 from mmengine.config import Config
+from mmengine.registry import MODELS
 from tqdm import tqdm
 
 from mmkd.errors import ConfigError
 from mmkd.host import config_path
+from mmkd.teacher import load_weights
 
 TRAIN = Path(__file__).resolve().with_name('train.py')
 SCORES = ('coco/bbox_mAP', 'mIoU')  # of an evaluation, as the logs have it
@@ -233,3 +235,13 @@ def train_all(runs: Sequence[Run], jobs: int = 1, threads: int | None = None) ->
                 _, waiting = wait(waiting, timeout=0.5)
             raise
     return failed
+
+
+def plain_model(of: Run) -> torch.nn.Module:
+    """The model that a run trained, as plain mmdet or mmseg builds it."""
+    config = of.read()
+    config.model = config.model.get('student', config.model)
+    model = MODELS.build(config.model)
+    load_weights(model, str(of.checkpoint), 'checkpoint')
+    model.cfg = config
+    return model.eval()

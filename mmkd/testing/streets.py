@@ -81,10 +81,12 @@ def draw(rng: np.random.Generator, size: tuple[int, int], light: str = 'day') ->
     scene = Scene(rng, 2 * size[0], 2 * size[1])  # at twice the size, then averaged: soft edges
     scene.street()
     scene.borders()
-    things = [(scene.furniture, rng.uniform(1.3, 6)) for _ in range(rng.integers(3, 7))]
-    things += [(scene.traffic, rng.uniform(1.5, 6)) for _ in range(rng.integers(3, 7))]
-    things += [(scene.pedestrian, rng.uniform(1.4, 5)) for _ in range(rng.integers(2, 5))]
-    things += [(scene.two_wheeler, rng.uniform(1.4, 4)) for _ in range(rng.integers(1, 4))]
+    kinds = ((scene.furniture, 3, 6), (scene.traffic, 2, 5), (scene.pedestrian, 2, 4), (scene.two_wheeler, 1, 3))
+    things = [
+        (paint, float(np.exp(rng.uniform(np.log(1.1), np.log(4.0)))))
+        for paint, least, most in kinds
+        for _ in range(rng.integers(least, most + 1))
+    ]
     for paint, depth in sorted(things, key=lambda thing: -thing[1]):  # far ones first
         paint(depth)
     image = cv2.resize(scene.image, size[::-1], interpolation=cv2.INTER_AREA)
@@ -116,9 +118,9 @@ class Scene:
         self.horizon = height * rng.uniform(0.36, 0.48)
         self.vanishing = width * rng.uniform(0.35, 0.65)
         self.road = width * rng.uniform(0.32, 0.5)
-        fine = rng.normal(0, 1, (height, width, 3))
-        coarse = cv2.resize(rng.normal(0, 1, (height // 8, width // 8, 3)), (width, height))
-        self.grain = (0.6 * fine + coarse).astype(np.float32)
+        fine = rng.standard_normal((height, width, 3), np.float32)
+        coarse = rng.standard_normal((height // 8, width // 8, 3), np.float32)
+        self.grain = 0.6 * fine + cv2.resize(coarse, (width, height))
 
     def point(self, side: float, depth: float, up: float = 0.0) -> tuple[float, float]:
         """Pixel x and y of a place, ``up`` above the ground in units of the distance from horizon to lower edge."""
@@ -164,7 +166,7 @@ class Scene:
             depth = 14.0
             while depth > 1.0:
                 near = depth * self.rng.uniform(0.45, 0.75)
-                kind = str(self.rng.choice(kinds, p=(0.4, 0.18, 0.13, 0.13, 0.16)))
+                kind = str(self.rng.choice(kinds, p=(0.34, 0.18, 0.16, 0.16, 0.16)))
                 if kind != 'nothing':
                     self.facade(kind, direction, depth, near)
                 depth = near
@@ -239,18 +241,18 @@ class Scene:
             self.ellipse(centre, (0.35 * unit, 0.45 * unit), kind, self.colour(kind))
             return
         top = bottom - unit * self.rng.uniform(1.0, 1.4)
-        half = max(1.5, 0.028 * unit)
+        half = max(2.0, 0.04 * unit)
         self.box(x - half, x + half, top, bottom, 'pole', self.colour('pole'))
         if kind == 'traffic sign':
             colour = np.array(((40, 40, 190), (180, 90, 30), (40, 190, 210))[self.rng.integers(3)]) + 0.0
-            radius = max(4.0, 0.14 * unit)
+            radius = max(4.0, 0.17 * unit)
             if self.rng.random() < 0.5:
                 self.ellipse((x, top + radius), (radius, radius), kind, colour)
                 self.ellipse((x, top + radius), (radius * 0.6, radius * 0.6), kind, colour * 0.3 + 150)
             else:
                 self.box(x - radius, x + radius, top, top + 1.6 * radius, kind, colour)
         elif kind == 'traffic light':
-            width, height = max(3.0, 0.08 * unit), max(8.0, 0.3 * unit)
+            width, height = max(3.0, 0.1 * unit), max(8.0, 0.36 * unit)
             self.box(x - width, x + width, top, top + height, kind, self.colour('pole') - 60)
             lamp = self.rng.integers(3)
             colour = np.array(((60, 60, 240), (60, 200, 240), (120, 230, 80))[lamp]) + 0.0
@@ -307,16 +309,16 @@ class Scene:
     def pedestrian(self, depth: float) -> None:
         side = self.rng.choice((-1, 1)) * self.rng.uniform(0.7, 1.6)
         x, bottom = self.point(side, depth)
-        self.body(x, bottom, self.unit(depth) * self.rng.uniform(0.5, 0.68), 'person')
+        self.body(x, bottom, self.unit(depth) * self.rng.uniform(0.6, 0.8), 'person')
 
     def two_wheeler(self, depth: float) -> None:
         """A bicycle or motorcycle, most of them with a rider."""
         x, bottom = self.point(self.rng.uniform(-1.3, 1.3), depth)
         unit = self.unit(depth)
-        radius = 0.13 * unit
+        radius = 0.16 * unit
         kind = str(self.rng.choice(('bicycle', 'motorcycle')))
         if self.rng.random() < 0.7:
-            self.body(x, bottom - 1.2 * radius, 0.5 * unit, 'rider')
+            self.body(x, bottom - 1.2 * radius, 0.62 * unit, 'rider')
         dark = self.colour('pole') - 55
         for place in (x - 1.5 * radius, x + 1.5 * radius):
             self.ellipse((place, bottom - radius), (radius, radius), kind, dark)
