@@ -7,13 +7,28 @@ from mmkd.distillers.generic.at import AT
 from mmkd.distillers.generic.cwd import CWD
 from mmkd.distillers.generic.mgd import MGD
 from mmkd.distillers.generic.pkd import PKD
+from mmkd.distillers.segmentation.cirkd import CIRKD
+from mmkd.distillers.segmentation.dakd import DAKD
 from mmkd.distillers.segmentation.dist import DIST
 from mmkd.distillers.segmentation.ifvd import IFVD
-from mmkd.distillers.segmentation.dakd import DAKD
 from mmkd.distillers.segmentation.kd import KD
 from mmkd.distillers.segmentation.skd import SKD
 
-__all__ = ['AT', 'CWD', 'DIST', 'IFVD', 'KD', 'MGD', 'PKD', 'SKD', 'Distiller', 'Distillers', 'FeatureDistiller']
+__all__ = [
+    'AT',
+    'CIRKD',
+    'CWD',
+    'DAKD',
+    'DIST',
+    'IFVD',
+    'KD',
+    'MGD',
+    'PKD',
+    'SKD',
+    'Distiller',
+    'Distillers',
+    'FeatureDistiller',
+]
 
 if find_spec('mmdet') is not None:  # segmentation needs no mmdet
     from mmkd.distillers.detection.chen import Chen

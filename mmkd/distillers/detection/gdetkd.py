@@ -10,7 +10,6 @@ from collections.abc import Mapping, Sequence
 import torch
 import torch.nn.functional as F
 from mmcv.ops import RoIAlign
-from mmengine.dist import all_gather
 from torch import nn
 
 from mmkd.adapters import Adapters
@@ -20,6 +19,7 @@ from mmkd.distillers.detection.dense_heads import dense_head
 from mmkd.distillers.detection.ground_truth import ground_truth
 from mmkd.distillers.detection.roi_pool import pool_boxes
 from mmkd.distillers.detection.rois import RoIHead, best_predictions, to_rois
+from mmkd.distillers.memory import Memory
 from mmkd.distillers.schedule import Weight
 from mmkd.errors import ConfigError
 from mmkd.registry import DISTILLERS
@@ -147,42 +147,6 @@ def draw_regions(positive: torch.Tensor, number: int, fraction: float) -> torch.
     # positives come first; those beyond their part go behind the negatives
     surplus = positive.gather(1, order) & (place >= int(number * fraction))
     return order.gather(1, (place + total * surplus).argsort(1)[:, :number])
-
-
-class Memory(nn.Module):
-    """The teacher's embeddings of regions of the last steps, of all processes; the oldest are overwritten.
-
-    They are kept as the teacher gave them, which never get stale as it is frozen. Each process adds as many in each step,
-    spread evenly over its regions, so that shapes never differ; rows are marked as empty where it has fewer. All
-    processes hold the same, and a checkpoint has them, in buffers whose shape does not depend on the number of
-    processes.
-
-    Args:
-        size: Entries.
-        channels: Of an embedding.
-        per_step: Entries that a process adds in a step.
-    """
-
-    def __init__(self, size: int, channels: int, per_step: int):
-        super().__init__()
-        self.per_step = per_step
-        self.register_buffer('keys', torch.zeros(size, channels))
-        self.register_buffer('filled', torch.zeros(size, dtype=torch.bool))
-        self.register_buffer('cursor', torch.zeros((), dtype=torch.long))
-
-    @torch.no_grad()
-    def add(self, keys: torch.Tensor) -> None:
-        """Add regions of this process, (n, channels), and of all others; all have to call it."""
-        number = max(len(keys), self.per_step)
-        there = F.pad(keys.new_ones(len(keys), 1), (0, 0, 0, number - len(keys)))
-        rows = torch.cat([F.pad(keys, (0, 0, 0, number - len(keys))), there], 1)
-        rows = rows[torch.arange(self.per_step, device=keys.device) * number // self.per_step]
-        size = len(self.keys)
-        rows = torch.cat(all_gather(rows.contiguous()))[-size:]
-        place = (self.cursor + torch.arange(len(rows), device=keys.device)) % size
-        self.keys.index_copy_(0, place, rows[:, :-1].to(self.keys.dtype))
-        self.filled.index_copy_(0, place, rows[:, -1] > 0)
-        self.cursor.copy_((self.cursor + len(rows)) % size)
 
 
 @DISTILLERS.register_module()

@@ -3,7 +3,7 @@ import torch
 from mmengine.structures import PixelData
 from mmseg.structures import SegDataSample
 
-from mmkd.distillers.segmentation.labels import ground_truth, ignore_index, labelled, resize_labels
+from mmkd.distillers.segmentation.labels import class_masks, ground_truth, ignore_index, labelled, resize_labels
 from mmkd.errors import ConfigError
 from mmkd.testing import models, segmentors
 from mmkd.testing.batches import random_batch
@@ -54,6 +54,20 @@ def test_the_ignored_label_is_the_decode_heads():
     assert [ignore_index(model) for model in (plain, other, cascade)] == [255, 7, 7]
     labels = torch.tensor([[7, 255], [0, 7]])
     assert labelled(other, samples(labels), (2, 2)).tolist() == [[[False, True], [True, False]]]
+
+
+def test_positions_of_each_class():
+    """An ignored label is of no class, even where it is the number of one."""
+    labels = torch.tensor([[7, 255], [0, 18]])
+    masks = class_masks(models.build(segmentors.pspnet()), samples(labels, labels), (4, 4))
+    assert masks.shape == (2, 19, 4, 4)
+    assert masks.dtype is torch.bool
+    assert torch.equal(masks[0], masks[1])
+    assert masks[0].sum((1, 2)).tolist() == [4 * (k in (0, 7, 18)) for k in range(19)]
+    assert masks[0, 18, 2:, 2:].all()
+    other = models.build(segmentors.pspnet(decode_head=dict(ignore_index=7)))
+    masks = class_masks(other, samples(labels), (2, 2))
+    assert masks[0].sum((1, 2)).tolist() == [int(k in (0, 18)) for k in range(19)]
 
 
 @pytest.mark.parametrize('data_samples', [None, [], [SegDataSample()], [*samples(torch.zeros(2, 2)), SegDataSample()]])

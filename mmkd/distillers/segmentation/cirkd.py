@@ -1,0 +1,299 @@
+"""Cross-image relational knowledge distillation (CIRKD).
+
+Yang, Zhou, An, Jiang, Xu, Zhang, "Cross-Image Relational Knowledge Distillation for Semantic Segmentation", CVPR 2022.
+"""
+
+import math
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from mmkd.adapters import ConvAdapter
+from mmkd.distillers.base import FeatureDistiller
+from mmkd.distillers.memory import ClassMemory
+from mmkd.distillers.schedule import Weight
+from mmkd.distillers.segmentation.kd import pixel_divergence
+from mmkd.distillers.segmentation.labels import class_masks, decode_head
+from mmkd.errors import ConfigError
+from mmkd.registry import DISTILLERS
+from mmkd.taps import Taps
+
+ABSENT = -1e9
+"""The logit of what is not there: its probability is 0, and what the divergence makes of it is finite."""
+
+
+def pool_labelled(feature: torch.Tensor, valid: torch.Tensor, most: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """A map of at most ``most`` positions: the mean of the valid ones in each of the smallest square windows that will do.
+
+    Args:
+        feature: (B, C, H, W).
+        valid: (B, H, W) bool.
+        most: At least 1.
+
+    Returns:
+        (B, C, h, w), and where a window has any valid position, (B, h, w) bool. Both as they are where H*W is small enough.
+    """
+    height, width = feature.shape[2:]
+    window = math.ceil(math.sqrt(height * width / most))
+    while math.ceil(height / window) * math.ceil(width / window) > most:
+        window += 1
+    if window == 1:
+        return feature, valid
+    weight = valid[:, None].to(feature.dtype)
+    part = F.avg_pool2d(weight, window, ceil_mode=True)
+    pooled = F.avg_pool2d(feature * weight, window, ceil_mode=True) / part.clamp(min=1 / window**2)
+    return pooled, part[:, 0] > 0
+
+
+def batch_loss(student: torch.Tensor, teacher: torch.Tensor, valid: torch.Tensor, tau: float = 0.1) -> torch.Tensor:
+    r"""How differently the two networks see each pixel's similarities to the pixels of each image of the batch.
+
+    .. math::
+        L = \frac{1}{N^2} \sum_{i, j} \frac{1}{A_i} \sum_a \operatorname{KL}\big(
+        \sigma(S^T_{ij,a}) \,\Vert\, \sigma(S^S_{ij,a}) \big), \qquad S_{ij,ab} = \cos(f_{ia}, f_{jb}) / \tau
+
+    with i, j over the N images that have valid positions, in both orders and an image with itself, a over the A_i valid
+    positions of i, and the softmax over the valid positions b of j. Zero for equal inputs.
+
+    Args:
+        student: f, (B, C, h, w), any number of channels.
+        teacher: (B, C', h, w); no gradient flows into it.
+        valid: (B, h, w) bool.
+        tau: Temperature.
+
+    Returns:
+        A scalar; 0 where nothing is valid.
+    """
+    batch = len(valid)
+    valid = valid.flatten(1)
+
+    def logits(feature: torch.Tensor) -> torch.Tensor:
+        """(B * B, A, A): of each pair (i, j) the positions of j, then those of i."""
+        feature = F.normalize(feature.flatten(2), dim=1)
+        similarity = feature.mT[None] @ feature[:, None] / tau
+        return similarity.masked_fill(~valid[None, :, :, None], ABSENT).flatten(0, 1)
+
+    anchors = valid.repeat_interleave(batch, 0)
+    total = pixel_divergence(logits(student), logits(teacher.detach()), reduction='image_sum', valid=anchors)
+    return total / valid.any(1).sum().clamp(min=1).square()
+
+
+def memory_loss(
+    student: torch.Tensor,
+    teacher: torch.Tensor,
+    valid: torch.Tensor,
+    memory: torch.Tensor,
+    there: torch.Tensor,
+    tau: float = 0.1,
+) -> torch.Tensor:
+    r"""How differently the two networks see each pixel's similarities to the teacher's embeddings in a memory.
+
+    .. math::
+        L = \frac{1}{A} \sum_a \operatorname{KL}\big( \sigma(v^T_a) \,\Vert\, \sigma(v^S_a) \big), \qquad
+        v_{am} = \cos(f_a, m) / \tau
+
+    with a over the A valid positions of all images, and the softmax over the entries m that are there. Zero for equal
+    inputs.
+
+    Args:
+        student: f, (B, C, h, w), projected.
+        teacher: The same shape; no gradient flows into it.
+        valid: (B, h, w) bool.
+        memory: m, (M, C).
+        there: (M,) bool.
+        tau: Temperature.
+
+    Returns:
+        A scalar; 0 where nothing is valid, or no entry is there.
+    """
+    memory = F.normalize(memory, dim=1)
+
+    def logits(feature: torch.Tensor) -> torch.Tensor:
+        """(B, M, A)."""
+        similarity = memory @ F.normalize(feature.flatten(2), dim=1) / tau
+        return similarity.masked_fill(~there[:, None], ABSENT)
+
+    return pixel_divergence(logits(student), logits(teacher.detach()), valid=valid)
+
+
+def draw_pixels(embedding: torch.Tensor, masks: torch.Tensor, number: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """A random choice of at most ``number`` positions of each class in each image.
+
+    Args:
+        embedding: (B, C, H, W).
+        masks: (B, K, H, W) bool, the positions of each class.
+        number: At least 1.
+
+    Returns:
+        Their embeddings, (B * number, K, C), and whether there is one, (B * number, K) bool.
+    """
+    masks, embedding = masks.flatten(2), embedding.flatten(2)
+    batch, classes, positions = masks.shape
+    score = torch.rand(batch, 1, positions, device=masks.device).masked_fill(~masks, -1)
+    score = F.pad(score, (0, max(number - positions, 0)), value=-1)
+    score, place = score.topk(number, 2)
+    there = score >= 0
+    place = place.masked_fill(~there, 0).transpose(1, 2).flatten(1)
+    rows = embedding.gather(2, place[:, None].expand(-1, embedding.shape[1], -1))
+    rows = rows.transpose(1, 2).reshape(batch * number, classes, -1)
+    return rows, there.transpose(1, 2).reshape(batch * number, classes)
+
+
+def class_means(embedding: torch.Tensor, masks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The mean embedding of each class in each image, of length 1.
+
+    Args:
+        embedding: (B, C, H, W).
+        masks: (B, K, H, W) bool, the positions of each class.
+
+    Returns:
+        (B, K, C), and whether the image has the class, (B, K) bool.
+    """
+    sums = torch.einsum('bkhw,bchw->bkc', masks.to(embedding.dtype), embedding)
+    return F.normalize(sums, dim=2), masks.flatten(2).any(2)
+
+
+@DISTILLERS.register_module()
+class CIRKD(FeatureDistiller):
+    """Relations of pixels across images: within the batch, and to pixels and regions in a memory.
+
+    =========== =========================================================================================================
+    loss_batch  ``weight * batch_loss``, see :func:`batch_loss`: relations to the pixels of all images of the batch of a
+                process. The features as they are: the numbers of channels may differ
+    loss_pixel  ``pixel_weight * memory_loss``, see :func:`memory_loss`: relations to pixels of earlier steps
+    loss_region ``region_weight * memory_loss``: relations to regions, means of a class in an image, of earlier steps
+    =========== =========================================================================================================
+
+    The published recipe adds soft targets, ``kd=dict(type='KD')``. A trained projection (1x1 convolution, batch norm,
+    ReLU, 1x1 convolution, without bias) makes the teacher's channels out of the student's for the memory's terms; it is
+    not needed afterwards. Ignored pixels, by the label of the nearest pixel, are neither anchors nor what these are compared
+    with.
+
+    **Memory.** A queue of the teacher's embeddings, of length 1, for each class of the student's decode head
+    (:class:`mmkd.distillers.memory.ClassMemory`). After its losses each step adds, of each image and class, at most
+    ``pixels_per_image`` random pixels *of that class* (the public code takes random pixels of the image, of any class)
+    and the class's mean; of all processes, which need batches of one size. ``pixels`` and ``regions`` of them are drawn
+    as the contrast set of the next step: ``pixels // K + 1`` of each class, at the same places in all queues. While
+    queues are not full the draw is from the filled part; a class without entries is left out, and both losses are 0
+    in the very first step. The queues are buffers in each checkpoint, of
+    ``K * (pixel_memory + region_memory) * channels * 4`` bytes: for 19 classes and 512 channels 156 MB, and 856 MB with the
+    paper's ``pixel_memory=20000``; for the 150 classes of ADE20K 1.2 GB, so reduce both there. The default 2000 is that
+    of the authors' script for SegFormer.
+
+    **Positions.** Similarities of all pairs of the batch's pixels take ``max_positions ** 2 * 4`` bytes a matrix, 268 MB by
+    default; two are kept for the backward pass, and more are alive for moments. Those to the memory ``max_positions * (pixels + regions) * 4``, 168 MB.
+    Where the batch's maps have more positions they are averaged, over labelled positions, in the smallest square
+    windows that bring them down, for all three losses; the memory's pixels are not. With two images per process the
+    default gives what the public code has: no pooling for maps of 64x64 (512x512 pixels, stride 8), windows of 2x2 for 64x128, of
+    4x4 for 256x256.
+
+    The paper could not be read: this is from notes on the authors' public code. That the memory is read before this step's
+    embeddings are added, and that means are those of embeddings of length 1, are choices of this class.
+
+    Args:
+        layer: The student's layer before its classifier. Default ``'decode_head.bottleneck'`` (PSPNet, DeepLabV3);
+            ``'decode_head.fusion_conv'`` for SegFormer.
+        weight: Of the relations within the batch; a number or a schedule, as all weights. Default 1.
+        pixel_weight: Of the relations to the memory's pixels. Default 0.1; the authors have 0.01 for Pascal VOC.
+        region_weight: Of the relations to the memory's regions. Default 0.1; the authors have 0.01 for Pascal VOC.
+        tau: Temperature of all, positive. Default 0.1.
+        pixels: Pixels in the contrast set, of all classes together. Default 4096.
+        regions: Regions in the contrast set. Default 1024.
+        pixel_memory: Pixels kept, of each class. Default 2000.
+        region_memory: Regions kept, of each class. Default 2000.
+        pixels_per_image: Pixels added, of each image and class. Default 16.
+        max_positions: Positions of the compared maps, of all images of a process's batch together. Default 8192.
+        teacher_layer: The teacher's layer, where its name differs.
+
+    Example:
+        >>> distillers = dict(kd=dict(type='KD'), cirkd=dict(type='CIRKD'))
+    """
+
+    same_channels = False
+
+    def __init__(
+        self,
+        layer: str = 'decode_head.bottleneck',
+        weight: float | Mapping = 1.0,
+        pixel_weight: float | Mapping = 0.1,
+        region_weight: float | Mapping = 0.1,
+        tau: float = 0.1,
+        pixels: int = 4096,
+        regions: int = 1024,
+        pixel_memory: int = 2000,
+        region_memory: int = 2000,
+        pixels_per_image: int = 16,
+        max_positions: int = 8192,
+        teacher_layer: str | None = None,
+    ):
+        super().__init__(layer, weight, teacher_layer)
+        numbers = dict(
+            pixels=pixels,
+            regions=regions,
+            pixel_memory=pixel_memory,
+            region_memory=region_memory,
+            pixels_per_image=pixels_per_image,
+            max_positions=max_positions,
+        )
+        for name, value in numbers.items():
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ConfigError(f'{name}={value!r}: expected a whole number of at least 1')
+        if not isinstance(tau, (int, float)) or tau <= 0:
+            raise ConfigError(f'tau={tau!r}: expected a positive temperature')
+        self.pixel_weight, self.region_weight = Weight(pixel_weight), Weight(region_weight)
+        self.tau = tau
+        self.pixels, self.regions = pixels, regions
+        self.pixel_memory, self.region_memory = pixel_memory, region_memory
+        self.pixels_per_image = pixels_per_image
+        self.max_positions = max_positions
+
+    def setup(self, student: Taps, teacher: Taps) -> None:
+        super().setup(student, teacher)
+        levels = self._levels(student, teacher)
+        if len(self.pairs) != 1:
+            raise ConfigError(
+                f'layer={self.student_layers[0]!r} puts out {len(self.pairs)} maps; name one that puts out one'
+            )
+        in_channels, channels = (maps[0].shape[1] for maps in levels)
+        classes = decode_head(student.model).num_classes
+        self.pixels_per_class, self.regions_per_class = (each // classes + 1 for each in (self.pixels, self.regions))
+        for name, kept, drawn in (
+            ('pixel_memory', self.pixel_memory, self.pixels_per_class),
+            ('region_memory', self.region_memory, self.regions_per_class),
+        ):
+            if kept < drawn:
+                raise ConfigError(
+                    f'{name}={kept}: {drawn} of each of the {classes} classes are drawn in a step; keep as many, or draw fewer'
+                )
+        self.projection = nn.Sequential(
+            ConvAdapter(in_channels, channels, bias=False, norm=True, relu=True),
+            nn.Conv2d(channels, channels, 1, bias=False),
+        )
+        self.pixel_queues = ClassMemory(classes, self.pixel_memory, channels)
+        self.region_queues = ClassMemory(classes, self.region_memory, channels)
+
+    @torch.no_grad()
+    def remember(self, teacher: torch.Tensor, masks: torch.Tensor) -> None:
+        """Add the teacher's map, (B, C, H, W), to the memory, by classes, (B, K, H, W) bool."""
+        embedding = F.normalize(teacher, dim=1)
+        self.pixel_queues.add(*draw_pixels(embedding, masks, self.pixels_per_image))
+        self.region_queues.add(*class_means(embedding, masks))
+
+    def forward(self, student: Taps, teacher: Taps, data_samples: list | None) -> dict[str, torch.Tensor]:
+        ((s, t),) = self.adapted(student, teacher)
+        masks = class_masks(student.model, data_samples, t.shape[2:])
+        most = max(self.max_positions // len(t), 1)
+        own, _ = pool_labelled(s, masks.any(1), most)
+        other, valid = pool_labelled(t, masks.any(1), most)
+        projected = self.projection(own)
+        pixels = self.pixel_queues.draw(self.pixels_per_class)
+        regions = self.region_queues.draw(self.regions_per_class)
+        losses = {
+            'loss_batch': self.weight() * batch_loss(own, other, valid, self.tau),
+            'loss_pixel': self.pixel_weight() * memory_loss(projected, other, valid, *pixels, self.tau),
+            'loss_region': self.region_weight() * memory_loss(projected, other, valid, *regions, self.tau),
+        }
+        self.remember(t, masks)
+        return losses
