@@ -183,11 +183,12 @@ class CIRKD(FeatureDistiller):
     of the authors' script for SegFormer.
 
     **Positions.** Similarities of all pairs of the batch's pixels take ``max_positions ** 2 * 4`` bytes a matrix, 268 MB by
-    default; two are kept for the backward pass, and more are alive for moments. Those to the memory ``max_positions * (pixels + regions) * 4``, 168 MB.
-    Where the batch's maps have more positions they are averaged, over labelled positions, in the smallest square
-    windows that bring them down, for all three losses; the memory's pixels are not. With two images per process the
-    default gives what the public code has: no pooling for maps of 64x64 (512x512 pixels, stride 8), windows of 2x2 for 64x128, of
-    4x4 for 256x256.
+    default; two are kept for the backward pass, and more are alive for moments. Those to the memory take
+    ``max_positions * (pixels + regions) * 4``, 168 MB. Where the batch's maps have more positions they are averaged,
+    over labelled positions, in the smallest square windows that bring them down, for all three losses; what is kept in
+    the memory is not. With two images per process that is no pooling for maps of 64x64 (512x512 pixels, stride 8),
+    windows of 2x2 for 64x128, an option of the public code, and of 4x4 for 256x256, as in its second version, which
+    both pool for the relations within the batch alone.
 
     The paper could not be read: this is from notes on the authors' public code. That the memory is read before this step's
     embeddings are added, and that means are those of embeddings of length 1, are choices of this class.
