@@ -5,6 +5,15 @@ from mmengine.registry import DefaultScope
 from mmkd.testing import detectors, models
 
 
+def pytest_addoption(parser):
+    parser.addoption('--full-size', action='store_true', help='configs are tried with images of their own size')
+
+
+@pytest.fixture(scope='session')
+def full_size(request) -> bool:
+    return request.config.getoption('--full-size')
+
+
 @pytest.fixture(autouse=True)
 def _reproducible():
     torch.manual_seed(0)

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from mmdet.datasets import CocoDataset
 from mmengine.config import Config
-from mmengine.runner import Runner
 from test_configs import COCO, ROOT
 
 from mmkd.cli import _datasets
+from mmkd.testing.runs import check_steps, two_steps
 
 pytestmark = pytest.mark.slow
 
@@ -49,38 +49,14 @@ def coco(tmp_path_factory):
 
 
 @pytest.mark.parametrize('name', COCO)
-def test_two_training_steps(name, coco, tmp_path):
+def test_two_training_steps(name, coco, tmp_path, full_size):
     """At 200x333 instead of 800x1333 pixels, for time; nothing else of the models and the pipeline is changed."""
     config = Config.fromfile(ROOT / name)
     for _, dataset in _datasets(config.train_dataloader.dataset, 'train_dataloader.dataset'):
         dataset.data_root = coco
         dataset.filter_cfg = dict(filter_empty_gt=False)
         for step in dataset.pipeline:
-            if step.type in ('Resize', 'RandomChoiceResize', 'RandomResize'):
+            if step.type in ('Resize', 'RandomChoiceResize', 'RandomResize') and not full_size:
                 step.pop('scales', None)
                 step.update(type='Resize', scale=(333, 200), keep_ratio=True)
-    config.train_dataloader.update(batch_size=2, num_workers=0, persistent_workers=False)
-    config.train_dataloader.sampler = dict(type='DefaultSampler', shuffle=False)
-    config.train_dataloader.batch_sampler = None
-    config.model.student.backbone.init_cfg = None
-    config.train_cfg = dict(type='IterBasedTrainLoop', max_iters=2)
-    config.param_scheduler = []
-    for part in ('val', 'test'):
-        config[f'{part}_cfg'] = config[f'{part}_dataloader'] = config[f'{part}_evaluator'] = None
-    config.default_hooks.checkpoint = None
-    config.default_hooks.logger.interval = 1
-    config.log_processor = dict(type='LogProcessor', by_epoch=False, window_size=1)
-    config.work_dir = str(tmp_path)
-    config.experiment_name = config.visualizer.name = name.replace('.', '_')  # mmengine keeps both by name
-    runner = Runner.from_cfg(config)
-    runner.model._teacher.speed_up()  # with random weights
-    runner.train()
-    (scalars,) = tmp_path.glob('*/vis_data/scalars.json')
-    steps = [json.loads(line) for line in scalars.read_text().splitlines()]
-    assert len(steps) == 2
-    for step in steps:
-        logged = {key: value for key, value in step.items() if '.loss' in key}
-        assert logged
-        assert all(np.isfinite(value) for value in step.values() if isinstance(value, float))
-        for method in config.model.distillers:
-            assert any(key.startswith(f'{method}.loss') for key in logged)
+    check_steps(two_steps(config, tmp_path), config)

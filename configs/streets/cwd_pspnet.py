@@ -3,5 +3,5 @@ model = dict(
     _delete_=True,
     type='mmkd.Distill',
     student=_base_.model,
-    teacher=dict(config='mmkd::streets/pspnet_teacher.py', checkpoint='work_dirs/pspnet_teacher/iter_1000.pth'),
-    distillers=dict(cwd=dict(type='CWD', layer='decode_head.conv_seg', tau=4, weight=3)))
+    teacher=dict(config='mmkd::streets/pspnet_teacher.py', checkpoint='work_dirs/pspnet_teacher/iter_1500.pth'),
+    distillers=dict(cwd=dict(type='CWD', layer='decode_head.conv_seg', tau=4.0, weight=3.0)))

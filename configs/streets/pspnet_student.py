@@ -1,2 +1,2 @@
 _base_ = '_base_/pspnet.py'
-model = dict(backbone=dict(base_channels=8, stem_channels=8), decode_head=dict(in_channels=64, channels=16))
+model = dict(backbone=dict(base_channels=16, stem_channels=16), decode_head=dict(in_channels=128, channels=32))

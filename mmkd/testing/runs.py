@@ -1,5 +1,7 @@
 """A training config for tests: the generated shapes, a small RetinaNet, mmengine's real Runner."""
 
+import json
+import math
 from pathlib import Path
 
 import torch
@@ -86,6 +88,39 @@ def distilled(folder: str | Path, distillers: dict, student: dict | None = None,
     return dict(
         type='mmkd.Distill', student=student, teacher=dict(config=teacher, checkpoint=checkpoint), distillers=distillers
     )
+
+
+def two_steps(config: Config, folder: str | Path) -> list[dict]:
+    """Train a distilled config for two steps, with random weights in both networks; what each step logged."""
+    loader = config.train_dataloader
+    loader.update(batch_size=2, num_workers=0, persistent_workers=False, batch_sampler=None)
+    if loader.sampler.type != 'mmkd.DomainSampler':
+        loader.sampler = dict(type='DefaultSampler', shuffle=False)
+    student = config.model.student
+    student.pretrained = student.backbone.init_cfg = None
+    config.train_cfg = dict(type='IterBasedTrainLoop', max_iters=2)
+    config.param_scheduler = []
+    for part in ('val', 'test'):
+        config[f'{part}_cfg'] = config[f'{part}_dataloader'] = config[f'{part}_evaluator'] = None
+    config.default_hooks.checkpoint = None
+    config.default_hooks.logger.interval = 1
+    config.log_processor = dict(type='LogProcessor', by_epoch=False, window_size=1)
+    config.work_dir = str(folder)
+    config.experiment_name = config.visualizer.name = Path(folder).name  # mmengine keeps both by name
+    runner = Runner.from_cfg(config)
+    runner.model._teacher.speed_up()  # with random weights
+    runner.train()
+    (scalars,) = Path(folder).glob('*/vis_data/scalars.json')
+    return [json.loads(line) for line in scalars.read_text().splitlines()]
+
+
+def check_steps(steps: list[dict], config: Config) -> None:
+    """Two steps were logged, every value of which is finite, with a loss of each method."""
+    assert len(steps) == 2
+    for step in steps:
+        assert all(math.isfinite(value) for value in step.values() if isinstance(value, float)), step
+        for method in config.model.distillers:
+            assert any(key.startswith(f'{method}.loss') for key in step), (method, step)
 
 
 class SaveEachRank(Hook):

@@ -1,0 +1,13 @@
+_base_ = 'pspnet_student.py'
+model = dict(
+    _delete_=True,
+    type='mmkd.Distill',
+    student=_base_.model,
+    teacher=dict(config='mmkd::streets/pspnet_teacher.py', checkpoint='work_dirs/pspnet_teacher/iter_1500.pth'),
+    distillers=dict(
+        cwd=dict(
+            type='CWD',
+            layer='decode_head.bottleneck',
+            tau=4.0,
+            weight=50.0,
+            adapter=dict(type='ConvAdapter', bias=False, norm=True, relu=True))))

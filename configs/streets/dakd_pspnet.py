@@ -1,0 +1,12 @@
+# images of both domains, labels of the day alone
+_base_ = 'pspnet_dusk_student.py'
+model = dict(
+    _delete_=True,
+    type='mmkd.Distill',
+    student=_base_.model,
+    teacher=dict(
+        config='mmkd::streets/pspnet_dusk_teacher.py', checkpoint='work_dirs/pspnet_dusk_teacher/iter_1500.pth'),
+    distillers=dict(dakd=dict(type='DAKD')))
+train_dataloader = dict(
+    sampler=dict(_delete_=True, type='mmkd.DomainSampler'),
+    dataset=dict(_delete_=True, type='ConcatDataset', datasets=[_base_.day, _base_.dusk_unlabelled]))
