@@ -32,7 +32,8 @@ class Critic(nn.Module):
         image_channels: Of the image that the logits belong to, if the score depends on it. Default 0: it does not.
         norm: What normalises the logits: ``'batch'`` (default), a batch norm over the batch of each process,
             ``'tanh'`` or None.
-        spectral: Whether spectral norm bounds the four convolutions. Default True.
+        spectral: Whether spectral norm bounds the four convolutions. Default True. Its power iterations are kept in
+            buffers, which are equal on all processes that start from the same seed, as mmengine's do unless told not to.
     """
 
     def __init__(self, channels: int, image_channels: int = 0, norm: str | None = 'batch', spectral: bool = True):
