@@ -8,11 +8,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import cv2
+import numpy as np
 import pytest
 import torch
 
-from mmkd.testing import detectors
-from mmkd.testing.runs import distilled, shapes_config
+from mmkd.testing import detectors, segmentors
+from mmkd.testing.runs import distilled, shapes_config, streets_config
 
 ROOT = Path(__file__).parents[1]
 METHODS = dict(gid=dict(type='GID'), cwd=dict(type='CWD', layer='neck'))
@@ -54,6 +56,38 @@ PAIRS = {
         detectors.faster_rcnn,
         dict(gdetkd=dict(type='GDetKD', head='bbox_head', memory=64, keys_per_step=16)),
     ),
+}
+SEGMENTATION = {
+    'PSPNet': (
+        segmentors.pspnet,
+        segmentors.pspnet,
+        dict(
+            kd=dict(type='KD'),
+            cwd=dict(
+                type='CWD', layer='decode_head.bottleneck', adapter=dict(type='ConvAdapter', bias=False, norm=True)
+            ),
+            skd=dict(type='SKD'),
+            ifvd=dict(type='IFVD'),
+            cirkd=dict(type='CIRKD', pixels=64, regions=64, pixel_memory=20, region_memory=20),
+            dist=dict(type='DIST'),
+            mgd=dict(type='MGD', layer='backbone.layer4'),
+            at=dict(type='AT', layer=['backbone.layer3', 'backbone.layer4']),
+        ),
+    ),
+    'SegFormer of PSPNet': (
+        segmentors.segformer,
+        segmentors.pspnet,
+        dict(
+            skd=dict(
+                type='SKD',
+                mode='hinge',
+                feature_layer='decode_head.fusion_conv',
+                teacher_feature_layer='decode_head.bottleneck',
+            ),
+            cwd=dict(type='CWD', layer='decode_head.conv_seg'),
+        ),
+    ),
+    'DeepLabV3, two domains': (segmentors.deeplabv3, segmentors.deeplabv3, dict(dakd=dict(type='DAKD'))),
 }
 pytestmark = pytest.mark.slow
 
@@ -105,6 +139,28 @@ def test_both_processes_end_with_the_same_student_and_trained_parts(tmp_path, ob
     for name, value in first.items():
         assert torch.isfinite(value).all(), name
         assert torch.equal(value, second[name]), name
+
+
+@pytest.mark.parametrize('pair', SEGMENTATION)
+@pytest.mark.parametrize('labels', ['on both', 'on one'])
+def test_both_processes_end_with_the_same_segmentor_and_trained_parts(tmp_path, labels, pair):
+    """10 steps; 'on one': all pixels of the second process's images are ignored. Queues are equal as well."""
+    student, teacher, methods = SEGMENTATION[pair]
+    two_domains = 'domains' in pair
+    if two_domains and labels == 'on one':
+        pytest.skip('half of the images are unlabelled on both processes')
+    model = distilled(tmp_path, methods, student(), teacher(channels=24, base=12 if 'SegFormer' not in pair else 8))
+    config = streets_config(tmp_path, model, iterations=10, batch=2, two_domains=two_domains)
+    if labels == 'on one':
+        config.train_dataloader.sampler.shuffle = False  # the processes take turns
+        for index, path in enumerate(sorted((tmp_path / 'streets' / 'gtFine' / 'train').rglob('*.png'))):
+            if index % 2:
+                cv2.imwrite(str(path), np.full((64, 128), 255, np.uint8))
+    first, second = train(config, tmp_path / 'two', 2)
+    for name, value in first.items():
+        assert torch.isfinite(value).all(), name
+        if 'running_' not in name:  # of batch norms: each process has seen other images
+            assert torch.equal(value, second[name]), name
 
 
 def one_step(tmp_path):

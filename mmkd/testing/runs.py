@@ -1,15 +1,16 @@
-"""A training config for tests: the generated shapes, a small RetinaNet, mmengine's real Runner."""
+"""Training configs for tests: generated data, small models, mmengine's real Runner."""
 
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import torch
 from mmengine.config import Config
 from mmengine.hooks import Hook
 from mmengine.runner import Runner
 
-from mmkd.testing import detectors, models, shapes
+from mmkd.testing import detectors, models, shapes, streets
 
 
 def shapes_config(folder: str | Path, model: dict, iterations: int = 4, batch: int = 4, images: int = 24) -> Config:
@@ -45,12 +46,68 @@ def shapes_config(folder: str | Path, model: dict, iterations: int = 4, batch: i
         )
 
     validation = loader('val', 4, sampler=dict(type='DefaultSampler', shuffle=False))
-    metric = dict(type='CocoMetric', ann_file=str(root / 'annotations/val.json'), metric='bbox')
-    return Config(
+    return _training(
+        folder,
+        model,
+        loader('train', batch, sampler=dict(type='InfiniteSampler', shuffle=True)),
+        validation,
+        dict(type='CocoMetric', ann_file=str(root / 'annotations/val.json'), metric='bbox'),
+        iterations,
+        default_scope='mmdet',
+        default_hooks=dict(visualization=dict(type='DetVisualizationHook')),
+        visualizer=dict(type='DetLocalVisualizer', name='visualizer', vis_backends=[dict(type='LocalVisBackend')]),
+    )
+
+
+def streets_config(
+    folder: str | Path, model: dict, iterations: int = 4, batch: int = 4, images: int = 24, two_domains: bool = False
+) -> Config:
+    """A config to train ``model`` on freshly generated streets.
+
+    Args:
+        folder: For the data set and the work directory.
+        model: The model's config, plain or distilled.
+        iterations: Length of the training, with one checkpoint at its end.
+        batch: Images per process and iteration.
+        images: In the training set; the validation set has 8.
+        two_domains: Whether every other image is one of an unlabelled domain.
+    """
+    folder = Path(folder)
+    root = streets.generate(folder / 'streets', {'train': images, 'val': 8}, size=(64, 128))
+
+    def data(split: str, labels: str = 'LoadAnnotations') -> dict:
+        flip = [dict(type='RandomFlip', prob=0.5)] if split == 'train' else []
+        pack = dict(type='PackSegInputs', meta_keys=('img_path', 'ori_shape', 'img_shape', 'domain'))
+        return dict(
+            type='CityscapesDataset',
+            data_root=str(root),
+            data_prefix=dict(img_path=f'leftImg8bit/{split}', seg_map_path=f'gtFine/{split}'),
+            pipeline=[dict(type='LoadImageFromFile'), dict(type=labels), *flip, pack],
+        )
+
+    sampler, dataset = dict(type='InfiniteSampler', shuffle=True), data('train')
+    if two_domains:
+        sampler = dict(type='mmkd.DomainSampler')
+        dataset = dict(type='ConcatDataset', datasets=[dataset, data('train', 'mmkd.Unlabelled')])
+    return _training(
+        folder,
+        model,
+        dict(batch_size=batch, num_workers=0, sampler=sampler, dataset=dataset),
+        dict(batch_size=1, num_workers=0, sampler=dict(type='DefaultSampler', shuffle=False), dataset=data('val')),
+        dict(type='IoUMetric', iou_metrics=['mIoU']),
+        iterations,
+        default_scope='mmseg',
+    )
+
+
+def _training(
+    folder: Path, model: dict, train: dict, validation: dict, metric: dict, iterations: int, **changes: Any
+) -> Config:
+    """A config of mmengine's Runner; ``changes`` are merged into it."""
+    config = Config(
         dict(
-            default_scope='mmdet',
             model=model,
-            train_dataloader=loader('train', batch, sampler=dict(type='InfiniteSampler', shuffle=True)),
+            train_dataloader=train,
             val_dataloader=validation,
             test_dataloader=validation,
             val_evaluator=metric,
@@ -67,17 +124,17 @@ def shapes_config(folder: str | Path, model: dict, iterations: int = 4, batch: i
             default_hooks=dict(
                 logger=dict(type='LoggerHook', interval=1),
                 checkpoint=dict(type='CheckpointHook', by_epoch=False, interval=iterations),
-                visualization=dict(type='DetVisualizationHook'),
             ),
-            visualizer=dict(type='DetLocalVisualizer', name='visualizer', vis_backends=[dict(type='LocalVisBackend')]),
             log_processor=dict(type='LogProcessor', by_epoch=False, window_size=1),
-            auto_scale_lr=dict(enable=False, base_batch_size=batch),
+            auto_scale_lr=dict(enable=False, base_batch_size=train['batch_size']),
             randomness=dict(seed=0),
             env_cfg=dict(dist_cfg=dict(backend='nccl')),
             work_dir=str(folder / 'work'),
             experiment_name=folder.name,
         )
     )
+    config.merge_from_dict(changes)
+    return config
 
 
 def distilled(folder: str | Path, distillers: dict, student: dict | None = None, teacher: dict | None = None) -> dict:
