@@ -10,3 +10,5 @@ model = dict(
 train_dataloader = dict(
     sampler=dict(_delete_=True, type='mmkd.DomainSampler'),
     dataset=dict(_delete_=True, type='ConcatDataset', datasets=[_base_.day, _base_.dusk_unlabelled]))
+# the critics' 1e-4
+optim_wrapper = dict(paramwise_cfg=dict(custom_keys={'dakd.critics': dict(lr_mult=0.033)}))

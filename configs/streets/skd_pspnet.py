@@ -5,3 +5,5 @@ model = dict(
     student=_base_.model,
     teacher=dict(config='mmkd::streets/pspnet_teacher.py', checkpoint='work_dirs/pspnet_teacher/iter_1500.pth'),
     distillers=dict(skd=dict(type='SKD')))
+# the critic's 4e-4
+optim_wrapper = dict(paramwise_cfg=dict(custom_keys={'distillers.skd.critic': dict(lr_mult=0.13)}))

@@ -4,6 +4,10 @@ A critic learns to tell the student's outputs from the teacher's while the stude
 are added: the student's sees the critic's weights as constants (:func:`with_constant_weights`), the critic's sees the
 student's outputs as constants (``detach``). Each loss then has a gradient for its own network alone, and one step of one
 optimizer changes the weights as the usual two steps do, whose gradients are taken at the same weights.
+
+Reversing the gradient between student and critic would save a pass through the critic, but is right only where the
+student's loss is the negative of the critic's (WGAN), not for hinge or cross-entropy. ``clip_grad`` of mmengine's
+optimizer wrapper takes one norm over both networks.
 """
 
 from collections.abc import Callable

@@ -1,0 +1,215 @@
+"""What holds for which method for segmentation: one table, see METHODS."""
+
+import pytest
+import torch
+
+from mmkd.distill import distill
+from mmkd.taps import Taps, run
+from mmkd.testing import models, segmentors
+from mmkd.testing.batches import random_batch
+
+ALL_PIXELS = 'its features or logits are compared at every position, as published'
+OTHER = 'other networks, or parts that are trained'
+DRAWN = 'what is compared with is drawn at random'
+CRITIC = 'the critic normalises by the batch, and its penalty is of random mixtures'
+# method: (student, teacher, distiller, properties that do not hold and why)
+METHODS = {
+    'KD': ('pspnet', 'pspnet', dict(type='KD'), {}),
+    'KD at the size of labels': ('pspnet', 'pspnet', dict(type='KD', label_size=True, tau=2.0), {}),
+    'KD across families': ('pspnet', 'deeplabv3', dict(type='KD'), {'zero': OTHER}),
+    'CWD': (
+        'pspnet',
+        'pspnet',
+        dict(type='CWD', layer='decode_head.conv_seg', tau=4.0, weight=3.0),
+        {'ignored': ALL_PIXELS},
+    ),
+    'CWD on features': (
+        'pspnet',
+        'pspnet',
+        dict(
+            type='CWD',
+            layer='decode_head.bottleneck',
+            tau=4.0,
+            weight=50.0,
+            adapter=dict(type='ConvAdapter', bias=False, norm=True, relu=True),
+        ),
+        {'zero': OTHER, 'ignored': ALL_PIXELS},
+    ),
+    'SKD without critic': ('pspnet', 'pspnet', dict(type='SKD', holistic_weight=0.0), {'ignored': ALL_PIXELS}),
+    'SKD': (
+        'pspnet',
+        'pspnet',
+        dict(type='SKD'),
+        {'zero': CRITIC, 'batch': CRITIC, 'bf16': CRITIC, 'ignored': ALL_PIXELS},
+    ),
+    'SKD of SegFormer': (
+        'segformer',
+        'pspnet',
+        dict(
+            type='SKD',
+            holistic_weight=0.0,
+            feature_layer='decode_head.fusion_conv',
+            teacher_feature_layer='decode_head.bottleneck',
+        ),
+        {'zero': OTHER, 'ignored': ALL_PIXELS},
+    ),
+    'IFVD': ('pspnet', 'pspnet', dict(type='IFVD'), {}),
+    'CIRKD within the batch': (
+        'pspnet',
+        'pspnet',
+        dict(type='CIRKD', pixel_weight=1e-9, region_weight=1e-9),
+        {},
+    ),
+    'CIRKD': ('pspnet', 'pspnet', dict(type='CIRKD'), {'zero': OTHER, 'bf16': DRAWN}),
+    'DIST': ('deeplabv3', 'deeplabv3', dict(type='DIST'), {}),
+    'MGD': (
+        'pspnet',
+        'pspnet',
+        dict(type='MGD', layer='backbone.layer4'),
+        {'zero': 'the generator is not the identity', 'batch': 'masks are random', 'ignored': ALL_PIXELS},
+    ),
+    'AT': (
+        'pspnet',
+        'pspnet',
+        dict(type='AT', layer=['backbone.layer3', 'backbone.layer4'], weight=1e4),
+        {'ignored': ALL_PIXELS},
+    ),
+    'DAKD': (
+        'deeplabv3',
+        'deeplabv3',
+        dict(type='DAKD'),
+        {'zero': OTHER, 'ignored': 'the critics see whole maps; its own test covers the rest'},
+    ),
+}
+
+
+def holds(name):
+    """The methods for which a property holds, as parameters of a test."""
+    return pytest.mark.parametrize('method', [method for method, row in METHODS.items() if name not in row[3]])
+
+
+def pair(method, tmp_path, same=False):
+    """A student and its teacher: of other weights and channels, or the same. Dropout is off in both."""
+    family, teacher_family, spec, _ = METHODS[method]
+    teacher = getattr(segmentors, teacher_family)(16 if same else 24)
+    checkpoint = models.save_weights(teacher, tmp_path / 'teacher.pth')
+    student = models.build(getattr(segmentors, family)(), seed=0)
+    torch.manual_seed(0)
+    model = distill(student, dict(config=teacher, checkpoint=checkpoint), dict(it=spec))
+    if same:
+        model.load_state_dict(torch.load(checkpoint, weights_only=True)['state_dict'], strict=False)
+    model._teacher.load()
+    model.train()
+    for module in model.modules():  # teachers are in eval mode; and what is in one image does not change another's
+        if isinstance(module, torch.nn.modules.batchnorm._BatchNorm) and module.track_running_stats:
+            module.eval()
+        elif isinstance(module, (torch.nn.Dropout, torch.nn.Dropout2d)):
+            module.p = 0.0
+    return model
+
+
+def batch_of(model, images=2, objects=4, copies=1):
+    data = random_batch(model, (images, 3, 64, 128), objects)
+    for sample in data['data_samples'][1::2]:  # read by DAKD alone
+        sample.set_metainfo(dict(domain='target'))
+    data = {key: value * copies for key, value in data.items()}
+    return model.data_preprocessor(data, True)
+
+
+def losses(model, batch, seed=0):
+    torch.manual_seed(seed)
+    found = model(**batch, mode='loss')
+    return {key: value for key, value in found.items() if key.startswith('it.loss')}
+
+
+@holds('zero')
+def test_zero_for_identical_networks(method, tmp_path):
+    model = pair(method, tmp_path, same=True)
+    found = losses(model, batch_of(model))
+    different = losses(pair(method, tmp_path), batch_of(model))
+    for key, value in found.items():
+        assert abs(value.item()) <= 1e-6 * max(1.0, different[key].item()), key
+    assert sum(different.values()).item() > 1e-5
+
+
+@pytest.mark.parametrize('method', METHODS)
+@pytest.mark.parametrize(('images', 'objects'), [(2, 4), (2, 0), (1, 4)])
+def test_finite_and_differentiable_in_every_trainable_part(method, images, objects, tmp_path):
+    """Also without a single label, and for a batch of one image."""
+    if method == 'DAKD' and images == 1:
+        images = 2  # an image of each domain
+    model = pair(method, tmp_path)
+    batch = batch_of(model, images, objects)
+    for _ in range(2):  # the second step reads what the first has left in a memory
+        found = losses(model, batch)
+    assert all(torch.isfinite(value) and value.requires_grad for value in found.values())
+    sum(found.values()).backward()
+    own = dict(model.distillers.named_parameters())
+    assert all(each.grad is not None and torch.isfinite(each.grad).all() for each in own.values())
+    gradients = [each.grad for each in model.backbone.parameters() if each.grad is not None]
+    assert gradients
+    assert all(torch.isfinite(each).all() for each in gradients)
+    assert all(each.grad is None for each in model._teacher.model.parameters())
+
+
+@holds('batch')
+def test_the_same_images_twice_give_the_same_value(method, tmp_path):
+    model = pair(method, tmp_path)
+    once, twice = (losses(pair(method, tmp_path), batch_of(model, copies=copies)) for copies in (1, 2))
+    for key, value in once.items():
+        torch.testing.assert_close(twice[key], value, rtol=1e-4, atol=1e-6)
+
+
+@holds('bf16')
+def test_bf16_autocast_changes_little(method, tmp_path):
+    """The whole forward pass of both networks under autocast, 2e-2 of the value."""
+    model = pair(method, tmp_path)
+    batch = batch_of(model)
+    exact = losses(model, batch)
+    model = pair(method, tmp_path)
+    with torch.autocast('cpu', torch.bfloat16):
+        rounded = losses(model, batch)
+    for key, value in exact.items():
+        assert rounded[key].dtype == torch.float32
+        torch.testing.assert_close(rounded[key], value, rtol=2e-2, atol=1e-4)
+
+
+@holds('ignored')
+def test_what_the_networks_see_at_ignored_pixels_does_not_matter(method, tmp_path):
+    """Noise is added to the tapped maps of both where every pixel around is ignored."""
+    results = []
+    for noise in (0.0, 1.0):
+        model = pair(method, tmp_path)
+        batch = batch_of(model, objects=2)
+        taps = []
+        for network, layers in (
+            (model, model.distillers.student_layers),
+            (model._teacher.model, model.distillers.teacher_layers),
+        ):
+            with Taps(network, layers) as read:
+                run(network, layers, batch['inputs'], batch['data_samples'])
+            taps.append(Noisy(read, noise, batch['data_samples']))
+        torch.manual_seed(0)
+        found = model.distillers['it'](*taps, batch['data_samples'])
+        results.append({key: value for key, value in found.items() if key.startswith('loss')})
+    assert sum(results[0].values()) > 0
+    for key, value in results[0].items():
+        torch.testing.assert_close(results[1][key], value)
+
+
+class Noisy(dict):
+    """Taps whose maps have noise at the positions that lie further than one position from any labelled pixel."""
+
+    def __init__(self, taps, noise, samples):
+        super().__init__()
+        self.model, self.calls = taps.model, taps.calls
+        labelled = torch.cat([sample.gt_sem_seg.data for sample in samples])[:, None] != 255
+        random = torch.Generator().manual_seed(0)
+        for layer in taps:
+            levels = []
+            for value in taps[layer]:
+                near = torch.nn.functional.adaptive_max_pool2d(labelled.float(), value.shape[2:])
+                near = torch.nn.functional.max_pool2d(near, 3, 1, 1)
+                assert near.mean() < 0.95
+                levels.append(value + noise * (1 - near) * torch.randn(value.shape, generator=random))
+            self[layer] = tuple(levels)
