@@ -6,3 +6,4 @@ model = dict(
     teacher='mmseg::pspnet/pspnet_r101-d8_4xb2-80k_cityscapes-512x1024.py',
     distillers=dict(
         at=dict(type='AT', layer=[f'backbone.layer{i}' for i in (1, 2, 3, 4)], weight=10000.0)))
+auto_scale_lr = dict(enable=False, base_batch_size=8)

@@ -7,3 +7,4 @@ model = dict(
     distillers=dict(
         kd=dict(type='KD'),
         cirkd=dict(type='CIRKD')))
+auto_scale_lr = dict(enable=False, base_batch_size=8)

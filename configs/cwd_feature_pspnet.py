@@ -8,3 +8,4 @@ model = dict(
         cwd=dict(
             type='CWD', layer='decode_head.bottleneck', tau=4.0, weight=50.0,
             adapter=dict(type='ConvAdapter', bias=False, norm=True, relu=True))))
+auto_scale_lr = dict(enable=False, base_batch_size=8)

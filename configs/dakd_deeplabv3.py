@@ -41,3 +41,4 @@ train_dataloader = dict(
     sampler=dict(_delete_=True, type='mmkd.DomainSampler'),
     dataset=dict(_delete_=True, type='ConcatDataset', datasets=[source, target]))
 optim_wrapper = dict(paramwise_cfg=dict(custom_keys={'dakd.critics': dict(lr_mult=0.4, decay_mult=0)}))
+auto_scale_lr = dict(enable=False, base_batch_size=8)

@@ -7,3 +7,4 @@ model = dict(
     distillers=dict(
         dist=dict(type='DIST'),
         auxiliary=dict(type='DIST', layer='auxiliary_head.conv_seg', weight=0.4)))
+auto_scale_lr = dict(enable=False, base_batch_size=8)

@@ -9,3 +9,4 @@ model = dict(
         ifvd=dict(type='IFVD', weight=200.0),
         adversarial=dict(type='SKD', pixel_weight=0.0, pair_weight=0.0, holistic_weight=0.001)))
 optim_wrapper = dict(paramwise_cfg=dict(custom_keys={'distillers.adversarial.critic': dict(lr_mult=0.04)}))
+auto_scale_lr = dict(enable=False, base_batch_size=8)

@@ -6,3 +6,4 @@ model = dict(
     teacher='mmseg::pspnet/pspnet_r101-d8_4xb2-80k_cityscapes-512x1024.py',
     distillers=dict(skd=dict(type='SKD')))
 optim_wrapper = dict(paramwise_cfg=dict(custom_keys={'distillers.skd.critic': dict(lr_mult=0.04)}))
+auto_scale_lr = dict(enable=False, base_batch_size=8)
