@@ -7,6 +7,7 @@ without teacher and distillers.
 """
 
 import argparse
+import copy
 from pathlib import Path
 
 import torch
@@ -34,7 +35,8 @@ def main() -> None:
             if path.exists():
                 raise ConfigError(f'{path} exists; remove it, or choose another name')
         init_default_scope(config.default_scope)
-        load_weights(MODELS.build(config.model), args.checkpoint, 'checkpoint')
+        # a copy, as mmseg changes what it builds from
+        load_weights(MODELS.build(copy.deepcopy(config.model)), args.checkpoint, 'checkpoint')
         weights.parent.mkdir(parents=True, exist_ok=True)
         torch.save({'state_dict': read_checkpoint(fetch(args.checkpoint, 'checkpoint'), 'checkpoint')}, weights)
         for key in ('launcher', 'work_dir'):
