@@ -12,7 +12,7 @@ from mmengine.registry import MODELS, init_default_scope
 from mmengine.structures import InstanceData
 from pages import embed
 from report import Demo
-from runs import Run, plain_model
+from runs import Run, trained_model
 from suites import SUITES
 
 from mmkd.taps import Taps, run
@@ -77,7 +77,7 @@ def pictures(teacher: Run, students: dict[str, list[Run]]) -> str:
         'ground truth': [sample['data_samples'].gt_instances for sample in samples]
     }
     for name, each in models.items():
-        results = inference_detector(plain_model(each), files, test_pipeline=pipeline)
+        results = inference_detector(trained_model(each), files, test_pipeline=pipeline)
         columns[name] = [readable(result.pred_instances) for result in results]
     columns['selected by GID'] = selected_instances(students['GID'][0], samples)
 

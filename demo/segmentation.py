@@ -10,7 +10,7 @@ from mmseg.evaluation import IoUMetric
 from mmseg.registry import DATASETS
 from pages import embed
 from report import Demo
-from runs import Run, plain_model
+from runs import Run, trained_model
 from suites import SUITES
 
 from mmkd.testing.streets import CLASSES, IGNORED
@@ -75,7 +75,7 @@ class Validation:
 @torch.no_grad()
 def predict(of: Run, samples: list[dict]) -> list[torch.Tensor]:
     """The label map of each sample, (H, W)."""
-    model = plain_model(of)
+    model = trained_model(of)
     return [model.test_step(pseudo_collate([sample]))[0].pred_sem_seg.data[0] for sample in samples]
 
 

@@ -153,14 +153,17 @@ def read_teacher(teacher: str | Mapping) -> TeacherConfig:
             f"teacher={options!r}: expected a config's name, or a dict with config, checkpoint and, if wanted, dtype"
         )
     config, published = _read_config(options['config'])
-    model = config.model
-    if 'student' in model:  # a model that was distilled itself: what it learnt is in its student
-        model = model.student
+    return TeacherConfig(
+        plain_model(config), options.get('checkpoint') or published, options.get('dtype'), config.get('default_scope')
+    )
+
+
+def plain_model(config: Config) -> ConfigDict:
+    """The model that a config trains, without what distills it: of a distilled model, its student."""
+    model = config.model.get('student', config.model)
     if config.get('data_preprocessor') and 'data_preprocessor' not in model:  # where mmseg has it, as Runner does
         model.data_preprocessor = config.data_preprocessor
-    return TeacherConfig(
-        model, options.get('checkpoint') or published, options.get('dtype'), config.get('default_scope')
-    )
+    return model
 
 
 def build_teacher(teacher: str | Mapping) -> Teacher:

@@ -15,7 +15,7 @@ from mmengine.registry import MODELS, init_default_scope
 
 from mmkd import cli
 from mmkd.errors import ConfigError
-from mmkd.teacher import fetch, load_weights, read_checkpoint
+from mmkd.teacher import fetch, load_weights, plain_model, read_checkpoint
 
 
 def main() -> None:
@@ -29,7 +29,7 @@ def main() -> None:
         config = cli.read_config(args)
         if 'student' not in config.model:
             raise ConfigError(f'{args.config}: not a distilled model (model has no student); it can be used as it is')
-        config.model = config.model.student
+        config.model = plain_model(config)
         weights, plain_config = (args.output.with_name(args.output.name + suffix) for suffix in ('.pth', '.py'))
         for path in (weights, plain_config):
             if path.exists():

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from mmkd.errors import ConfigError
 from mmkd.host import config_path
-from mmkd.teacher import load_weights
+from mmkd.teacher import load_weights, plain_model
 
 TRAIN = Path(__file__).resolve().with_name('train.py')
 SCORES = ('coco/bbox_mAP', 'mIoU')  # of an evaluation, as the logs have it
@@ -237,10 +237,10 @@ def train_all(runs: Sequence[Run], jobs: int = 1, threads: int | None = None) ->
     return failed
 
 
-def plain_model(of: Run) -> torch.nn.Module:
+def trained_model(of: Run) -> torch.nn.Module:
     """The model that a run trained, as plain mmdet or mmseg builds it."""
     config = of.read()
-    config.model = config.model.get('student', config.model)
+    config.model = plain_model(config)
     model = MODELS.build(config.model)
     load_weights(model, str(of.checkpoint), 'checkpoint')
     model.cfg = config

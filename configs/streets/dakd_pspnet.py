@@ -6,7 +6,7 @@ model = dict(
     student=_base_.model,
     teacher=dict(
         config='mmkd::streets/pspnet_dusk_teacher.py', checkpoint='work_dirs/pspnet_dusk_teacher/iter_1500.pth'),
-    distillers=dict(dakd=dict(type='DAKD')))
+    distillers=dict(dakd=dict(type='DAKD', critic_channels=32)))
 train_dataloader = dict(
     sampler=dict(_delete_=True, type='mmkd.DomainSampler'),
     dataset=dict(_delete_=True, type='ConcatDataset', datasets=[_base_.day, _base_.dusk_unlabelled]))
