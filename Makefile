@@ -17,7 +17,7 @@ demo-seg: setup
 	$(BIN)/python demo/run.py segmentation
 
 test: setup
-	$(BIN)/python -m pytest -q --durations=10
+	$(BIN)/python -m pytest -q --numprocesses logical --dist worksteal --durations=10
 
 lint: setup
 	$(BIN)/ruff check .

@@ -1,8 +1,15 @@
+import os
+
 import pytest
 import torch
 from mmengine.registry import DefaultScope
 
 from mmkd.testing import detectors, models
+
+
+if 'PYTEST_XDIST_WORKER' in os.environ:  # one of several processes that share the cores
+    os.environ['OMP_NUM_THREADS'] = '1'  # of what tests start
+    torch.set_num_threads(1)
 
 
 def pytest_addoption(parser):
