@@ -7,6 +7,7 @@ plain student's step and the teacher's forward pass as stock mmdet or mmseg runs
 """
 
 import argparse
+import copy
 import statistics
 import time
 from collections.abc import Callable
@@ -102,12 +103,16 @@ def main() -> None:
         config = cli.read_config(args)
         init_default_scope(config.default_scope)
         device = torch.device(args.device)
-        plain = MODELS.build(config.model.student).to(device)
+        # a copy, as mmseg changes what it builds from
+        plain = MODELS.build(copy.deepcopy(config.model.student)).to(device)
         stock = build_teacher(config.model.teacher).model.to(device)
         distilled = MODELS.build(config.model).to(device)
         # the same weights: with others an RPN would propose other regions, of another cost
         distilled.load_state_dict(plain.state_dict(), strict=False)
         distilled._teacher.speed_up(device)  # with random weights, as all models here
+        for model in (plain, stock, distilled):
+            if getattr(model.data_preprocessor, 'size', None):  # mmseg pads to the size of the config's crops
+                model.data_preprocessor.size = tuple(args.shape[2:])
         data = random_batch(plain, tuple(args.shape), args.objects)
 
     steps = {

@@ -29,14 +29,15 @@ def _segmentation(model: nn.Module, shape: tuple[int, ...], objects: int, random
 
     batch, channels, height, width = shape
     inputs, data_samples = [], []
-    for _ in range(batch):
+    for index in range(batch):
         inputs.append(torch.randint(0, 256, (channels, height, width), dtype=torch.uint8, generator=random))
         labels = torch.full((1, height, width), model.decode_head.ignore_index)
         for _ in range(objects):
             top, left = (int(torch.randint(0, side // 2, (), generator=random)) for side in (height, width))
             label = torch.randint(0, model.decode_head.num_classes, (), generator=random)
             labels[:, top : top + height // 2, left : left + width // 2] = label
-        sample = SegDataSample(metainfo=dict(img_shape=(height, width), ori_shape=(height, width)))
+        domain = 'target' if index % 2 else 'source'  # for methods that read it
+        sample = SegDataSample(metainfo=dict(img_shape=(height, width), ori_shape=(height, width), domain=domain))
         sample.gt_sem_seg = PixelData(data=labels)
         data_samples.append(sample)
     return {'inputs': inputs, 'data_samples': data_samples}

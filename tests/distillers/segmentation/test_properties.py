@@ -110,8 +110,6 @@ def pair(method, tmp_path, same=False):
 
 def batch_of(model, images=2, objects=4, copies=1):
     data = random_batch(model, (images, 3, 64, 128), objects)
-    for sample in data['data_samples'][1::2]:  # read by DAKD alone
-        sample.set_metainfo(dict(domain='target'))
     data = {key: value * copies for key, value in data.items()}
     return model.data_preprocessor(data, True)
 
