@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import inspect
 import json
 import mmap
 import os
@@ -21,12 +22,6 @@ from mmkd.teacher import fetch, read_teacher
 
 # mmengine 0.10 imports it again and again
 warnings.filterwarnings('ignore', message='pkg_resources is deprecated')
-
-POINT_ELSEWHERE = (
-    'put or link the data there (ln -s /path/to/data data/coco), or name another place in a config of your own or with '
-    '--cfg-options train_dataloader.dataset.data_root=/path/to/data/ (val, test and the evaluators have their own); '
-    'to try mmkd without any download: make demo'
-)
 
 
 def add_common_options(parser: argparse.ArgumentParser) -> None:
@@ -99,7 +94,18 @@ def check_data(config: Config, parts: Sequence[str]) -> None:
                 and not os.path.exists(path)
             ):
                 option = f'{part}_evaluator.{index}' if isinstance(evaluator, list) else f'{part}_evaluator'
-                raise ConfigError(f'{option}.ann_file: {os.path.abspath(path)} does not exist; {POINT_ELSEWHERE}')
+                raise ConfigError(
+                    f'{option}.ann_file: {os.path.abspath(path)} does not exist; {elsewhere(option, "ann_file", path)}'
+                )
+
+
+def elsewhere(option: str, key: str, default: str) -> str:
+    """What to do about data that are not where the config has them."""
+    return (
+        f'put or link the data there (ln -s /path/to/data {default.rstrip("/")}), or name another place in a config of your own '
+        f'or with --cfg-options {option}.{key}=/path/to/data/ (train, val, test and the evaluators have their own); to try '
+        f'mmkd without any download: make demo, make demo-seg'
+    )
 
 
 def _datasets(dataset: dict, option: str) -> Iterator[tuple[str, dict]]:
@@ -123,9 +129,39 @@ def _check_dataset(option: str, dataset: dict) -> None:
     for key, value in wanted.items():
         path = os.path.join(root, value)
         if path and not os.path.exists(path):
-            raise ConfigError(f'{option}.{key}: {os.path.abspath(path)} does not exist; {POINT_ELSEWHERE}')
+            advice = elsewhere(option, 'data_root', root or path)
+            raise ConfigError(f'{option}.{key}: {os.path.abspath(path)} does not exist; {advice}')
     if str(dataset.get('type', '')).rpartition('.')[2] == 'CocoDataset':
         _check_coco(f'{option}.ann_file', os.path.join(root, dataset['ann_file']), dataset)
+    elif 'img_path' in prefixes and not dataset.get('ann_file'):
+        _check_label_maps(option, root, dataset)
+
+
+def _check_label_maps(option: str, root: str, dataset: dict) -> None:
+    """Check that a folder for segmentation has images, and that the first one found has its label map."""
+    kind = DATASETS.get(dataset['type'] if '.' in dataset['type'] else f'mmseg.{dataset["type"]}')
+    options = inspect.signature(kind).parameters if kind is not None else {}
+    stock = {key: options[key].default if key in options else None for key in ('img_suffix', 'seg_map_suffix')}
+    suffixes = [dataset.get(key) or default for key, default in stock.items()]
+    if None in suffixes:  # a data set of another kind
+        return
+    folder = Path(root, dataset['data_prefix']['img_path'])
+    image = next(folder.rglob(f'*{suffixes[0]}'), None)
+    if image is None:
+        raise ConfigError(
+            f'{option}.data_prefix.img_path: {folder.absolute()} has no file that ends with {suffixes[0]!r}; see '
+            f"{option}.img_suffix, and mmseg's docs on preparing data sets"
+        )
+    reads_labels = any(str(step.get('type', '')).endswith('LoadAnnotations') for step in dataset.get('pipeline', ()))
+    labels = dataset['data_prefix'].get('seg_map_path')
+    if reads_labels and labels is not None:
+        path = Path(root, labels, str(image.relative_to(folder)).removesuffix(suffixes[0]) + suffixes[1])
+        if not path.is_file():
+            advice = 'python tools/dataset_converters/cityscapes.py data/cityscapes, in a clone of mmseg, makes them'
+            raise ConfigError(
+                f'{option}.data_prefix.seg_map_path: {path.absolute()} does not exist, the label map of {image.name}'
+                + (f'; {advice}' if suffixes[1].endswith('_labelTrainIds.png') else f'; see {option}.seg_map_suffix')
+            )
 
 
 def _check_coco(option: str, path: str, dataset: dict) -> None:

@@ -1,5 +1,6 @@
 """Segmentors through mmengine's real Runner and the command-line tools."""
 
+import re
 import subprocess
 import sys
 
@@ -94,3 +95,43 @@ def test_resuming_brings_back_the_critic_and_the_queues(trained, tmp_path):
 def test_the_test_tool_reports_the_stock_metric(trained, tmp_path):
     printed = tool('test', trained / 'config.py', trained / 'work' / 'iter_4.pth', '--work-dir', tmp_path)
     assert 'mIoU:' in printed
+
+
+@pytest.mark.parametrize(
+    ('change', 'message'),
+    [
+        (
+            lambda config, folder: config.train_dataloader.dataset.update(data_root='data/none/'),
+            r'data/none/? does not exist.*ln -s /path/to/data data/none.*train_dataloader.dataset.data_root=.*demo-seg',
+        ),
+        (
+            lambda config, folder: config.train_dataloader.dataset.update(img_suffix='.tif'),
+            r"leftImg8bit/train has no file that ends with '.tif'; see train_dataloader.dataset.img_suffix",
+        ),
+        (
+            lambda config, folder: config.train_dataloader.dataset.data_prefix.update(seg_map_path='leftImg8bit/train'),
+            r'_labelTrainIds.png does not exist, the label map of .*dataset_converters/cityscapes.py',
+        ),
+        (
+            lambda config, folder: config.model.student.decode_head.update(num_classes=4),
+            r'distillers.kd: .decode_head.conv_seg. puts out 4 channels and .* of the teacher 19; class logits of the same',
+        ),
+        (
+            lambda config, folder: config.model.distillers.update(kd=dict(type='KD', layer='decode_head')),
+            r'distillers.*decode_head.* was never called',
+        ),
+        (
+            lambda config, folder: config.model.distillers.update(kd=dict(type='DAKD')),
+            r'DomainSampler',
+        ),
+    ],
+)
+def test_bad_input_is_one_clear_line(trained, tmp_path, change, message):
+    config = Config.fromfile(trained / 'config.py')
+    change(config, tmp_path)
+    config.work_dir = str(tmp_path / 'work')
+    config.dump(tmp_path / 'config.py')
+    printed = tool('train', tmp_path / 'config.py', expect=1)
+    (line,) = [line for line in printed.splitlines() if line.startswith('error:')]
+    assert re.search(message, line), line
+    assert 'Traceback' not in printed
