@@ -118,7 +118,7 @@ def test_the_test_tool_reports_the_stock_metric(trained, tmp_path):
         ),
         (
             lambda config, folder: config.model.distillers.update(kd=dict(type='KD', layer='decode_head')),
-            r'distillers.*decode_head.* was never called',
+            r"layer 'decode_head' .* was never called .*tap 'decode_head.conv_seg'",
         ),
         (
             lambda config, folder: config.model.distillers.update(kd=dict(type='DAKD')),
