@@ -7,6 +7,7 @@ from mmkd.distill import distill
 from mmkd.taps import Taps, run
 from mmkd.testing import models, segmentors
 from mmkd.testing.batches import random_batch
+from mmkd.testing.properties import assert_close, assert_differentiable, assert_zero, losses
 
 ALL_PIXELS = 'its features or logits are compared at every position, as published'
 OTHER = 'other networks, or parts that are trained'
@@ -114,20 +115,11 @@ def batch_of(model, images=2, objects=4, copies=1):
     return model.data_preprocessor(data, True)
 
 
-def losses(model, batch, seed=0):
-    torch.manual_seed(seed)
-    found = model(**batch, mode='loss')
-    return {key: value for key, value in found.items() if key.startswith('it.loss')}
-
-
 @holds('zero')
 def test_zero_for_identical_networks(method, tmp_path):
     model = pair(method, tmp_path, same=True)
     found = losses(model, batch_of(model))
-    different = losses(pair(method, tmp_path), batch_of(model))
-    for key, value in found.items():
-        assert abs(value.item()) <= 1e-6 * max(1.0, different[key].item()), key
-    assert sum(different.values()).item() > 1e-5
+    assert_zero(found, losses(pair(method, tmp_path), batch_of(model)))
 
 
 @pytest.mark.parametrize('method', METHODS)
@@ -140,22 +132,14 @@ def test_finite_and_differentiable_in_every_trainable_part(method, images, objec
     batch = batch_of(model, images, objects)
     for _ in range(2):  # the second step reads what the first has left in a memory
         found = losses(model, batch)
-    assert all(torch.isfinite(value) and value.requires_grad for value in found.values())
-    sum(found.values()).backward()
-    own = dict(model.distillers.named_parameters())
-    assert all(each.grad is not None and torch.isfinite(each.grad).all() for each in own.values())
-    gradients = [each.grad for each in model.backbone.parameters() if each.grad is not None]
-    assert gradients
-    assert all(torch.isfinite(each).all() for each in gradients)
-    assert all(each.grad is None for each in model._teacher.model.parameters())
+    assert_differentiable(model, found)
 
 
 @holds('batch')
 def test_the_same_images_twice_give_the_same_value(method, tmp_path):
     model = pair(method, tmp_path)
     once, twice = (losses(pair(method, tmp_path), batch_of(model, copies=copies)) for copies in (1, 2))
-    for key, value in once.items():
-        torch.testing.assert_close(twice[key], value, rtol=1e-4, atol=1e-6)
+    assert_close(twice, once, 1e-4, 1e-6)
 
 
 @holds('bf16')
@@ -167,9 +151,7 @@ def test_bf16_autocast_changes_little(method, tmp_path):
     model = pair(method, tmp_path)
     with torch.autocast('cpu', torch.bfloat16):
         rounded = losses(model, batch)
-    for key, value in exact.items():
-        assert rounded[key].dtype == torch.float32
-        torch.testing.assert_close(rounded[key], value, rtol=2e-2, atol=1e-4)
+    assert_close(rounded, exact, 2e-2, 1e-4)
 
 
 @holds('ignored')

@@ -1,0 +1,38 @@
+"""What tests of properties ask of a distilled model whose one distiller is called ``it``."""
+
+import torch
+from torch import nn
+
+
+def losses(model: nn.Module, batch: dict, seed: int = 0) -> dict[str, torch.Tensor]:
+    """The distiller's losses of a batch, with the same random numbers each time."""
+    torch.manual_seed(seed)
+    found = model(**batch, mode='loss')
+    return {key: value for key, value in found.items() if key.startswith('it.loss')}
+
+
+def assert_zero(found: dict[str, torch.Tensor], different: dict[str, torch.Tensor]) -> None:
+    """All losses are 0, up to rounding where those of different networks are large; these are not all 0."""
+    for key, value in found.items():
+        assert abs(value.item()) <= 1e-6 * max(1.0, different[key].item()), key
+    assert sum(different.values()).item() > 1e-3
+
+
+def assert_differentiable(model: nn.Module, found: dict[str, torch.Tensor]) -> None:
+    """The losses are finite, and so is their gradient, which every trainable part gets, the backbone, and no teacher."""
+    assert all(torch.isfinite(value) and value.requires_grad for value in found.values())
+    sum(found.values()).backward()
+    own = dict(model.distillers.named_parameters())
+    assert all(each.grad is not None and torch.isfinite(each.grad).all() for each in own.values())
+    gradients = [each.grad for each in model.backbone.parameters() if each.grad is not None]
+    assert gradients
+    assert all(torch.isfinite(each).all() for each in gradients)
+    assert all(each.grad is None for each in model._teacher.model.parameters())
+
+
+def assert_close(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], rtol: float, atol: float) -> None:
+    """The same losses, all float32."""
+    assert found.keys() == expected.keys()
+    for key, value in expected.items():
+        assert found[key].dtype == torch.float32
+        torch.testing.assert_close(found[key], value, rtol=rtol, atol=atol)
