@@ -243,6 +243,17 @@ def compare_batch_sizes(runner: Runner) -> None:
         )
 
 
+def compare_clipped_networks(runner: Runner) -> None:
+    """Say so where one norm is clipped over a student and its critics, whose gradients are far larger."""
+    critics = {name.partition('.critic')[0] for name, _ in runner.model.named_parameters() if '.critic' in name}
+    if critics and runner.cfg.optim_wrapper.get('clip_grad'):
+        runner.logger.warning(
+            f'optim_wrapper.clip_grad takes one norm over the student and the critics of {", ".join(sorted(critics))}, '
+            f"whose gradients can be a thousand times the student's and then leave it next to none: set "
+            f'optim_wrapper.clip_grad=None, unless grad_norm in the log stays below max_norm.'
+        )
+
+
 def draw_predictions(config: Config, folder: str) -> None:
     """Have the visualisation hook write pictures of the predictions."""
     hook = config.get('default_hooks', {}).get('visualization')

@@ -36,7 +36,9 @@ def trained(tmp_path_factory):
     config.data_preprocessor = config.model.student.pop('data_preprocessor')
     config.optim_wrapper.paramwise_cfg = dict(custom_keys={'distillers.skd.critic': dict(lr_mult=0.04)})
     config.dump(folder / 'config.py')
-    tool('train', folder / 'config.py')
+    printed = tool('train', folder / 'config.py')
+    # one norm over both networks
+    assert 'optim_wrapper.clip_grad takes one norm over the student and the critics of distillers.skd,' in printed
     return folder
 
 

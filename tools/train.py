@@ -41,6 +41,7 @@ def main() -> None:
         cli.check_teacher(config)
         runner = cli.build_runner(config)
         cli.compare_batch_sizes(runner)
+        cli.compare_clipped_networks(runner)
         runner.train()
         cli.end_processes()
 

@@ -7,7 +7,8 @@ optimizer changes the weights as the usual two steps do, whose gradients are tak
 
 Reversing the gradient between student and critic would save a pass through the critic, but is right only where the
 student's loss is the negative of the critic's (WGAN), not for hinge or cross-entropy. ``clip_grad`` of mmengine's
-optimizer wrapper takes one norm over both networks.
+optimizer wrapper takes one norm over both networks, and a critic's with a gradient penalty can be a thousand times the
+student's: set it to None, as mmseg's configs have it.
 """
 
 from collections.abc import Callable
