@@ -117,7 +117,8 @@ def curves(demo: Demo, teacher: Run, students: dict[str, list[Run]]) -> str:
     axes[1].legend(fontsize=8)
     for axis, (name, each) in zip(axes[2:], distilled.items()):
         entries = each.losses()
-        for key in (key for key in entries[0] if '.loss' in key):
+        names = tuple(each.read().model.distillers)
+        for key in (key for key in entries[0] if key.partition('.')[0] in names and '.loss' in key):
             axis.plot([e['step'] for e in entries], smooth([e[key] for e in entries]), label=key)
         axis.set(title=f'distillation losses of {name}', yscale='log')
         axis.legend(fontsize=8)

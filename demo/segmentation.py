@@ -66,7 +66,7 @@ class Validation:
             for axis, (title, picture) in zip(row, shown.items()):
                 axis.imshow(picture)
                 axis.set(xticks=[], yticks=[])
-                if row is axes[0]:
+                if index == chosen[0]:
                     axis.set_title(title, fontsize=10)
         figure.subplots_adjust(wspace=0.03, hspace=0.03)
         return embed(figure, 'png')
