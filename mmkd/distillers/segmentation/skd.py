@@ -95,7 +95,8 @@ class SKD(Distiller):
     The critic (:class:`mmkd.distillers.segmentation.critic.Critic`) is trained in the same step by the same optimizer, see
     :mod:`mmkd.distillers.adversarial`. The authors train it with SGD and a learning rate of 4e-4, the student with one of
     1e-2: ``optim_wrapper = dict(paramwise_cfg=dict(custom_keys={'distillers.skd.critic': dict(lr_mult=0.04)}))``. Leave
-    ``clip_grad`` at None: its norm would be the critic's, up to a thousand times the student's. The critic's checkpoint keys are beside the student's, ``distillers.<name>.critic.*``.
+    ``clip_grad`` at None: its norm would be the critic's, up to a thousand times the student's. The
+    critic's checkpoint keys are beside the student's, ``distillers.<name>.critic.*``.
 
     Weights: the paper could not be read; this is from notes on the authors' public code. Its script has 10, 0.5 and 0.1
     (student and critic) and a penalty of 10. The TPAMI text reportedly has 10 for the pair-wise term too; asked about it,
