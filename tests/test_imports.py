@@ -4,7 +4,7 @@ import subprocess
 import sys
 
 
-def test_the_core_and_cwd_import_without_mmdet():
+def test_the_core_and_segmentation_import_without_mmdet():
     script = """
 import sys
 class NoMmdet:
@@ -17,7 +17,7 @@ find_spec = importlib.util.find_spec
 importlib.util.find_spec = lambda name, *rest: None if name == 'mmdet' else find_spec(name, *rest)
 import mmkd.distill
 from mmkd.registry import DISTILLERS
-assert 'CWD' in DISTILLERS.module_dict and 'GID' not in DISTILLERS.module_dict
+assert {'CWD', 'SKD', 'DAKD'} <= set(DISTILLERS.module_dict) and 'GID' not in DISTILLERS.module_dict
 assert 'mmdet' not in sys.modules
 """
     subprocess.run([sys.executable, '-W', 'ignore', '-c', script], check=True)
