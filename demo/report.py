@@ -118,9 +118,14 @@ def curves(demo: Demo, teacher: Run, students: dict[str, list[Run]]) -> str:
     for axis, (name, each) in zip(axes[2:], distilled.items()):
         entries = each.losses()
         names = tuple(each.read().model.distillers)
-        for key in (key for key in entries[0] if key.partition('.')[0] in names and '.loss' in key):
+        keys = [key for key in entries[0] if key.partition('.')[0] in names and '.loss' in key]
+        for key in keys:
             axis.plot([e['step'] for e in entries], smooth([e[key] for e in entries]), label=key)
-        axis.set(title=f'distillation losses of {name}', yscale='log')
+        axis.set_title(f'distillation losses of {name}')
+        if min(e[key] for e in entries for key in keys) > 0:
+            axis.set_yscale('log')
+        else:  # a critic's losses are of either sign
+            axis.set_yscale('symlog', linthresh=0.1)
         axis.legend(fontsize=8)
     for axis in axes:
         axis.set_xlabel('iteration')
