@@ -1,6 +1,6 @@
 """Train every method of a task on generated data, several seeds each, and compare it with its student alone.
 
-python tools/compare.py shapes                               # all of configs/shapes, seeds 0, 1, 2
+python tools/compare.py                                      # all of configs/shapes, seeds 0, 1, 2
 python tools/compare.py streets                              # all of configs/streets
 python tools/compare.py shapes gid_retinanet pkd_retinanet   # these two, and what they are compared with
 python tools/compare.py shapes --report-only                 # table and chart of what is finished
@@ -467,7 +467,13 @@ def lock(folder: Path):
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('suite', choices=SUITES, help='the folder of configs, and its data: %(choices)s')
+    parser.add_argument(
+        'suite',
+        nargs='?',
+        choices=SUITES,
+        default='shapes',
+        help='the folder of configs, and its data: %(choices)s; default %(default)s',
+    )
     parser.add_argument('methods', nargs='*', help='configs of that folder, such as gid_retinanet; default all')
     parser.add_argument('--seeds', type=int, nargs='+', default=[0, 1, 2])
     parser.add_argument('--jobs', type=int, default=1, help='runs trained at the same time; they share the CPU cores')
