@@ -154,7 +154,9 @@ def two_steps(config: Config, folder: str | Path) -> list[dict]:
     if loader.sampler.type != 'mmkd.DomainSampler':
         loader.sampler = dict(type='DefaultSampler', shuffle=False)
     student = config.model.student
-    student.pretrained = student.backbone.init_cfg = None
+    student.backbone.init_cfg = None
+    if 'pretrained' in student:  # mmseg
+        student.pretrained = None
     config.train_cfg = dict(type='IterBasedTrainLoop', max_iters=2)
     config.param_scheduler = []
     for part in ('val', 'test'):
