@@ -15,8 +15,9 @@ from report import Demo
 from runs import Run, trained_model
 from suites import SUITES
 
-from mmkd.taps import Taps, run
-from mmkd.testing.shapes import CLASSES
+from mmkd.data.shapes import CLASSES
+from mmkd.hosts.running import run
+from mmkd.taps import Taps
 
 OF_CLASS = ['#e6194b', '#3cb44b', '#ffe119', '#4363d8', '#f58231', '#f032e6']
 PICTURES = 6

@@ -13,7 +13,7 @@ from report import Demo
 from runs import Run, trained_model
 from suites import SUITES
 
-from mmkd.testing.streets import CLASSES, IGNORED
+from mmkd.data.streets import CLASSES, IGNORED
 
 PALETTE = np.array(CityscapesDataset.METAINFO['palette'], np.uint8)
 PICTURES = 6

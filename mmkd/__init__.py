@@ -1,6 +1,6 @@
 """mmkd: knowledge distillation for mmdet and mmsegmentation."""
 
-from mmkd.host import accept_mmkd_configs, accept_training_checkpoints
+from mmkd.hosts.mmengine import accept_mmkd_configs, accept_training_checkpoints
 
 __version__ = '0.1.0'
 

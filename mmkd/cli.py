@@ -17,8 +17,9 @@ from mmengine.registry import DATASETS, METRICS, RUNNERS, DefaultScope
 from mmengine.runner import Runner
 
 from mmkd.errors import ConfigError, nearest
-from mmkd.host import config_path
-from mmkd.teacher import fetch, read_teacher
+from mmkd.hosts.configs import read_teacher
+from mmkd.hosts.mmengine import config_path
+from mmkd.weights import fetch
 
 # mmengine 0.10 imports it again and again
 warnings.filterwarnings('ignore', message='pkg_resources is deprecated')

@@ -14,9 +14,10 @@ from torch import nn
 
 from mmkd.distillers.base import Distillers
 from mmkd.errors import ConfigError
+from mmkd.hosts.running import probe
 from mmkd.registry import MODELS
-from mmkd.taps import Taps, find_layer, probe
-from mmkd.teacher import build_teacher
+from mmkd.sources.teacher import build_teacher
+from mmkd.taps import Taps, find_layer
 
 
 class Distilled:
@@ -57,7 +58,7 @@ def distill(
     Args:
         student: The config of a plain mmdet or mmseg model, or such a model.
         teacher: A config's name (``'mmdet::retinanet/retinanet_r101_fpn_2x_coco.py'``), whose metafile names the
-            weights, or ``dict(config=..., checkpoint=...)``; see :func:`mmkd.teacher.build_teacher`.
+            weights, or ``dict(config=..., checkpoint=...)``; see :func:`mmkd.sources.teacher.build_teacher`.
         distillers: Name to config of each method; losses are logged as ``<name>.<key>``.
         data_preprocessor: Given by mmengine's Runner where a config has one at its top level; for the student.
         inherit: The student's parts that start from the teacher's weights, such as ``['neck', 'bbox_head']`` (the

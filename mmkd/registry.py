@@ -18,8 +18,8 @@ from mmengine.registry import Registry
 from mmkd.errors import ConfigError, nearest
 
 MODELS = Registry('model', parent=MMENGINE_MODELS, scope='mmkd', locations=['mmkd.distill'])
-DATA_SAMPLERS = Registry('data sampler', parent=MMENGINE_DATA_SAMPLERS, scope='mmkd', locations=['mmkd.domains'])
-TRANSFORMS = Registry('transform', parent=MMENGINE_TRANSFORMS, scope='mmkd', locations=['mmkd.domains'])
+DATA_SAMPLERS = Registry('data sampler', parent=MMENGINE_DATA_SAMPLERS, scope='mmkd', locations=['mmkd.data.domains'])
+TRANSFORMS = Registry('transform', parent=MMENGINE_TRANSFORMS, scope='mmkd', locations=['mmkd.data.domains'])
 DISTILLERS = Registry('distiller', scope='mmkd', locations=['mmkd.distillers'])
 ADAPTERS = Registry('adapter', scope='mmkd', locations=['mmkd.adapters'])
 

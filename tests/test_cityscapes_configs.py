@@ -5,7 +5,7 @@ from mmengine.config import Config
 from test_configs import CITYSCAPES, ROOT
 
 from mmkd.cli import _datasets
-from mmkd.testing import streets
+from mmkd.data import streets
 from mmkd.testing.runs import check_steps, two_steps
 
 pytestmark = pytest.mark.slow

@@ -20,7 +20,7 @@ from runs import Run
 from suites import SUITES
 
 from mmkd.errors import ConfigError
-from mmkd.host import CONFIG_ROOT
+from mmkd.hosts.mmengine import CONFIG_ROOT
 
 SHAPES = SUITES['shapes']
 GID = Method('gid_retinanet', 'retinanet_student', 'retinanet_teacher')

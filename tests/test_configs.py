@@ -71,7 +71,7 @@ from mmengine.config import Config
 config = Config.fromfile({str(child)!r})
 assert config.model.student.bbox_head.num_classes == 3
 assert config.model.distillers.gid.type == 'GID'
-assert Config.fromfile(mmkd.host.config_path('mmkd::shapes/gid_retinanet.py')).train_cfg.max_iters > 0
+assert Config.fromfile(mmkd.hosts.mmengine.config_path('mmkd::shapes/gid_retinanet.py')).train_cfg.max_iters > 0
 """
     subprocess.run([sys.executable, '-c', script], cwd=tmp_path, check=True, env={**os.environ, 'PYTHONPATH': ''})
 

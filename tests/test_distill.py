@@ -229,7 +229,7 @@ def test_a_top_level_data_preprocessor_goes_to_the_student(teacher_options):
     preprocessor = student.pop('data_preprocessor')
     model = distill(student, teacher_options, METHODS, data_preprocessor=dict(preprocessor, mean=[1.0, 2.0, 3.0]))
     assert model.data_preprocessor.mean.flatten().tolist() == [1.0, 2.0, 3.0]
-    assert model._teacher._renormalise is not None
+    assert model._teacher._renormalize is not None
 
 
 def test_it_is_built_from_a_config_by_its_name(teacher_options):

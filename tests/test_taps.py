@@ -4,7 +4,8 @@ from torch import nn
 
 from mmkd.distill import distill
 from mmkd.errors import ConfigError
-from mmkd.taps import Taps, find_layer, probe, run
+from mmkd.hosts.running import probe, run
+from mmkd.taps import Taps, find_layer
 from mmkd.testing import detectors, models, segmentors
 from mmkd.testing.batches import random_batch
 

@@ -17,8 +17,8 @@ from mmengine.registry import MODELS, init_default_scope
 from torch.profiler import ProfilerActivity, profile
 
 from mmkd import cli
-from mmkd.taps import run
-from mmkd.teacher import build_teacher
+from mmkd.hosts.running import run
+from mmkd.sources.teacher import build_teacher
 from mmkd.testing.batches import random_batch
 
 

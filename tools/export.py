@@ -15,7 +15,8 @@ from mmengine.registry import MODELS, init_default_scope
 
 from mmkd import cli
 from mmkd.errors import ConfigError
-from mmkd.teacher import fetch, load_weights, plain_model, read_checkpoint
+from mmkd.hosts.configs import plain_model
+from mmkd.weights import fetch, load_weights, read_checkpoint
 
 
 def main() -> None:

@@ -20,8 +20,9 @@ from mmengine.registry import MODELS
 from tqdm import tqdm
 
 from mmkd.errors import ConfigError
-from mmkd.host import config_path
-from mmkd.teacher import load_weights, plain_model
+from mmkd.hosts.configs import plain_model
+from mmkd.hosts.mmengine import config_path
+from mmkd.weights import load_weights
 
 TRAIN = Path(__file__).resolve().with_name('train.py')
 SCORES = ('coco/bbox_mAP', 'mIoU')  # of an evaluation, as the logs have it

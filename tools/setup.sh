@@ -45,7 +45,7 @@ pin() {
 }
 $PIP --upgrade pip "$(pin setuptools)" wheel ninja psutil
 say 2 "PyTorch (up to a few minutes, by your connection)"
-$PIP "$(pin torch)"
+$PIP "$(pin torch)" "$(pin torchvision)"
 say 3 "mmcv, compiled from source: about 6 minutes on 2 cores, once; pip keeps the result"
 $PIP "$(pin mmengine)"
 $PIP --no-build-isolation "$(pin mmcv)"

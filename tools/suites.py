@@ -4,8 +4,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from mmkd.host import CONFIG_ROOT
-from mmkd.testing import shapes, streets
+from mmkd.data import shapes, streets
+from mmkd.hosts.mmengine import CONFIG_ROOT
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,8 @@ from mmengine.config import Config
 from mmengine.hooks import Hook
 from mmengine.runner import Runner
 
-from mmkd.testing import detectors, models, shapes, streets
+from mmkd.data import shapes, streets
+from mmkd.testing import detectors, models
 
 
 def shapes_config(folder: str | Path, model: dict, iterations: int = 4, batch: int = 4, images: int = 24) -> Config:

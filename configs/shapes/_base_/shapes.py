@@ -1,4 +1,4 @@
-# The generated data set "shapes" (python -m mmkd.testing.shapes data/shapes), its schedule and runtime
+# The generated data set "shapes" (python -m mmkd.data.shapes data/shapes), its schedule and runtime
 _base_ = 'mmdet::_base_/default_runtime.py'
 
 data_root = 'data/shapes/'

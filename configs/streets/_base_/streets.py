@@ -1,4 +1,4 @@
-# The generated data set "streets" (python -m mmkd.testing.streets data/streets), its schedule and runtime
+# The generated data set "streets" (python -m mmkd.data.streets data/streets), its schedule and runtime
 _base_ = 'mmseg::_base_/default_runtime.py'
 
 data_root = 'data/streets/'

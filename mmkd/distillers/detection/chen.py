@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 
 from mmkd.distillers.base import Distiller, FeatureDistiller
-from mmkd.distillers.detection.dense_heads import AnchorDenseHead, check_same_slots, dense_head
-from mmkd.distillers.detection.rois import RoIHead
 from mmkd.distillers.schedule import Weight
 from mmkd.errors import ConfigError
+from mmkd.hosts.detection.dense_heads import AnchorDenseHead, check_same_slots, dense_head
+from mmkd.hosts.detection.rois import RoIHead
 from mmkd.registry import DISTILLERS
 from mmkd.taps import INPUT, Taps, find_layer
 

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from mmkd.distillers.base import FeatureDistiller
-from mmkd.distillers.detection.ground_truth import covered_cells, ground_truth, padded_shape
 from mmkd.distillers.schedule import Weight
 from mmkd.errors import ConfigError
+from mmkd.hosts.detection.ground_truth import covered_cells, ground_truth, padded_shape
 from mmkd.registry import DISTILLERS
 from mmkd.taps import Taps
 
@@ -43,7 +43,7 @@ def scale_masks(
     """How much each cell of a map counts, so that objects of all sizes and the background weigh alike.
 
     A cell that objects cover counts 1 / area of the smallest of them, the area in cells; one of the background 1 / the
-    number of the image's background cells. See :func:`mmkd.distillers.detection.ground_truth.covered_cells`.
+    number of the image's background cells. See :func:`mmkd.hosts.detection.ground_truth.covered_cells`.
 
     Args:
         boxes: (B, K, 4), xyxy in pixels of the padded input.

@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from mmkd.distillers.base import FeatureDistiller
-from mmkd.distillers.detection.dense_heads import AnchorDenseHead, dense_head
-from mmkd.distillers.detection.ground_truth import ground_truth
 from mmkd.errors import ConfigError
+from mmkd.hosts.detection.dense_heads import AnchorDenseHead, dense_head
+from mmkd.hosts.detection.ground_truth import ground_truth
 from mmkd.registry import DISTILLERS
 from mmkd.taps import Taps, find_layer
 

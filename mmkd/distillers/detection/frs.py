@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 
 from mmkd.distillers.base import Distiller, FeatureDistiller
-from mmkd.distillers.detection.dense_heads import check_same_slots, dense_head
 from mmkd.distillers.schedule import Weight
 from mmkd.errors import ConfigError
+from mmkd.hosts.detection.dense_heads import check_same_slots, dense_head
 from mmkd.registry import DISTILLERS
 from mmkd.taps import Taps, find_layer
 

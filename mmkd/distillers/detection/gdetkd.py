@@ -14,14 +14,14 @@ from torch import nn
 
 from mmkd.adapters import Adapters
 from mmkd.distillers.base import Distiller, maps, require_gradient
-from mmkd.distillers.detection.boxes import pairwise_iou
-from mmkd.distillers.detection.dense_heads import dense_head
-from mmkd.distillers.detection.ground_truth import ground_truth
-from mmkd.distillers.detection.roi_pool import pool_boxes
-from mmkd.distillers.detection.rois import RoIHead, best_predictions, to_rois
 from mmkd.distillers.memory import Memory
 from mmkd.distillers.schedule import Weight
 from mmkd.errors import ConfigError
+from mmkd.hosts.detection.boxes import pairwise_iou
+from mmkd.hosts.detection.dense_heads import dense_head
+from mmkd.hosts.detection.ground_truth import ground_truth
+from mmkd.hosts.detection.roi_pool import pool_boxes
+from mmkd.hosts.detection.rois import RoIHead, best_predictions, to_rois
 from mmkd.registry import DISTILLERS
 from mmkd.taps import INPUT, Taps
 

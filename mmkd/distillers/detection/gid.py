@@ -10,12 +10,12 @@ import torch.nn.functional as F
 
 from mmkd.adapters import Adapters
 from mmkd.distillers.base import Distiller, require_gradient
-from mmkd.distillers.detection.boxes import pairwise_iou
-from mmkd.distillers.detection.dense_heads import DenseHead, check_same_slots, dense_head
-from mmkd.distillers.detection.roi_pool import pool_boxes
-from mmkd.distillers.detection.rois import clip
 from mmkd.distillers.schedule import Weight
 from mmkd.errors import ConfigError
+from mmkd.hosts.detection.boxes import pairwise_iou
+from mmkd.hosts.detection.dense_heads import DenseHead, check_same_slots, dense_head
+from mmkd.hosts.detection.roi_pool import pool_boxes
+from mmkd.hosts.detection.rois import clip
 from mmkd.registry import DISTILLERS
 from mmkd.taps import Taps
 

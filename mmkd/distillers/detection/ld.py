@@ -12,11 +12,12 @@ from mmdet.models.task_modules.assigners import ATSSAssigner
 from mmdet.utils import reduce_mean
 
 from mmkd.distillers.base import Distiller, require_gradient
-from mmkd.distillers.detection.boxes import pairwise_diou
-from mmkd.distillers.detection.dense_heads import ATSS, DistributionDenseHead, atss, dense_head
-from mmkd.distillers.detection.ground_truth import ground_truth
 from mmkd.distillers.schedule import Weight
 from mmkd.errors import ConfigError
+from mmkd.hosts.detection.assigners import ATSS, atss
+from mmkd.hosts.detection.boxes import pairwise_diou
+from mmkd.hosts.detection.dense_heads import DistributionDenseHead, dense_head
+from mmkd.hosts.detection.ground_truth import ground_truth
 from mmkd.registry import DISTILLERS
 from mmkd.taps import Taps
 

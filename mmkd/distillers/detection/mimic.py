@@ -10,11 +10,11 @@ import torch.nn.functional as F
 
 from mmkd.adapters import Adapters
 from mmkd.distillers.base import Distiller, maps, require_gradient
-from mmkd.distillers.detection.dense_heads import dense_head
-from mmkd.distillers.detection.roi_pool import pool_boxes
-from mmkd.distillers.detection.rois import RoIHead, best_predictions, to_rois
 from mmkd.distillers.schedule import Weight
 from mmkd.errors import ConfigError
+from mmkd.hosts.detection.dense_heads import dense_head
+from mmkd.hosts.detection.roi_pool import pool_boxes
+from mmkd.hosts.detection.rois import RoIHead, best_predictions, to_rois
 from mmkd.registry import DISTILLERS
 from mmkd.taps import Taps
 

@@ -12,14 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from mmkd.distillers.adversarial import with_constant_weights
+from mmkd.data.domains import split_domains
 from mmkd.distillers.base import FeatureDistiller, maps, require_gradient
+from mmkd.distillers.critic import with_constant_weights
 from mmkd.distillers.schedule import Weight
 from mmkd.distillers.segmentation.kd import REDUCTIONS, pixel_divergence
-from mmkd.distillers.segmentation.labels import ground_truth, ignore_index, resize_labels
-from mmkd.distillers.segmentation.logits import require_class_logits, resize_logits
-from mmkd.domains import split_domains
 from mmkd.errors import ConfigError
+from mmkd.hosts.segmentation.labels import ground_truth, ignore_index, resize_labels
+from mmkd.hosts.segmentation.logits import require_class_logits, resize_logits
 from mmkd.registry import DISTILLERS
 from mmkd.taps import Taps
 
@@ -196,7 +196,7 @@ class Domains(NamedTuple):
 class DAKD(FeatureDistiller):
     r"""Distils a segmentor for a target domain that has no labels, while its outputs are aligned between the domains.
 
-    Each batch holds labelled images of a source and unlabelled ones of the target: see :mod:`mmkd.domains` for the data
+    Each batch holds labelled images of a source and unlabelled ones of the target: see :mod:`mmkd.data.domains` for the data
     side and ``configs/dakd_deeplabv3.py`` for all of it. Both models are read at their decode head's and their auxiliary
     head's class logits:
 
@@ -218,7 +218,7 @@ class DAKD(FeatureDistiller):
 
     The first three are means over each domain's own pixels: the source's labelled ones, and all of the target's images
     but their padding. The critics, one for each head, see the student's class probabilities, and are trained in the same
-    backward pass, see :mod:`mmkd.distillers.adversarial`. The authors train them with a second optimizer (Adam, 1e-4,
+    backward pass, see :mod:`mmkd.distillers.critic`. The authors train them with a second optimizer (Adam, 1e-4,
     beside SGD, 2.5e-4). Here they get a learning rate of their own in the student's; 0.4 times mmseg's 0.01 of SGD made
     a critic learn about as fast as Adam's 1e-4 did, on generated maps::
 
@@ -238,7 +238,7 @@ class DAKD(FeatureDistiller):
       domain after the other.
 
     The student's own loss leaves the target out, as its pixels are ignored, given ``avg_non_ignore=True``, see
-    :class:`mmkd.domains.Unlabelled`. The adversarial terms and the pseudo labels are not 0 for equal networks.
+    :class:`mmkd.data.domains.Unlabelled`. The adversarial terms and the pseudo labels are not 0 for equal networks.
 
     Args:
         layer: The student's layer that puts out class logits. Default ``'decode_head.conv_seg'``.

@@ -8,9 +8,9 @@ from collections.abc import Mapping
 import torch
 
 from mmkd.distillers.base import FeatureDistiller
-from mmkd.distillers.segmentation.labels import labelled
-from mmkd.distillers.segmentation.logits import require_class_logits
 from mmkd.errors import ConfigError
+from mmkd.hosts.segmentation.labels import labelled
+from mmkd.hosts.segmentation.logits import require_class_logits
 from mmkd.registry import DISTILLERS
 from mmkd.taps import Taps
 

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 
 from mmkd.distillers.base import FeatureDistiller
-from mmkd.distillers.segmentation.labels import class_masks
 from mmkd.errors import ConfigError
+from mmkd.hosts.segmentation.labels import class_masks
 from mmkd.registry import DISTILLERS
 from mmkd.taps import Taps
 

@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 
 from mmkd.distillers.base import FeatureDistiller, require_gradient
-from mmkd.distillers.segmentation.labels import ground_truth, labelled
-from mmkd.distillers.segmentation.logits import require_class_logits, resize_logits
 from mmkd.errors import ConfigError
+from mmkd.hosts.segmentation.labels import ground_truth, labelled
+from mmkd.hosts.segmentation.logits import require_class_logits, resize_logits
 from mmkd.registry import DISTILLERS
 from mmkd.taps import Taps
 

@@ -10,12 +10,12 @@ import torch
 import torch.nn.functional as F
 
 from mmkd.distillers.base import Distiller, maps, require_gradient
+from mmkd.distillers.critic import MODES, Critic, critic_loss, deception_loss, enlarge
 from mmkd.distillers.schedule import Weight
-from mmkd.distillers.segmentation.critic import MODES, Critic, critic_loss, deception_loss, enlarge
 from mmkd.distillers.segmentation.kd import REDUCTIONS, pixel_divergence
-from mmkd.distillers.segmentation.labels import labelled
-from mmkd.distillers.segmentation.logits import require_class_logits
 from mmkd.errors import ConfigError
+from mmkd.hosts.segmentation.labels import labelled
+from mmkd.hosts.segmentation.logits import require_class_logits
 from mmkd.registry import DISTILLERS
 from mmkd.taps import Taps
 
@@ -85,15 +85,15 @@ class SKD(Distiller):
     loss_holistic ``-holistic_weight * mean D(student's logits)``: the student deceives a critic D that tells the logits of
                   both networks apart
     loss_critic   ``critic_weight`` times the critic's own loss, see
-                  :func:`mmkd.distillers.segmentation.critic.critic_loss`
+                  :func:`mmkd.distillers.critic.critic_loss`
     ============= ===================================================================================================
 
     A term whose weight is 0 is left out, and what it would read is not tapped. Pair-wise and holistic terms see all
     positions, ignored ones too, and read no labels. Where the two networks' maps differ in size the student's are resized
     to the teacher's (bilinear); logits whose shorter side is below 64 are enlarged for the critic, which needs as many.
 
-    The critic (:class:`mmkd.distillers.segmentation.critic.Critic`) is trained in the same step by the same optimizer, see
-    :mod:`mmkd.distillers.adversarial`. The authors train it with SGD and a learning rate of 4e-4, the student with one of
+    The critic (:class:`mmkd.distillers.critic.Critic`) is trained in the same step by the same optimizer, see
+    :mod:`mmkd.distillers.critic`. The authors train it with SGD and a learning rate of 4e-4, the student with one of
     1e-2: ``optim_wrapper = dict(paramwise_cfg=dict(custom_keys={'distillers.skd.critic': dict(lr_mult=0.04)}))``. Leave
     ``clip_grad`` at None: its norm would be the critic's, up to a thousand times the student's. The
     critic's checkpoint keys are beside the student's, ``distillers.<name>.critic.*``.

@@ -7,7 +7,8 @@ from mmengine.structures import InstanceData
 from mmkd.distillers.detection import fgd
 from mmkd.distillers.detection.fgd import FGD, GlobalContext
 from mmkd.errors import ConfigError
-from mmkd.taps import Taps, probe
+from mmkd.hosts.running import probe
+from mmkd.taps import Taps
 from mmkd.testing import detectors, models
 
 SHAPE = (96, 128)

@@ -3,10 +3,11 @@ import torch
 from mmengine.structures import InstanceData
 
 from mmkd.distillers.detection import fgfi
-from mmkd.distillers.detection.boxes import pairwise_iou
 from mmkd.distillers.detection.fgfi import FGFI
 from mmkd.errors import ConfigError
-from mmkd.taps import Taps, probe
+from mmkd.hosts.detection.boxes import pairwise_iou
+from mmkd.hosts.running import probe
+from mmkd.taps import Taps
 from mmkd.testing import detectors, models
 
 BOXES = torch.tensor(

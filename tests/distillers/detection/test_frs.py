@@ -6,7 +6,8 @@ import torch
 from mmkd.distillers.detection import frs
 from mmkd.distillers.detection.frs import FRS
 from mmkd.errors import ConfigError
-from mmkd.taps import Taps, probe
+from mmkd.hosts.running import probe
+from mmkd.taps import Taps
 from mmkd.testing import detectors, models
 
 SHAPE = (2, 3, 4, 5, 6)  # images, anchors, classes, height, width

@@ -11,7 +11,8 @@ from mmkd.distill import distill
 from mmkd.distillers.detection import gdetkd
 from mmkd.distillers.detection.gdetkd import GDetKD, Memory
 from mmkd.errors import ConfigError
-from mmkd.taps import Taps, probe
+from mmkd.hosts.running import probe
+from mmkd.taps import Taps
 from mmkd.testing import detectors, models
 from mmkd.testing.batches import random_batch
 

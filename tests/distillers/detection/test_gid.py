@@ -7,7 +7,8 @@ from mmcv.ops import nms
 from mmkd.distillers.detection import gid
 from mmkd.distillers.detection.gid import GID
 from mmkd.errors import ConfigError
-from mmkd.taps import Taps, probe
+from mmkd.hosts.running import probe
+from mmkd.taps import Taps
 from mmkd.testing import detectors, models
 
 METAS = [dict(img_shape=(96, 128), pad_shape=(96, 128)), dict(img_shape=(80, 100), pad_shape=(96, 128))]
@@ -281,7 +282,7 @@ def test_another_packages_head_is_read_once_it_is_registered():
     from mmdet.models.dense_heads import RetinaHead
     from mmdet.registry import MODELS
 
-    from mmkd.distillers.detection.dense_heads import AnchorDenseHead, dense_head
+    from mmkd.hosts.detection.dense_heads import AnchorDenseHead, dense_head
 
     class BoxesFirst(RetinaHead):
         def forward(self, features):

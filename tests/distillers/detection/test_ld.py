@@ -7,11 +7,13 @@ from mmdet.structures.bbox import bbox_overlaps
 from mmengine.structures import InstanceData
 
 from mmkd.distillers.detection import ld
-from mmkd.distillers.detection.boxes import pairwise_diou
-from mmkd.distillers.detection.dense_heads import ATSS, atss, dense_head
 from mmkd.distillers.detection.ld import LD
 from mmkd.errors import ConfigError
-from mmkd.taps import Taps, probe
+from mmkd.hosts.detection.assigners import ATSS, atss
+from mmkd.hosts.detection.boxes import pairwise_diou
+from mmkd.hosts.detection.dense_heads import dense_head
+from mmkd.hosts.running import probe
+from mmkd.taps import Taps
 from mmkd.testing import detectors, models
 
 METAS = [

@@ -4,7 +4,8 @@ from mmengine.structures import InstanceData
 
 from mmkd.distillers.detection.mimic import Mimic, half_mean_square, teacher_proposals
 from mmkd.errors import ConfigError
-from mmkd.taps import Taps, probe
+from mmkd.hosts.running import probe
+from mmkd.taps import Taps
 from mmkd.testing import detectors, models
 
 

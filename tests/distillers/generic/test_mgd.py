@@ -4,7 +4,8 @@ import torch
 from mmkd.distillers.generic import mgd
 from mmkd.distillers.generic.mgd import MGD, generation_loss, random_mask
 from mmkd.errors import ConfigError
-from mmkd.taps import Taps, probe
+from mmkd.hosts.running import probe
+from mmkd.taps import Taps
 from mmkd.testing import detectors, models
 
 

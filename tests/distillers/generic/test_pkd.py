@@ -5,7 +5,8 @@ import torch
 
 from mmkd.distillers.generic.pkd import PKD, pearson_loss, standardise
 from mmkd.errors import ConfigError
-from mmkd.taps import Taps, probe
+from mmkd.hosts.running import probe
+from mmkd.taps import Taps
 from mmkd.testing import detectors, models
 
 

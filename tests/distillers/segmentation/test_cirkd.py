@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from mmkd.distill import distill
 from mmkd.distillers.segmentation.cirkd import CIRKD, batch_loss, class_means, draw_pixels, memory_loss, pool_labelled
 from mmkd.errors import ConfigError
-from mmkd.taps import Taps, probe
+from mmkd.hosts.running import probe
+from mmkd.taps import Taps
 from mmkd.testing import models, segmentors
 from mmkd.testing.batches import random_batch
 

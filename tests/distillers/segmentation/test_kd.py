@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from mmkd.distill import distill
 from mmkd.distillers.segmentation.kd import KD, REDUCTIONS, pixel_divergence
 from mmkd.errors import ConfigError
-from mmkd.taps import Taps, probe
+from mmkd.hosts.running import probe
+from mmkd.taps import Taps
 from mmkd.testing import models, segmentors
 from mmkd.testing.batches import random_batch
 from mmkd.testing.closed_form import closed_form_inputs

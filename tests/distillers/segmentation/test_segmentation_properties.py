@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from mmkd.distill import distill
-from mmkd.taps import Taps, run
+from mmkd.hosts.running import run
+from mmkd.taps import Taps
 from mmkd.testing import models, segmentors
 from mmkd.testing.batches import random_batch
 from mmkd.testing.properties import assert_close, assert_differentiable, assert_zero, losses

@@ -10,7 +10,8 @@ from mmkd.distill import distill
 from mmkd.distillers.segmentation.kd import pixel_divergence
 from mmkd.distillers.segmentation.skd import SKD, pair_wise_loss, pool_nodes
 from mmkd.errors import ConfigError
-from mmkd.taps import Taps, probe
+from mmkd.hosts.running import probe
+from mmkd.taps import Taps
 from mmkd.testing import models, segmentors
 from mmkd.testing.batches import random_batch
 from mmkd.testing.closed_form import closed_form_inputs

@@ -1,6 +1,6 @@
 """A generated detection data set in COCO's layout: textured shapes on textured backgrounds.
 
-    python -m mmkd.testing.shapes data/shapes
+    python -m mmkd.data.shapes data/shapes
 
 writes ``train/*.jpg``, ``val/*.jpg`` and ``annotations/{train,val}.json``, which mmdet's ``CocoDataset`` and
 ``CocoMetric`` read as they are. The same arguments give the same images.

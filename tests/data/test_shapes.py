@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from mmdet.registry import DATASETS
 
-from mmkd.testing import shapes
+from mmkd.data import shapes
 
 
 @pytest.fixture

@@ -10,10 +10,14 @@ from mmengine.logging import HistoryBuffer
 from mmkd.distill import distill
 from mmkd.distillers import Distillers
 from mmkd.errors import ConfigError
-from mmkd.taps import Taps, run
-from mmkd.teacher import Renormalise, build_teacher, fold_batch_norm, load_weights, read_checkpoint
+from mmkd.fold import fold_batch_norm
+from mmkd.hosts.running import run
+from mmkd.normalize import Renormalize
+from mmkd.sources.teacher import build_teacher
+from mmkd.taps import Taps
 from mmkd.testing import detectors, models, segmentors
 from mmkd.testing.batches import random_batch
+from mmkd.weights import load_weights, read_checkpoint
 
 LAYERS = ('backbone', 'neck', 'bbox_head')
 
@@ -169,11 +173,11 @@ def preprocess(config, image):
         dict(mean=None, std=None, bgr_to_rgb=False),
     ],
 )
-def test_a_batch_is_renormalised_as_the_teacher_would_have_done(teachers):
+def test_a_batch_is_renormalized_as_the_teacher_would_have_done(teachers):
     image = torch.randint(0, 256, (3, 50, 70), dtype=torch.uint8)
     source, inputs, data_samples = preprocess({}, image)
     target, expected, _ = preprocess(teachers, image)
-    renormalised = Renormalise.between(source, target)(inputs, data_samples)
+    renormalised = Renormalize.between(source, target)(inputs, data_samples)
     assert renormalised.shape[2:] == (64, 96)
     torch.testing.assert_close(renormalised, expected, rtol=1e-5, atol=1e-3)
     assert (renormalised[:, :, 50:] == 0).all()
@@ -182,7 +186,7 @@ def test_a_batch_is_renormalised_as_the_teacher_would_have_done(teachers):
 
 def test_equal_normalisation_costs_nothing():
     source, _, _ = preprocess({}, torch.zeros(3, 32, 32, dtype=torch.uint8))
-    assert Renormalise.between(source, source) is None
+    assert Renormalize.between(source, source) is None
 
 
 @pytest.mark.parametrize(

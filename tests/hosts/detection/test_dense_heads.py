@@ -3,8 +3,9 @@ import torch
 from mmdet.models.task_modules.assigners import MaxIoUAssigner
 from mmengine.structures import InstanceData
 
-from mmkd.distillers.detection.dense_heads import DenseHead, dense_head, max_iou_assigned
 from mmkd.errors import ConfigError
+from mmkd.hosts.detection.assigners import max_iou_assigned
+from mmkd.hosts.detection.dense_heads import DenseHead, dense_head
 from mmkd.testing import detectors, models
 
 

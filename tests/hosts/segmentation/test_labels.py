@@ -3,8 +3,8 @@ import torch
 from mmengine.structures import PixelData
 from mmseg.structures import SegDataSample
 
-from mmkd.distillers.segmentation.labels import class_masks, ground_truth, ignore_index, labelled, resize_labels
 from mmkd.errors import ConfigError
+from mmkd.hosts.segmentation.labels import class_masks, ground_truth, ignore_index, labelled, resize_labels
 from mmkd.testing import models, segmentors
 from mmkd.testing.batches import random_batch
 

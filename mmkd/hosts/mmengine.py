@@ -11,7 +11,7 @@ from mmengine.utils import digit_version
 
 from mmkd.errors import ConfigError, nearest
 
-CONFIG_ROOT = Path(__file__).parent / '.mim' / 'configs'
+CONFIG_ROOT = Path(__file__).parents[1] / '.mim' / 'configs'
 
 
 def config_path(name: str) -> str:

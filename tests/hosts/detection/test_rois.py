@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from mmkd.distillers.detection.dense_heads import dense_head
-from mmkd.distillers.detection.rois import RoIHead, best_predictions, to_rois
+from mmkd.hosts.detection.dense_heads import dense_head
+from mmkd.hosts.detection.rois import RoIHead, best_predictions, to_rois
 from mmkd.taps import Taps
 from mmkd.testing import detectors, models
 

@@ -1,6 +1,6 @@
 """A generated segmentation data set in Cityscapes' layout: street scenes with its 19 classes.
 
-    python -m mmkd.testing.streets data/streets
+    python -m mmkd.data.streets data/streets
 
 writes ``leftImg8bit/{train,val}/{city}/*_leftImg8bit.png`` and ``gtFine/{train,val}/{city}/*_gtFine_labelTrainIds.png``,
 which mmseg's ``CityscapesDataset`` and ``IoUMetric`` read as they are. The same arguments give the same images.

@@ -1,9 +1,9 @@
 import pytest
 import torch
 
-from mmkd.distillers.segmentation.logits import require_class_logits, resize_logits
 from mmkd.errors import ConfigError
-from mmkd.taps import probe
+from mmkd.hosts.running import probe
+from mmkd.hosts.segmentation.logits import require_class_logits, resize_logits
 from mmkd.testing import models, segmentors
 
 LAYER = 'decode_head.conv_seg'

@@ -4,7 +4,7 @@ import torch
 from mmdet.structures import DetDataSample
 from mmengine.structures import InstanceData
 
-from mmkd.distillers.detection.ground_truth import covered_cells, ground_truth
+from mmkd.hosts.detection.ground_truth import covered_cells, ground_truth
 
 
 def samples(*numbers):

@@ -2,7 +2,7 @@ import pytest
 import torch
 from mmcv.ops import RoIAlign
 
-from mmkd.distillers.detection.roi_pool import box_levels, pool_boxes
+from mmkd.hosts.detection.roi_pool import box_levels, pool_boxes
 
 STRIDES = [8, 16, 32]
 

@@ -2,7 +2,7 @@ import torch
 from mmdet.models.task_modules.coders import DeltaXYWHBBoxCoder
 from mmdet.structures.bbox import bbox_overlaps
 
-from mmkd.distillers.detection.boxes import decode_deltas, pairwise_iou
+from mmkd.hosts.detection.boxes import decode_deltas, pairwise_iou
 
 
 def random_boxes(*shape):

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from mmkd.distillers.detection.dense_heads import DenseHead
 from mmkd.errors import ConfigError
+from mmkd.hosts.detection.dense_heads import DenseHead
 from mmkd.taps import INPUT, Taps
 
 

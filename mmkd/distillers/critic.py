@@ -1,19 +1,37 @@
-"""The critic of adversarial methods for segmentation, and its losses."""
+"""Adversarial terms in one backward pass, with one optimizer; the critic for segmentation, and its losses.
+
+A critic learns to tell the student's outputs from the teacher's while the student learns to deceive it. The losses of both
+are added: the student's sees the critic's weights as constants (:func:`with_constant_weights`), the critic's sees the
+student's outputs as constants (``detach``). Each loss then has a gradient for its own network alone, and one step of one
+optimizer changes the weights as the usual two steps do, whose gradients are taken at the same weights.
+
+Reversing the gradient between student and critic would save a pass through the critic, but is right only where the
+student's loss is the negative of the critic's (WGAN), not for hinge or cross-entropy. ``clip_grad`` of mmengine's
+optimizer wrapper takes one norm over both networks, and a critic's with a gradient penalty can be a thousand times the
+student's: set it to None, as mmseg's configs have it.
+"""
 
 import itertools
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.func import functional_call
 from torch.nn.utils.parametrizations import spectral_norm
 
-from mmkd.distillers.adversarial import with_constant_weights
 from mmkd.errors import ConfigError
 
 MODES = ('wgan-gp', 'hinge')
 NORMS = ('batch', 'tanh', None)
 SMALLEST = 64
 """Height and width, in positions, that a critic needs at least."""
+
+
+def with_constant_weights(module: nn.Module) -> Callable[..., torch.Tensor]:
+    """``module`` as a function through which gradients flow to its inputs, but not to its weights."""
+    weights = {name: weight.detach() for name, weight in module.named_parameters()}
+    return lambda *inputs: functional_call(module, weights, inputs)
 
 
 class Critic(nn.Module):

@@ -4,7 +4,7 @@ import pytest
 from mmengine.registry import DefaultScope
 from mmseg.datasets import CityscapesDataset
 
-from mmkd.testing import streets
+from mmkd.data import streets
 
 SPLITS = {'train': 6, 'val': 2}
 IMAGE = 'leftImg8bit/train/streets/streets_000000_000019_leftImg8bit.png'

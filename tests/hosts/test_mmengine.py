@@ -6,7 +6,7 @@ from mmengine.config import Config
 from mmengine.logging import HistoryBuffer
 
 from mmkd.errors import ConfigError
-from mmkd.host import config_path
+from mmkd.hosts.mmengine import config_path
 
 
 def test_histories_and_numpy_scalars_load_with_torchs_safe_default(tmp_path):

@@ -5,7 +5,7 @@ import torch
 from mmengine.model import convert_sync_batchnorm
 from torch import nn
 
-from mmkd.distillers.segmentation.critic import (
+from mmkd.distillers.critic import (
     Critic,
     SelfAttention,
     critic_loss,

@@ -8,7 +8,7 @@ from mmengine.dataset import BaseDataset, ConcatDataset
 from mmengine.registry import DefaultScope
 from mmengine.runner import Runner
 
-from mmkd.domains import DomainSampler, Unlabelled, split_domains
+from mmkd.data.domains import DomainSampler, Unlabelled, split_domains
 from mmkd.errors import ConfigError
 
 META_KEYS = ('img_path', 'img_shape', 'flip', 'domain')

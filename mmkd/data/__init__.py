@@ -1,0 +1,1 @@
+"""Generated data sets, and data of two domains."""

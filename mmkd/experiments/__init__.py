@@ -1,0 +1,1 @@
+"""Runs of training, compared: tables, charts and reports."""

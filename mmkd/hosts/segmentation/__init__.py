@@ -1,0 +1,1 @@
+"""What the methods for segmentors know of mmseg: label maps and logits."""

@@ -1,0 +1,54 @@
+"""Another model's normalization of a batch that is normalized already."""
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+
+class Renormalize:
+    """Turn a batch that one data preprocessor normalized into what another would have made of it.
+
+    ``x * scale + shift`` per channel, channels swapped where the two orders differ, padding set to the target's
+    padding value again.
+    """
+
+    def __init__(self, scale: torch.Tensor, shift: torch.Tensor, swap: bool, pad_value: float):
+        self.scale, self.shift, self.swap, self.pad_value = scale, shift, swap, pad_value
+
+    @classmethod
+    def between(cls, source: nn.Module, target: nn.Module) -> 'Renormalize | None':
+        """None where both normalize alike."""
+        (mean_s, std_s, swap_s), (mean_t, std_t, swap_t) = _normalization(source), _normalization(target)
+        swap = swap_s != swap_t
+        if swap:  # the source's values, in the target's channel order
+            mean_s, std_s = mean_s.flip(0), std_s.flip(0)
+        pads = [
+            float(getattr(each, 'pad_value', getattr(each, 'pad_val', 0))) for each in (source, target)
+        ]  # mmseg: pad_val
+        if not swap and torch.equal(mean_s, mean_t) and torch.equal(std_s, std_t) and pads[0] == pads[1]:
+            return None
+        return cls(std_s / std_t, (mean_s - mean_t) / std_t, swap, pads[1])
+
+    def apply(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        self.scale, self.shift = function(self.scale), function(self.shift)
+
+    def __call__(self, inputs: torch.Tensor, data_samples: list | None) -> torch.Tensor:
+        if self.swap:
+            inputs = inputs.flip(1)
+        inputs = inputs * self.scale + self.shift
+        for image, sample in zip(inputs, data_samples or ()):
+            height, width = sample.metainfo.get('img_shape', inputs.shape[2:])[:2]
+            image[:, height:] = self.pad_value
+            image[:, :, width:] = self.pad_value
+        return inputs
+
+
+def _normalization(preprocessor: nn.Module) -> tuple[torch.Tensor, torch.Tensor, bool]:
+    """Mean and standard deviation, (3, 1, 1), and whether the channels of the loaded image are swapped."""
+    # mmengine and mmdet keep the flag private, mmseg does not
+    swap = getattr(preprocessor, '_channel_conversion', getattr(preprocessor, 'channel_conversion', False))
+    if getattr(preprocessor, '_enable_normalize', False):
+        mean, std = preprocessor.mean.reshape(-1, 1, 1), preprocessor.std.reshape(-1, 1, 1)
+        return mean.expand(3, 1, 1).cpu(), std.expand(3, 1, 1).cpu(), bool(swap)
+    return torch.zeros(3, 1, 1), torch.ones(3, 1, 1), bool(swap)
