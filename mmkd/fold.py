@@ -1,4 +1,4 @@
-"""Fold the batch norms of a frozen model into its convolutions."""
+"""What makes a frozen model faster without changing what it puts out."""
 
 import logging
 from collections.abc import Sequence
@@ -7,12 +7,64 @@ import torch
 from mmengine.logging import print_log
 from torch import nn
 
-from mmkd.hosts.running import probe
-from mmkd.taps import tensors
+from mmkd.errors import ConfigError
+from mmkd.hosts.running import CannotRun, probe
+from mmkd.taps import Taps, tensors
+
+LAYOUT_BOUND = ('mmcv.ops.deform_conv', 'mmcv.ops.modulated_deform_conv')
+"""Modules that read memory in the order of NCHW, whatever the strides say."""
 
 
 @torch.no_grad()
-def fold_batch_norm(model: nn.Module, layers: Sequence[str] = ()) -> int:
+def accelerate(model: nn.Module, layers: Sequence[str], size: tuple[int, int]) -> tuple[int, bool]:
+    """Fold a frozen model's batch norms and lay its weights out in ``channels_last``, where neither changes the layers' outputs.
+
+    Args:
+        model: The model, with its weights.
+        layers: What must stay as it is.
+        size: Height and width of an image that it runs over.
+
+    Returns:
+        The number of batch norms folded, and whether the layout is ``channels_last``; then its inputs have to be, too.
+
+    Raises:
+        ConfigError: if the model puts out values that are not finite.
+    """
+    before = probe(model, layers, size=size)
+    for layer in before:
+        if not all(torch.isfinite(each).all() for each in tensors(before[layer])):
+            raise ConfigError(
+                f'layer {layer!r} of {type(model).__name__} puts out values that are not finite for an image of noise: its '
+                f'weights are damaged, or not its own'
+            )
+    return fold_batch_norm(model, layers, size), _lay_out_channels_last(model, layers, size)
+
+
+def _lay_out_channels_last(model: nn.Module, layers: Sequence[str], size: tuple[int, int]) -> bool:
+    """Whether it is done; not where that would change outputs, nor where operations of the model refuse it."""
+    if any(type(module).__module__ in LAYOUT_BOUND for module in model.modules()):
+        return False
+    before = probe(model, layers, size=size)
+    model.to(memory_format=torch.channels_last)
+    try:
+        if _same(before, probe(model, layers, size=size, memory_format=torch.channels_last)):
+            return True
+    except CannotRun:
+        pass  # it did run before, so it is the layout that it refuses
+    model.to(memory_format=torch.contiguous_format)
+    return False
+
+
+def _same(before: Taps, after: Taps) -> bool:
+    return all(
+        torch.allclose(old, new, rtol=1e-3, atol=1e-3 * float(old.abs().amax().clamp(min=1e-6)))
+        for layer in before
+        for old, new in zip(tensors(before[layer]), tensors(after[layer]), strict=True)
+    )
+
+
+@torch.no_grad()
+def fold_batch_norm(model: nn.Module, layers: Sequence[str] = (), size: tuple[int, int] = (256, 256)) -> int:
     """Fold each batch norm of a frozen model into the convolution whose output it takes.
 
     The pairs are read off a forward pass, not guessed from the order of definition: a batch norm is folded if
@@ -30,7 +82,7 @@ def fold_batch_norm(model: nn.Module, layers: Sequence[str] = ()) -> int:
         return lambda module, inputs, output: calls[name].append((inputs[0], output))
 
     handles = [module.register_forward_hook(record(name)) for name, module in modules.items()]
-    before = probe(model, layers)
+    before = probe(model, layers, size=size)
     for handle in handles:
         handle.remove()
 
@@ -54,12 +106,7 @@ def fold_batch_norm(model: nn.Module, layers: Sequence[str] = ()) -> int:
         _replace(model, norm_name, nn.Identity())
     model.eval().requires_grad_(False)
 
-    after = probe(model, layers)
-    unchanged = all(
-        torch.allclose(old, new, rtol=1e-3, atol=1e-3 * float(old.abs().amax().clamp(min=1e-6)))
-        for layer in layers
-        for old, new in zip(tensors(before[layer]), tensors(after[layer]), strict=True)
-    )
+    unchanged = _same(before, probe(model, layers, size=size))
     if unchanged:
         return len(pairs)
     for conv, weight, bias, norm_name, norm in originals:

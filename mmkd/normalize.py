@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 import torch
+from mmengine.model import BaseDataPreprocessor
 from torch import nn
 
 
@@ -18,7 +19,9 @@ class Renormalize:
 
     @classmethod
     def between(cls, source: nn.Module, target: nn.Module) -> 'Renormalize | None':
-        """None where both normalize alike."""
+        """None where both normalize alike; a target without normalization of its own takes the source's."""
+        if type(target) is BaseDataPreprocessor:
+            return None
         (mean_s, std_s, swap_s), (mean_t, std_t, swap_t) = _normalization(source), _normalization(target)
         swap = swap_s != swap_t
         if swap:  # the source's values, in the target's channel order

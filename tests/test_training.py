@@ -114,7 +114,7 @@ def test_resume_continues_as_if_never_stopped(tmp_path):
 
 def test_schedules_follow_the_runners_iteration(tmp_path):
     weight = dict(type='constant', value=5.0, begin=2)
-    config = shapes_config(tmp_path, distilled(tmp_path, dict(cwd=dict(type='CWD', layer='neck', weight=weight))))
+    config = shapes_config(tmp_path, distilled(tmp_path, dict(cwd=dict(type='CWD', layer='neck', loss_weight=weight))))
     runner = Runner.from_cfg(config)
     runner.train()
     values = runner.message_hub.get_scalar('train/cwd.loss').data[0]

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping
 
-from mmengine.logging import MessageHub
+from torch import nn
 
 from mmkd.errors import ConfigError, nearest
 
@@ -15,8 +15,8 @@ OPTIONS = {
 }
 
 
-class Weight:
-    """A loss weight: a number, or a schedule over the runner's iterations.
+class Weight(nn.Module):
+    """A loss weight: a number, or a schedule over the training steps.
 
     ==========  ==========================================================================================
     type        weight at iteration i
@@ -36,6 +36,9 @@ class Weight:
     """
 
     def __init__(self, spec: float | Mapping):
+        super().__init__()
+        self.iteration = 0
+        """The training step, counted from 0; the student sets it before each step."""
         if isinstance(spec, Mapping):
             self.spec = dict(spec)
         else:
@@ -74,8 +77,6 @@ class Weight:
         start = spec.get('start', 0.0)
         return start + (value - start) * progress
 
-    def __call__(self) -> float:
-        """The weight at the runner's current iteration."""
-        if self.spec['type'] == 'constant' and len(self.spec) == 2:
-            return self.spec['value']
-        return self.at(MessageHub.get_current_instance().get_info('iter', 0))
+    def forward(self) -> float:
+        """The weight in the current training step."""
+        return self.at(self.iteration)

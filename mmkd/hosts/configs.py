@@ -69,3 +69,10 @@ def _read_config(config: str | Mapping) -> tuple[Config, str | None]:
     if not Path(config).expanduser().is_file():
         raise ConfigError(f'teacher config {config}: no such file (looked in {Path.cwd()})')
     return Config.fromfile(Path(config).expanduser()), None
+
+
+def read_model(config: str | Mapping, what: str = 'config') -> ConfigDict:
+    """The plain model of a config: its name, its path, or a whole config."""
+    if isinstance(config, str):
+        config, _ = _read_config(config)
+    return plain_model(config)

@@ -27,7 +27,7 @@ def assert_differentiable(model: nn.Module, found: dict[str, torch.Tensor]) -> N
     gradients = [each.grad for each in model.backbone.parameters() if each.grad is not None]
     assert gradients
     assert all(torch.isfinite(each).all() for each in gradients)
-    assert all(each.grad is None for each in model._teacher.model.parameters())
+    assert all(each.grad is None for each in model.sources['teacher'].model.parameters())
 
 
 def assert_close(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], rtol: float, atol: float) -> None:

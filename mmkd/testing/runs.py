@@ -168,7 +168,7 @@ def two_steps(config: Config, folder: str | Path) -> list[dict]:
     config.work_dir = str(folder)
     config.experiment_name = config.visualizer.name = Path(folder).name  # mmengine keeps both by name
     runner = Runner.from_cfg(config)
-    runner.model._teacher.speed_up()  # with random weights
+    runner.model.sources['teacher'].accept_current_weights()  # with random weights
     runner.train()
     (scalars,) = Path(folder).glob('*/vis_data/scalars.json')
     return [json.loads(line) for line in scalars.read_text().splitlines()]

@@ -208,7 +208,7 @@ def test_a_segmentor_with_its_own_normalisation_sees_what_it_would_have_made_its
     student = models.build(segmentors.pspnet(data_preprocessor=dict(pad_val=1.0, **padding)), seed=0)
     layer = 'decode_head.conv_seg'
     model = distill(student, options, dict(kd=dict(type='KD')))
-    model._teacher.load()
+    model.sources['teacher'].load()
 
     def batch():
         parts = [random_batch(model, (1, 3, *size), seed=seed) for seed, size in enumerate([(50, 120), (90, 70)])]
@@ -220,7 +220,7 @@ def test_a_segmentor_with_its_own_normalisation_sees_what_it_would_have_made_its
     (expected,) = outputs(own, (layer,), images)[layer]
     data = model.data_preprocessor(batch(), True)
     given = data['inputs'].clone()
-    (found,) = model._teacher(data['inputs'], data['data_samples'])[layer]
+    (found,) = model.sources['teacher'](data['inputs'], data['data_samples'])[layer]
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))
     assert torch.equal(data['inputs'], given)  # the student's own images stay as they are
 

@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 import torch
 import torch.nn.functional as F
 
-from mmkd.distillers.base import Distiller, FeatureDistiller
+from mmkd.distillers.base import Distiller
+from mmkd.distillers.levels import LevelPairs
 from mmkd.distillers.schedule import Weight
 from mmkd.errors import ConfigError
 from mmkd.hosts.detection.dense_heads import AnchorDenseHead, check_same_slots, dense_head
@@ -150,7 +151,8 @@ class Chen(Distiller):
             raise ConfigError(f'margin={margin!r}: expected a number of at least 0')
         self.teacher_neck = teacher_neck or neck
         other = teacher_hint_layer or hint_layer or self.teacher_neck
-        self.hint = FeatureDistiller(hint_layer or neck, hint_weight, other, adapter)
+        self.hint = LevelPairs(hint_layer or neck, other, adapter)
+        self.hint_weight = Weight(hint_weight)
         self.rpn_head, self.roi_head = rpn_head, RoIHead(roi_head, stage)
         self.mu, self.nu, self.margin = mu, Weight(nu), margin
         self.background_weight, self.temperature = background_weight, temperature
@@ -193,7 +195,7 @@ class Chen(Distiller):
     def forward(self, student: Taps, teacher: Taps, data_samples: list | None) -> dict[str, torch.Tensor]:
         rpn_class, rpn_box = self._rpn(student, teacher)
         rcn_class, rcn_box = self._rcn(student, teacher)
-        hint = sum(F.mse_loss(s, t) for s, t in self.hint.adapted(student, teacher))
+        hint = sum(F.mse_loss(pair.student, pair.teacher) for pair in self.hint(student, teacher))
         soft, nu, rcn = (1 - self.mu) / self.mu, self.nu(), self.rcn_weight()
         rpn_head, bbox_head = (student.model.get_submodule(each) for each in (self.rpn_head, self.roi_head.bbox_head))
         return {
@@ -201,14 +203,14 @@ class Chen(Distiller):
             'loss_rpn_box': nu * rpn_head.loss_bbox.loss_weight * rpn_box,
             'loss_class': rcn * soft * bbox_head.loss_cls.loss_weight * rcn_class,
             'loss_box': rcn * nu * bbox_head.loss_bbox.loss_weight * rcn_box,
-            'loss_hint': self.hint.weight() * hint,
+            'loss_hint': self.hint_weight() * hint,
         }
 
     def _rpn(self, student: Taps, teacher: Taps) -> tuple[torch.Tensor, torch.Tensor]:
         """Class and box loss at the sampled anchors."""
         # each level's calls of the two losses: (image, row, column, anchor) in one dimension, so the teacher's alike
-        classes = list(zip(*per_call(student, f'{self.rpn_head}.loss_cls{INPUT}')))
-        boxes = list(zip(*per_call(student, f'{self.rpn_head}.loss_bbox{INPUT}')))
+        classes = list(zip(*student.per_call(f'{self.rpn_head}.loss_cls{INPUT}')))
+        boxes = list(zip(*student.per_call(f'{self.rpn_head}.loss_bbox{INPUT}')))
         logits, label_weights = torch.cat(classes[0]).flatten(), torch.cat(classes[2])
         deltas, targets, box_weights = (torch.cat(each) for each in boxes[:3])
         t_logits, t_deltas = (
@@ -237,17 +239,11 @@ class Chen(Distiller):
         classes, boxes = (f'{self.roi_head.bbox_head}.{loss}{INPUT}' for loss in ('loss_cls', 'loss_bbox'))
         if student.calls[boxes] == 0:  # no positive RoI
             return soft, 0 * deltas.sum()
-        predicted, targets = per_call(student, boxes)[0][:2]
-        labels = per_call(student, classes)[0][1]
+        predicted, targets = student.per_call(boxes)[0][:2]
+        labels = student.per_call(classes)[0][1]
         chosen = t_deltas.view(len(t_deltas), -1, 4)
         # the positive RoIs in their order; how many there are is known, so that nothing waits for the device
         positive = (labels >= 0) & (labels < logits.shape[1] - 1)
         rows = positive.to(torch.uint8).argsort(descending=True, stable=True)[: len(targets)]
         chosen = chosen[rows, labels[rows] if chosen.shape[1] > 1 else torch.zeros_like(rows)]
         return soft, bounded_error(predicted, chosen, targets, self.margin).sum() / count
-
-
-def per_call(taps: Taps, layer: str) -> tuple[tuple, ...]:
-    """The positional inputs of each call of a layer, ``layer`` ending in ``:input``."""
-    inputs = taps[layer]
-    return inputs if isinstance(inputs[0], tuple) else (inputs,)

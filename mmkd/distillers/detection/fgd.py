@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import nn
 
-from mmkd.distillers.base import FeatureDistiller
+from mmkd.distillers.base import Distiller
+from mmkd.distillers.levels import LevelPairs
 from mmkd.distillers.schedule import Weight
 from mmkd.errors import ConfigError
 from mmkd.hosts.detection.ground_truth import covered_cells, ground_truth, padded_shape
@@ -151,7 +152,7 @@ def global_loss(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
 
 
 @DISTILLERS.register_module()
-class FGD(FeatureDistiller):
+class FGD(Distiller):
     """Focal and global distillation: the feature where the teacher looks, and the relation of all its positions.
 
     Logs, each summed over levels, ``loss_foreground`` and ``loss_background`` (:func:`focal_losses` with
@@ -189,7 +190,7 @@ class FGD(FeatureDistiller):
         teacher_layer: The teacher's layer, where its name differs.
         adapter: ``'auto'`` (1x1 convolution exactly where channels differ), None or a dict.
         match: ``'stride'`` or ``'index'``: which levels belong together, see
-            :class:`mmkd.distillers.base.FeatureDistiller`.
+            :class:`mmkd.distillers.levels.LevelPairs`.
 
     Example:
         >>> distillers = dict(fgd=dict(type='FGD'))
@@ -207,7 +208,9 @@ class FGD(FeatureDistiller):
         adapter: str | Mapping | None = 'auto',
         match: str = 'stride',
     ):
-        super().__init__(layer, teacher_layer=teacher_layer, adapter=adapter, match=match)
+        super().__init__()
+        self.levels = LevelPairs(layer, teacher_layer, adapter, match)
+        self.student_layers, self.teacher_layers = self.levels.student_layers, self.levels.teacher_layers
         if not isinstance(temperature, (int, float)) or temperature <= 0:
             raise ConfigError(f'temperature={temperature!r}: expected a positive number')
         self.temperature = temperature
@@ -215,8 +218,8 @@ class FGD(FeatureDistiller):
         self.attention_weight, self.global_weight = Weight(attention_weight), Weight(global_weight)
 
     def setup(self, student: Taps, teacher: Taps) -> None:
-        super().setup(student, teacher)
-        channels = [level.shape[1] for level in self._levels(student, teacher)[1]]
+        self.levels.setup(student, teacher)
+        channels = [level.shape[1] for level in self.levels.unadapted(student, teacher)[1]]
         self.student_contexts = nn.ModuleList(GlobalContext(each) for each in channels)
         self.teacher_contexts = nn.ModuleList(GlobalContext(each) for each in channels)
 
@@ -224,8 +227,8 @@ class FGD(FeatureDistiller):
         boxes, valid = ground_truth(data_samples)
         shape = padded_shape(data_samples)
         levels = []
-        pairs = self.adapted(student, teacher)
-        for (s, t), s_context, t_context in zip(pairs, self.student_contexts, self.teacher_contexts, strict=True):
+        pairs = self.levels(student, teacher)
+        for (s, t, *_), s_context, t_context in zip(pairs, self.student_contexts, self.teacher_contexts, strict=True):
             masks = scale_masks(boxes, valid, s.shape[2:], shape)
             levels.append(
                 (

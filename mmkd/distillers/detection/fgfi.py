@@ -116,7 +116,7 @@ class FGFI(FeatureDistiller):
         head: The student's head that has the anchors: ``'rpn_head'`` (default) or, for one-stage students, ``'bbox_head'``.
         psi: Fraction of an object's largest IoU, in [0, 1). Default 0.5.
         levels: Which levels an object marks: ``'best'`` (default) or ``'all'``.
-        weight: A number or a schedule. Default 0.01 from iteration 400 on, 0 before.
+        loss_weight: A number or a schedule. Default 0.01 from iteration 400 on, 0 before.
         adapter: A dict; ``'auto'`` and None, without convolutions where channels agree, are no FGFI.
         teacher_neck: The teacher's layer, where its name differs.
 
@@ -131,16 +131,16 @@ class FGFI(FeatureDistiller):
         head: str = 'rpn_head',
         psi: float = 0.5,
         levels: str = 'best',
-        weight: float | Mapping = WEIGHT,
+        loss_weight: float | Mapping = WEIGHT,
         adapter: str | Mapping | None = ADAPTER,
         teacher_neck: str | None = None,
     ):
-        super().__init__(neck, weight, teacher_neck, adapter)
+        super().__init__(neck, loss_weight, teacher_neck, adapter)
         if not (isinstance(psi, (int, float)) and 0 <= psi < 1):
             raise ConfigError(f'psi={psi!r}: expected a number, 0 <= psi < 1')
         if levels not in ('best', 'all'):
             raise ConfigError(f"levels={levels!r}: expected 'best' or 'all'")
-        self.neck, self.head, self.psi, self.levels = neck, head, psi, levels
+        self.neck, self.head, self.psi, self.marks = neck, head, psi, levels
 
     def setup(self, student: Taps, teacher: Taps) -> None:
         head = dense_head(find_layer(student.model, self.head))
@@ -155,7 +155,7 @@ class FGFI(FeatureDistiller):
                 f'{self.neck!r} has {len(student[self.neck])} levels, {self.head!r} anchors for {len(head.strides)}; tap the '
                 f'layer that the head reads'
             )
-        if any(self.adapters.resize):
+        if any(self.levels.adapters.resize):
             raise ConfigError(f'{self.neck!r}: student and teacher have different strides; FGFI needs the same')
 
     def masks(self, student: Taps, data_samples: list) -> list[torch.Tensor]:
@@ -167,10 +167,10 @@ class FGFI(FeatureDistiller):
             for level, each in zip(maps[0], head.anchors(maps).split(head.sizes(maps)), strict=True)
         ]
         truth = ground_truth(data_samples)
-        return imitation_masks(anchors, truth.boxes, truth.valid, self.psi, self.levels)
+        return imitation_masks(anchors, truth.boxes, truth.valid, self.psi, self.marks)
 
     def forward(self, student: Taps, teacher: Taps, data_samples: list | None) -> dict[str, torch.Tensor]:
         masks = self.masks(student, data_samples)
-        pairs = self.adapted(student, teacher)
-        total = sum(imitation_loss(s, t, masks[level]) for (s, t), (level, _) in zip(pairs, self.pairs, strict=True))
-        return {'loss': self.weight() * total}
+        pairs = self.levels(student, teacher)
+        total = sum(imitation_loss(pair.student, pair.teacher, masks[pair.student_level]) for pair in pairs)
+        return {'loss': self.loss_weight() * total}

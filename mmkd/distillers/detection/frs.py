@@ -8,7 +8,8 @@ from collections.abc import Mapping
 import torch
 import torch.nn.functional as F
 
-from mmkd.distillers.base import Distiller, FeatureDistiller
+from mmkd.distillers.base import Distiller
+from mmkd.distillers.levels import LevelPairs
 from mmkd.distillers.schedule import Weight
 from mmkd.errors import ConfigError
 from mmkd.hosts.detection.dense_heads import check_same_slots, dense_head
@@ -125,7 +126,8 @@ class FRS(Distiller):
         teacher_head: str | None = None,
     ):
         super().__init__()
-        self.features = FeatureDistiller(neck, feature_weight, teacher_neck, adapter)
+        self.features = LevelPairs(neck, teacher_neck, adapter)
+        self.feature_weight = Weight(feature_weight)
         self.neck, self.head = neck, head
         self.teacher_neck, self.teacher_head = teacher_neck or neck, teacher_head or head
         self.compares_classes = bool(class_weight)
@@ -152,9 +154,9 @@ class FRS(Distiller):
         t_head = dense_head(teacher.model.get_submodule(self.teacher_head))
         targets = t_head.class_logits(teacher[self.teacher_head])
         masks = [richness(level) for level in targets]
-        pairs = zip(self.features.adapted(student, teacher), self.features.pairs, strict=True)
-        feature = sum(rich_feature_loss(s, t, masks[level]) for (s, t), (_, level) in pairs)
-        losses = {'loss_feature': self.features.weight() * feature}
+        pairs = self.features(student, teacher)
+        feature = sum(rich_feature_loss(pair.student, pair.teacher, masks[pair.teacher_level]) for pair in pairs)
+        losses = {'loss_feature': self.feature_weight() * feature}
         if self.compares_classes:
             logits = dense_head(student.model.get_submodule(self.head)).class_logits(student[self.head])
             classes = sum(rich_class_loss(s, t, mask) for s, t, mask in zip(logits, targets, masks, strict=True))

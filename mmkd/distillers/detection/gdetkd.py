@@ -13,7 +13,8 @@ from mmcv.ops import RoIAlign
 from torch import nn
 
 from mmkd.adapters import Adapters
-from mmkd.distillers.base import Distiller, maps, require_gradient
+from mmkd.distillers.base import Distiller
+from mmkd.distillers.levels import maps, require_gradient
 from mmkd.distillers.memory import Memory
 from mmkd.distillers.schedule import Weight
 from mmkd.errors import ConfigError

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 
 from mmkd.adapters import Adapters
-from mmkd.distillers.base import Distiller, require_gradient
+from mmkd.distillers.base import Distiller
+from mmkd.distillers.levels import require_gradient
 from mmkd.distillers.schedule import Weight
 from mmkd.errors import ConfigError
 from mmkd.hosts.detection.boxes import pairwise_iou

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from mmdet.models.task_modules.assigners import ATSSAssigner
 from mmdet.utils import reduce_mean
 
-from mmkd.distillers.base import Distiller, require_gradient
+from mmkd.distillers.base import Distiller
+from mmkd.distillers.levels import require_gradient
 from mmkd.distillers.schedule import Weight
 from mmkd.errors import ConfigError
 from mmkd.hosts.detection.assigners import ATSS, atss

@@ -72,12 +72,12 @@ class PKD(FeatureDistiller):
 
     Args:
         layer: The student's layer, or a list.
-        weight: A number or a schedule. Default 10.
+        loss_weight: A number or a schedule. Default 10.
         eps: Added to the standard deviations. Default 1e-6.
         teacher_layer: The teacher's layer, where its name differs.
         adapter: ``'auto'`` (1x1 convolution exactly where channels differ), None or a dict.
         match: ``'stride'`` or ``'index'``: which levels belong together, see
-            :class:`mmkd.distillers.base.FeatureDistiller`.
+            :class:`mmkd.distillers.levels.LevelPairs`.
 
     Example:
         >>> distillers = dict(pkd=dict(type='PKD', layer='neck'))
@@ -86,13 +86,13 @@ class PKD(FeatureDistiller):
     def __init__(
         self,
         layer: str | Sequence[str],
-        weight: float | Mapping = 10.0,
+        loss_weight: float | Mapping = 10.0,
         eps: float = 1e-6,
         teacher_layer: str | Sequence[str] | None = None,
         adapter: str | Mapping | None = 'auto',
         match: str = 'stride',
     ):
-        super().__init__(layer, weight, teacher_layer, adapter, match)
+        super().__init__(layer, loss_weight, teacher_layer, adapter, match)
         if not isinstance(eps, (int, float)) or eps < 0:
             raise ConfigError(f'eps={eps!r}: expected a number of at least 0')
         self.eps = eps

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from mmkd.adapters import ConvAdapter
-from mmkd.distillers.base import FeatureDistiller
+from mmkd.distillers.base import Distiller
+from mmkd.distillers.levels import LevelPairs
 from mmkd.distillers.memory import ClassMemory
 from mmkd.distillers.schedule import Weight
 from mmkd.distillers.segmentation.kd import pixel_divergence
@@ -156,7 +157,7 @@ def class_means(embedding: torch.Tensor, masks: torch.Tensor) -> tuple[torch.Ten
 
 
 @DISTILLERS.register_module()
-class CIRKD(FeatureDistiller):
+class CIRKD(Distiller):
     """Relations of pixels across images: within the batch, and to pixels and regions in a memory.
 
     =========== =========================================================================================================
@@ -196,7 +197,7 @@ class CIRKD(FeatureDistiller):
     Args:
         layer: The student's layer before its classifier. Default ``'decode_head.bottleneck'`` (PSPNet, DeepLabV3);
             ``'decode_head.fusion_conv'`` for SegFormer.
-        weight: Of the relations within the batch; a number or a schedule, as all weights. Default 1.
+        batch_weight: Of the relations within the batch; a number or a schedule, as all weights. Default 1.
         pixel_weight: Of the relations to the memory's pixels. Default 0.1; the authors have 0.01 for Pascal VOC.
         region_weight: Of the relations to the memory's regions. Default 0.1; the authors have 0.01 for Pascal VOC.
         tau: Temperature of all, positive. Default 0.1.
@@ -217,7 +218,7 @@ class CIRKD(FeatureDistiller):
     def __init__(
         self,
         layer: str = 'decode_head.bottleneck',
-        weight: float | Mapping = 1.0,
+        batch_weight: float | Mapping = 1.0,
         pixel_weight: float | Mapping = 0.1,
         region_weight: float | Mapping = 0.1,
         tau: float = 0.1,
@@ -229,7 +230,9 @@ class CIRKD(FeatureDistiller):
         max_positions: int = 8192,
         teacher_layer: str | None = None,
     ):
-        super().__init__(layer, weight, teacher_layer)
+        super().__init__()
+        self.levels = LevelPairs(layer, teacher_layer)
+        self.student_layers, self.teacher_layers = self.levels.student_layers, self.levels.teacher_layers
         numbers = dict(
             pixels=pixels,
             regions=regions,
@@ -243,6 +246,7 @@ class CIRKD(FeatureDistiller):
                 raise ConfigError(f'{name}={value!r}: expected a whole number of at least 1')
         if not isinstance(tau, (int, float)) or tau <= 0:
             raise ConfigError(f'tau={tau!r}: expected a positive temperature')
+        self.batch_weight = Weight(batch_weight)
         self.pixel_weight, self.region_weight = Weight(pixel_weight), Weight(region_weight)
         self.tau = tau
         self.pixels, self.regions = pixels, regions
@@ -251,11 +255,11 @@ class CIRKD(FeatureDistiller):
         self.max_positions = max_positions
 
     def setup(self, student: Taps, teacher: Taps) -> None:
-        super().setup(student, teacher)
-        levels = self._levels(student, teacher)
-        if len(self.pairs) != 1:
+        self.levels.setup(student, teacher)
+        levels = self.levels.unadapted(student, teacher)
+        if len(self.levels.pairs) != 1:
             raise ConfigError(
-                f'layer={self.student_layers[0]!r} puts out {len(self.pairs)} maps; name one that puts out one'
+                f'layer={self.student_layers[0]!r} puts out {len(self.levels.pairs)} maps; name one that puts out one'
             )
         in_channels, channels = (maps[0].shape[1] for maps in levels)
         classes = decode_head(student.model).num_classes
@@ -283,7 +287,7 @@ class CIRKD(FeatureDistiller):
         self.region_queues.add(*class_means(embedding, masks))
 
     def forward(self, student: Taps, teacher: Taps, data_samples: list | None) -> dict[str, torch.Tensor]:
-        ((s, t),) = self.adapted(student, teacher)
+        ((s, t, *_),) = self.levels(student, teacher)
         masks = class_masks(student.model, data_samples, t.shape[2:])
         most = max(self.max_positions // len(t), 1)
         own, _ = pool_labelled(s, masks.any(1), most)
@@ -292,7 +296,7 @@ class CIRKD(FeatureDistiller):
         pixels = self.pixel_queues.draw(self.pixels_per_class)
         regions = self.region_queues.draw(self.regions_per_class)
         losses = {
-            'loss_batch': self.weight() * batch_loss(own, other, valid, self.tau),
+            'loss_batch': self.batch_weight() * batch_loss(own, other, valid, self.tau),
             'loss_pixel': self.pixel_weight() * memory_loss(projected, other, valid, *pixels, self.tau),
             'loss_region': self.region_weight() * memory_loss(projected, other, valid, *regions, self.tau),
         }

@@ -13,8 +13,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from mmkd.data.domains import split_domains
-from mmkd.distillers.base import FeatureDistiller, maps, require_gradient
+from mmkd.distillers.base import Distiller
 from mmkd.distillers.critic import with_constant_weights
+from mmkd.distillers.levels import LevelPairs, maps, require_gradient
 from mmkd.distillers.schedule import Weight
 from mmkd.distillers.segmentation.kd import REDUCTIONS, pixel_divergence
 from mmkd.errors import ConfigError
@@ -193,7 +194,7 @@ class Domains(NamedTuple):
 
 
 @DISTILLERS.register_module()
-class DAKD(FeatureDistiller):
+class DAKD(Distiller):
     r"""Distils a segmentor for a target domain that has no labels, while its outputs are aligned between the domains.
 
     Each batch holds labelled images of a source and unlabelled ones of the target: see :mod:`mmkd.data.domains` for the data
@@ -287,7 +288,9 @@ class DAKD(FeatureDistiller):
         auxiliary_teacher_layer: str | None = None,
     ):
         teacher_layers = (teacher_layer or layer, auxiliary_teacher_layer or auxiliary_layer)
-        super().__init__((layer, auxiliary_layer), teacher_layer=teacher_layers)
+        super().__init__()
+        self.levels = LevelPairs((layer, auxiliary_layer), teacher_layers)
+        self.student_layers, self.teacher_layers = self.levels.student_layers, self.levels.teacher_layers
         if reduction not in REDUCTIONS:
             raise ConfigError(f'reduction={reduction!r}: expected one of {", ".join(REDUCTIONS)}')
         if threshold is not None and (not isinstance(threshold, (int, float)) or not 0 <= threshold <= 1):
@@ -297,7 +300,7 @@ class DAKD(FeatureDistiller):
         self.kl_weight = Weight(kl_weight)
         self.mse_weight = Weight(mse_weight)
         self.pseudo_weight = Weight(pseudo_weight)
-        self.adversarial_weights = (Weight(adversarial_weight), Weight(auxiliary_adversarial_weight))
+        self.adversarial_weights = nn.ModuleList([Weight(adversarial_weight), Weight(auxiliary_adversarial_weight)])
         self.auxiliary_weight = Weight(auxiliary_weight)
         self.target_weight = Weight(target_weight)
         self.reduction = reduction
@@ -309,7 +312,7 @@ class DAKD(FeatureDistiller):
     def setup(self, student: Taps, teacher: Taps) -> None:
         for layer, other in zip(self.student_layers, self.teacher_layers):
             require_class_logits(student, layer, teacher, other)
-        super().setup(student, teacher)
+        self.levels.setup(student, teacher)
         self.critics = nn.ModuleDict(
             {
                 name: domain_critic(maps(student, layer)[0].shape[1], self.critic_channels)
@@ -324,7 +327,7 @@ class DAKD(FeatureDistiller):
     def distillation(self, student: Taps, teacher: Taps, domains: Domains) -> dict[str, torch.Tensor]:
         """What the student learns from the teacher."""
         if self.label_size:  # from their own sizes, not from each other's
-            own, other = self._levels(student, teacher)
+            own, other = self.levels.unadapted(student, teacher)
             require_gradient(', '.join(self.student_layers), own)
             size = domains.labels.shape[1:]
             logits = [
@@ -332,7 +335,7 @@ class DAKD(FeatureDistiller):
                 for s, t in zip(own, other)
             ]
         else:
-            logits = self.adapted(student, teacher)
+            logits = [(pair.student, pair.teacher) for pair in self.levels(student, teacher)]
         sizes = {s.shape[2:] for s, _ in logits}  # one, but for heads of different strides
         valid = {size: domains.split(domains.valid(size, ignore_index(student.model))) for size in sizes}
         main, auxiliary = (zip(domains.split(s), domains.split(t), valid[s.shape[2:]]) for s, t in logits)

@@ -75,10 +75,10 @@ def relation_losses(
 class DIST(FeatureDistiller):
     """Relations between the classes of a pixel and within a class over all pixels, see :func:`relation_losses`.
 
-    ``loss_inter = weight * beta * L_inter`` and ``loss_intra = weight * gamma * L_intra``, between the class logits of
+    ``loss_inter = loss_weight * beta * L_inter`` and ``loss_intra = loss_weight * gamma * L_intra``, between the class logits of
     both networks; where these differ in size the student's are resized to the teacher's. The pixels of all images of a
     process make one column. As in the paper's listing nothing is multiplied by tau squared, as public code for
-    classification does: there, give ``weight=tau**2``.
+    classification does: there, give ``loss_weight=tau**2``.
 
     Positions are left out whose label the student's decode head ignores (255), padding included; the authors' code takes
     them all, as ``use_labels=False`` does. With two classes rho of a pixel is 1 or -1 and hardly has a gradient: the
@@ -86,14 +86,14 @@ class DIST(FeatureDistiller):
 
     For auxiliary logits, which the authors' segmentation code weighs by 0.4, add an entry::
 
-        auxiliary=dict(type='DIST', layer='auxiliary_head.conv_seg', weight=0.4)
+        auxiliary=dict(type='DIST', layer='auxiliary_head.conv_seg', loss_weight=0.4)
 
     Args:
         layer: The student's layer that puts out class logits. Default ``'decode_head.conv_seg'``.
         beta: Weight of the relation between classes. Default 1, the authors' for segmentation.
         gamma: Weight of the relation within classes. Default 1, the authors' for segmentation.
         tau: Temperature, positive. Default 1.
-        weight: A number or a schedule, of both. Default 1.
+        loss_weight: A number or a schedule, of both. Default 1.
         teacher_layer: The teacher's layer, where its name differs.
         use_labels: Whether ignored pixels are left out. Default True; False needs no ground truth.
 
@@ -107,11 +107,11 @@ class DIST(FeatureDistiller):
         beta: float = 1.0,
         gamma: float = 1.0,
         tau: float = 1.0,
-        weight: float | Mapping = 1.0,
+        loss_weight: float | Mapping = 1.0,
         teacher_layer: str | None = None,
         use_labels: bool = True,
     ):
-        super().__init__(layer, weight, teacher_layer)
+        super().__init__(layer, loss_weight, teacher_layer)
         for name, value in (('beta', beta), ('gamma', gamma)):
             if not isinstance(value, (int, float)) or value < 0:
                 raise ConfigError(f'{name}={value!r}: expected a number of at least 0')
@@ -125,8 +125,8 @@ class DIST(FeatureDistiller):
         super().setup(student, teacher)
 
     def forward(self, student: Taps, teacher: Taps, data_samples: list | None) -> dict[str, torch.Tensor]:
-        ((s, t),) = self.adapted(student, teacher)
+        ((s, t, *_),) = self.levels(student, teacher)
         valid = labelled(student.model, data_samples, s.shape[2:]) if self.use_labels else None
         inter, intra = relation_losses(s, t, self.tau, valid)
-        weight = self.weight()
+        weight = self.loss_weight()
         return {'loss_inter': weight * self.beta * inter, 'loss_intra': weight * self.gamma * intra}

@@ -9,8 +9,9 @@ from collections.abc import Mapping
 import torch
 import torch.nn.functional as F
 
-from mmkd.distillers.base import Distiller, maps, require_gradient
+from mmkd.distillers.base import Distiller
 from mmkd.distillers.critic import MODES, Critic, critic_loss, deception_loss, enlarge
+from mmkd.distillers.levels import maps, require_gradient
 from mmkd.distillers.schedule import Weight
 from mmkd.distillers.segmentation.kd import REDUCTIONS, pixel_divergence
 from mmkd.errors import ConfigError

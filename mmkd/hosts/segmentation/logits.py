@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from mmkd.distillers.base import maps
+from mmkd.distillers.levels import maps
 from mmkd.errors import ConfigError
 from mmkd.taps import Taps
 

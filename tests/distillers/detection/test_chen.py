@@ -79,7 +79,7 @@ def pair(tmp_path, same=False, student=None, teacher=None, **options):
     )
     if same:
         model.load_state_dict(torch.load(checkpoint, weights_only=True)['state_dict'], strict=False)
-    model._teacher.load()
+    model.sources['teacher'].load()
     return model.train()
 
 
@@ -97,7 +97,7 @@ def test_the_shell_compares_what_the_students_own_losses_sampled(agnostic, tmp_p
     options = dict(mu=0.8, nu=0.3, margin=0.01, rcn_weight=2.0, hint_weight=0.1)
     model = pair(tmp_path, student=head, teacher=head, **options)
     # predictions at the start are all near 0
-    for seed, module in enumerate((model, model._teacher.model)):
+    for seed, module in enumerate((model, model.sources['teacher'].model)):
         for layer in (module.rpn_head.rpn_cls, module.rpn_head.rpn_reg):
             layer.bias.data.normal_(generator=torch.Generator().manual_seed(seed))
             layer.weight.data *= 3
@@ -117,7 +117,7 @@ def test_the_shell_compares_what_the_students_own_losses_sampled(agnostic, tmp_p
     monkeypatch.setattr(model.rpn_head, 'loss_by_feat_single', record_rpn)
     monkeypatch.setattr(model.roi_head.bbox_head, 'loss', record_boxes)
     found, batch = losses(model)
-    teacher = model._teacher.model
+    teacher = model.sources['teacher'].model
     with torch.no_grad(), DefaultScope.overwrite_default_scope('mmdet'):
         # mmcv's RoIAlign reads memory in the order of NCHW
         features = [level.contiguous() for level in teacher.extract_feat(batch['inputs'])]
@@ -210,7 +210,7 @@ def test_gradients_reach_student_and_adapters_and_never_the_teacher(objects, tmp
     parameters = list(model.distillers.parameters())
     assert len(parameters) == 10
     assert all(each.grad.any() for each in parameters)
-    assert all(each.grad is None for each in model._teacher.model.parameters())
+    assert all(each.grad is None for each in model.sources['teacher'].model.parameters())
 
 
 def test_no_roi_at_all_is_a_differentiable_zero(tmp_path):

@@ -29,7 +29,7 @@ METHODS = {
     'CWD on class logits': (
         'gfl',
         'gfl',
-        dict(type='CWD', layer='bbox_head.gfl_cls', weight=5),
+        dict(type='CWD', layer='bbox_head.gfl_cls', loss_weight=5),
         {'padding': 'the softmax is over all positions, as published'},
     ),
     'GID RetinaNet': ('retinanet', 'retinanet', dict(type='GID'), {'bf16': SELECTED, 'padding': SELECTED}),
@@ -120,7 +120,7 @@ METHODS = {
     'FGFI': (
         'retinanet',
         'retinanet',
-        dict(type='FGFI', head='bbox_head', weight=0.01),
+        dict(type='FGFI', head='bbox_head', loss_weight=0.01),
         {'zero': 'its adapter, always there, is not the identity'},
     ),
     'FRS': (
@@ -146,7 +146,7 @@ def pair(method, tmp_path, channels=24, same=False):
     model = distill(student, dict(config=teacher, checkpoint=checkpoint), dict(it=spec))
     if same:
         model.load_state_dict(torch.load(checkpoint, weights_only=True)['state_dict'], strict=False)
-    model._teacher.load()
+    model.sources['teacher'].load()
     return model.train()
 
 
@@ -206,7 +206,7 @@ def test_what_is_in_the_padding_does_not_matter(method, tmp_path):
         taps = []
         for network, layers in (
             (model, model.distillers.student_layers),
-            (model._teacher.model, model.distillers.teacher_layers),
+            (model.sources['teacher'].model, model.distillers.teacher_layers),
         ):
             with Taps(network, layers) as read, DefaultScope.overwrite_default_scope('mmdet'):
                 features = network.extract_feat(batch['inputs'][:2])

@@ -150,13 +150,13 @@ def test_masks_use_the_anchors_of_the_students_head(family):
 
 
 def test_zero_for_equal_networks():
-    student, teacher, distiller = pair(same=True, adapter=None, weight=1.0)
+    student, teacher, distiller = pair(same=True, adapter=None, loss_weight=1.0)
     assert distiller(*tapped(student, teacher), samples())['loss'].item() == 0
 
 
 def test_levels_of_two_pyramids_have_the_masks_of_the_students():
     """P2 to P6 of a Faster R-CNN learn from P3 to P5 of a RetinaNet."""
-    student, teacher, distiller = pair('faster_rcnn', teacher_family='retinanet', weight=1.0)
+    student, teacher, distiller = pair('faster_rcnn', teacher_family='retinanet', loss_weight=1.0)
     s, t = tapped(student, teacher)
     masks = distiller.masks(s, samples())[1:4]
     expected = 0.0
@@ -168,7 +168,7 @@ def test_levels_of_two_pyramids_have_the_masks_of_the_students():
 
 @pytest.mark.parametrize('boxes', [(BOXES[0], BOXES[1, :1]), (BOXES[0, :0], BOXES[0, :0])])
 def test_gradients_reach_student_and_adapters_and_never_the_teacher(boxes):
-    student, teacher, distiller = pair(weight=1.0)
+    student, teacher, distiller = pair(loss_weight=1.0)
     loss = distiller(*tapped(student, teacher), samples(boxes))['loss']
     loss.backward()
     assert (loss > 0) == bool(len(boxes[0]))
@@ -216,7 +216,7 @@ def test_layers_that_do_not_belong_together_are_errors(options, message):
         pair(**options)
 
 
-@pytest.mark.parametrize('options', [dict(psi=1.0), dict(psi=-0.1), dict(levels='fpn'), dict(weight='1')])
+@pytest.mark.parametrize('options', [dict(psi=1.0), dict(psi=-0.1), dict(levels='fpn'), dict(loss_weight='1')])
 def test_options_out_of_range_are_errors(options):
     with pytest.raises(ConfigError, match=next(iter(options))):
         FGFI(**options)

@@ -217,7 +217,7 @@ def pair(family, tmp_path, teacher=None, **options):
         dict(config=teacher, checkpoint=checkpoint),
         dict(g=dict(type='GDetKD', **options)),
     )
-    model._teacher.load()
+    model.sources['teacher'].load()
     return model.train()
 
 
@@ -242,7 +242,7 @@ def test_student_and_all_own_parts_learn_and_the_teacher_does_not(family, object
         assert torch.isfinite(parameter.grad).all(), name
         assert parameter.grad.any(), name
     assert model.neck.lateral_convs[0].conv.weight.grad.any()
-    assert all(each.grad is None for each in model._teacher.model.parameters())
+    assert all(each.grad is None for each in model.sources['teacher'].model.parameters())
     assert model.distillers.g.memory.filled.sum() == 16
 
 
@@ -253,7 +253,7 @@ def test_every_level_of_the_student_takes_part(tmp_path):
     taps = {}
     for name, network, layers in (
         ('student', model, distiller.student_layers),
-        ('teacher', model._teacher.model, ['neck']),
+        ('teacher', model.sources['teacher'].model, ['neck']),
     ):
         taps[name] = probe(network, layers)
     levels = [level.detach().requires_grad_() for level in taps['student']['neck']]
@@ -273,7 +273,7 @@ def test_no_region_at_all(tmp_path):
     with Taps(model, distiller.student_layers) as student:
         features = model.extract_feat(inputs)
         model.roi_head._bbox_forward(features, rois)
-    teacher = model._teacher(inputs, None)
+    teacher = model.sources['teacher'](inputs, None)
     found = distiller(student, teacher, None)
     found.pop('temperature')
     assert [loss.item() for loss in found.values()] == [0, 0, 0, 0]

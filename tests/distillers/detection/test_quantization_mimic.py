@@ -92,14 +92,14 @@ def test_student_and_adapter_learn_and_the_teacher_does_not(family, objects, tmp
     options = dict(config=teacher, checkpoint=models.save_weights(teacher, tmp_path / 'teacher.pth'))
     spec = dict(type='QuantizationMimic', head=None if family == 'faster_rcnn' else 'bbox_head')
     model = distill(models.build(getattr(detectors, family)(), seed=0), options, dict(q=spec))
-    model._teacher.load()
+    model.sources['teacher'].load()
     losses = model.train()(**model.data_preprocessor(random_batch(model, (2, 3, 96, 128), objects), True), mode='loss')
     losses['q.loss_feature'].backward()
     assert losses['q.loss_feature'].item() > 0
     assert len(list(model.distillers.parameters())) == 2
     assert all(each.grad.abs().sum() > 0 for each in model.distillers.parameters())
     assert model.backbone.layer2[0].conv1.weight.grad.abs().sum() > 0
-    assert all(each.grad is None for each in model._teacher.model.parameters())
+    assert all(each.grad is None for each in model.sources['teacher'].model.parameters())
 
 
 @pytest.mark.parametrize(

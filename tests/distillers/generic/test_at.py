@@ -109,7 +109,7 @@ def pair(tmp_path, student, teacher, **options):
     model = distill(
         models.build(student, seed=0), dict(config=teacher, checkpoint=checkpoint), dict(at=dict(type='AT', **options))
     )
-    model._teacher.load()
+    model.sources['teacher'].load()
     return model.train()
 
 
@@ -118,9 +118,9 @@ def pair(tmp_path, student, teacher, **options):
 )
 def test_stages_of_a_teacher_of_other_widths_and_strides(teacher, tmp_path):
     """DeepLabV3's last two stages have stride 16 here, PSPNet's stride 8."""
-    model = pair(tmp_path, segmentors.pspnet(), teacher, layer=LAYERS, weight=10000.0)
+    model = pair(tmp_path, segmentors.pspnet(), teacher, layer=LAYERS, loss_weight=10000.0)
     data = model.data_preprocessor(random_batch(model, (2, 3, 64, 96)), True)
-    taps = model._teacher(data['inputs'], data['data_samples'])
+    taps = model.sources['teacher'](data['inputs'], data['data_samples'])
     with Taps(model, LAYERS) as student:
         model.extract_feat(data['inputs'])
     expected = 0.0
@@ -134,7 +134,7 @@ def test_stages_of_a_teacher_of_other_widths_and_strides(teacher, tmp_path):
     loss.backward()
     for layer in LAYERS:
         assert model.get_submodule(layer)[0].conv1.weight.grad.any()
-    assert all(each.grad is None for each in model._teacher.model.parameters())
+    assert all(each.grad is None for each in model.sources['teacher'].model.parameters())
     assert not list(model.distillers.parameters())
 
 
@@ -158,7 +158,7 @@ def test_zero_for_equal_networks(tmp_path):
 
 
 @pytest.mark.parametrize(
-    'options', [dict(form='paper'), dict(power=0.5), dict(power='2'), dict(match='size'), dict(weight='2')]
+    'options', [dict(form='paper'), dict(power=0.5), dict(power='2'), dict(match='size'), dict(loss_weight='2')]
 )
 def test_options_out_of_range_are_errors(options):
     with pytest.raises(ConfigError, match=next(iter(options))):

@@ -102,7 +102,7 @@ def tapped(student, teacher, distiller, size=(96, 128)):
 
 def test_equal_networks_and_the_sum_over_levels():
     student, teacher, other = (models.build(detectors.retinanet(), seed=seed) for seed in (0, 0, 1))
-    distiller = PKD('neck', weight=2.0)
+    distiller = PKD('neck', loss_weight=2.0)
     assert distiller(*tapped(student, teacher, distiller), None)['loss'].item() == 0
     taps = tapped(student, other, distiller)
     expected = 2 * sum(pearson_loss(s, t) for s, t in zip(taps[0]['neck'], taps[1]['neck'], strict=True))
@@ -142,7 +142,7 @@ def test_levels_in_order_are_resized_to_the_teachers():
     assert by_stride.pairs == [(0, 1), (1, 2), (2, 3), (3, 4)]
 
 
-@pytest.mark.parametrize('options', [dict(eps=-1.0), dict(eps='a'), dict(match='size'), dict(weight='10')])
+@pytest.mark.parametrize('options', [dict(eps=-1.0), dict(eps='a'), dict(match='size'), dict(loss_weight='10')])
 def test_options_out_of_range_are_errors(options):
     with pytest.raises(ConfigError, match=next(iter(options))):
         PKD('neck', **options)

@@ -217,7 +217,7 @@ def pair(tmp_path, family='deeplabv3', teacher=None, **options):
     student = models.build(getattr(segmentors, family)(), seed=0)
     options = dict(pixels=190, regions=38, pixel_memory=30, region_memory=8, pixels_per_image=4) | options
     model = distill(student, dict(config=config, checkpoint=checkpoint), dict(cirkd=dict(type='CIRKD', **options)))
-    model._teacher.load()
+    model.sources['teacher'].load()
     return model.train()
 
 
@@ -249,7 +249,7 @@ def test_a_training_step(family, options, tmp_path):
     assert {name for name, _ in model.distillers.cirkd.named_parameters()} == {
         'projection.0.conv.weight', 'projection.0.norm.weight', 'projection.0.norm.bias', 'projection.1.weight'
     }  # fmt: skip
-    assert all(each.grad is None for each in model._teacher.model.parameters())
+    assert all(each.grad is None for each in model.sources['teacher'].model.parameters())
 
 
 def test_a_class_queue_has_pixels_of_that_class_alone(tmp_path):
@@ -259,7 +259,7 @@ def test_a_class_queue_has_pixels_of_that_class_alone(tmp_path):
     for seed in range(3):
         step(model, seed=seed)
         data = model.data_preprocessor(random_batch(model, (2, 3, 64, 96), seed=seed), True)
-        embedding = F.normalize(model._teacher(data['inputs'], None)['decode_head.bottleneck'][0], dim=1)
+        embedding = F.normalize(model.sources['teacher'](data['inputs'], None)['decode_head.bottleneck'][0], dim=1)
         for feature, sample in zip(embedding, data['data_samples']):
             labels = sample.gt_sem_seg.data[0, :: 64 // feature.shape[1], :: 96 // feature.shape[2]]
             for k in range(19):
@@ -292,7 +292,7 @@ def test_the_memorys_losses_are_of_what_earlier_steps_left(tmp_path):
     data = model.data_preprocessor(random_batch(model, (2, 3, 64, 96), seed=1), True)
     with Taps(model, distiller.student_layers) as student:
         losses = model(**data, mode='loss')
-    teacher = model._teacher(data['inputs'], None)
+    teacher = model.sources['teacher'](data['inputs'], None)
     (s,), (t,) = student['decode_head.bottleneck'], teacher['decode_head.bottleneck']
     labels = torch.cat([sample.gt_sem_seg.data for sample in data['data_samples']])[:, ::16, ::16]
     valid = labels != 255
@@ -309,7 +309,10 @@ def test_maps_of_two_sizes(tmp_path):
     data = model.data_preprocessor(random_batch(model, (2, 3, 64, 96)), True)
     with Taps(model, ['decode_head.bottleneck']) as student:
         loss = model(**data, mode='loss')['cirkd.loss_batch']
-    (s,), (t,) = student['decode_head.bottleneck'], model._teacher(data['inputs'], None)['decode_head.bottleneck']
+    (s,), (t,) = (
+        student['decode_head.bottleneck'],
+        model.sources['teacher'](data['inputs'], None)['decode_head.bottleneck'],
+    )
     valid = torch.cat([sample.gt_sem_seg.data for sample in data['data_samples']])[:, ::8, ::8] != 255
     torch.testing.assert_close(loss, batch_loss(F.interpolate(s, (8, 12), mode='bilinear'), t, valid))
 

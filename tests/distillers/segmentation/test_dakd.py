@@ -417,7 +417,7 @@ def pair(tmp_path, teacher=None, student=None, **options):
         dict(config=teacher, checkpoint=checkpoint),
         dict(dakd=dict(type='DAKD', critic_channels=4, **options)),
     )
-    model._teacher.load()
+    model.sources['teacher'].load()
     return model.train()
 
 
@@ -456,7 +456,7 @@ def test_student_and_critics_learn_and_the_teacher_does_not(teacher, options, tm
     }
     for name, parameter in own.items():
         assert parameter.grad.any(), name
-    assert all(each.grad is None for each in model._teacher.model.parameters())
+    assert all(each.grad is None for each in model.sources['teacher'].model.parameters())
 
 
 def test_a_source_loss_that_is_a_mean_over_labelled_pixels_does_not_see_the_target(tmp_path):

@@ -144,15 +144,15 @@ def test_the_gradient_reaches_the_student_and_not_the_teacher():
 def pair(tmp_path, teacher, **distillers):
     checkpoint = models.save_weights(teacher, tmp_path / 'teacher.pth')
     model = distill(models.build(segmentors.pspnet(), seed=0), dict(config=teacher, checkpoint=checkpoint), distillers)
-    model._teacher.load()
+    model.sources['teacher'].load()
     return model.train()
 
 
 @pytest.mark.parametrize('teacher', [segmentors.pspnet(24, base=16), segmentors.deeplabv3(24)], ids=['psp', 'aspp'])
 def test_terms_are_weighed_and_ignored_pixels_left_out(teacher, tmp_path):
-    model = pair(tmp_path, teacher, dist=dict(type='DIST', beta=2.0, gamma=0.5, tau=2.0, weight=3.0))
+    model = pair(tmp_path, teacher, dist=dict(type='DIST', beta=2.0, gamma=0.5, tau=2.0, loss_weight=3.0))
     data = model.data_preprocessor(random_batch(model, (2, 3, 64, 96), objects=1), True)
-    taps = model._teacher(data['inputs'], data['data_samples'])
+    taps = model.sources['teacher'](data['inputs'], data['data_samples'])
     with Taps(model, model.distillers.student_layers) as student:
         model.decode_head.forward(model.extract_feat(data['inputs']))
     (s,), (t,) = student['decode_head.conv_seg'], taps['decode_head.conv_seg']
@@ -172,7 +172,7 @@ def test_terms_are_weighed_and_ignored_pixels_left_out(teacher, tmp_path):
 
 def test_a_training_step_with_auxiliary_logits(tmp_path):
     layer = 'auxiliary_head.conv_seg'
-    methods = dict(dist=dict(type='DIST'), auxiliary=dict(type='DIST', layer=layer, weight=0.4))
+    methods = dict(dist=dict(type='DIST'), auxiliary=dict(type='DIST', layer=layer, loss_weight=0.4))
     model = pair(tmp_path, segmentors.pspnet(24), **methods)
     for objects in (4, 0):
         data = model.data_preprocessor(random_batch(model, (2, 3, 64, 96), objects), True)
@@ -182,7 +182,7 @@ def test_a_training_step_with_auxiliary_logits(tmp_path):
             assert torch.isfinite(loss)
             assert (loss > 1e-3) == (objects > 0)
         sum(losses.values()).backward()
-        assert all(each.grad is None for each in model._teacher.model.parameters())
+        assert all(each.grad is None for each in model.sources['teacher'].model.parameters())
         for head in (model.decode_head, model.auxiliary_head):
             assert head.conv_seg.weight.grad.any() == (objects > 0)
             head.conv_seg.weight.grad = None
@@ -195,7 +195,9 @@ def test_layers_that_cannot_be_compared_are_an_error():
         distiller.setup(*(probe(model, distiller.student_layers) for model in (student, teacher)))
 
 
-@pytest.mark.parametrize('options', [dict(tau=0), dict(tau='1'), dict(beta=-1.0), dict(gamma='1'), dict(weight='2')])
+@pytest.mark.parametrize(
+    'options', [dict(tau=0), dict(tau='1'), dict(beta=-1.0), dict(gamma='1'), dict(loss_weight='2')]
+)
 def test_options_out_of_range_are_errors(options):
     with pytest.raises(ConfigError, match=next(iter(options))):
         DIST(**options)

@@ -138,14 +138,14 @@ def pair(tmp_path, teacher, student=None, **options):
         dict(config=teacher, checkpoint=checkpoint),
         dict(kd=dict(type='KD', **options)),
     )
-    model._teacher.load()
+    model.sources['teacher'].load()
     return model.train()
 
 
 def tapped(model, objects=4):
     """A batch, the taps of both networks and the loss."""
     data = model.data_preprocessor(random_batch(model, (2, 3, 64, 96), objects), True)
-    teacher = model._teacher(data['inputs'], data['data_samples'])
+    teacher = model.sources['teacher'](data['inputs'], data['data_samples'])
     with Taps(model, model.distillers.student_layers) as student:
         model.decode_head.forward(model.extract_feat(data['inputs']))
     return data, student, teacher, model.distillers.kd(student, teacher, data['data_samples'])['loss']
@@ -153,7 +153,7 @@ def tapped(model, objects=4):
 
 def test_ignored_pixels_are_left_out_unless_labels_are_not_used(tmp_path):
     layer = 'decode_head.conv_seg'
-    model = pair(tmp_path, segmentors.pspnet(24, base=16), tau=2.0, weight=3.0)
+    model = pair(tmp_path, segmentors.pspnet(24, base=16), tau=2.0, loss_weight=3.0)
     data, student, teacher, loss = tapped(model, objects=1)
     labels = torch.stack([sample.gt_sem_seg.data[0, ::8, ::8] for sample in data['data_samples']])
     valid = labels != 255
@@ -183,7 +183,7 @@ def test_a_teacher_of_other_widths_and_strides(teacher, label_size, tmp_path):
     loss.backward()
     assert model.decode_head.conv_seg.weight.grad.any()
     assert model.backbone.layer1[0].conv1.weight.grad.any()
-    assert all(each.grad is None for each in model._teacher.model.parameters())
+    assert all(each.grad is None for each in model.sources['teacher'].model.parameters())
     assert not list(model.distillers.parameters())
 
 
@@ -204,7 +204,7 @@ def test_auxiliary_logits(tmp_path):
     model = pair(tmp_path, segmentors.pspnet(24), layer=layer)
     data = model.data_preprocessor(random_batch(model, (2, 3, 64, 96)), True)
     assert model(**data, mode='loss')['kd.loss'] > 0
-    assert model._teacher.layers == (layer,)
+    assert model.sources['teacher'].layers == (layer,)
 
 
 def test_zero_for_equal_networks(tmp_path):
@@ -252,7 +252,7 @@ def test_layers_that_cannot_be_compared_are_errors(student, teacher, options, me
 
 
 @pytest.mark.parametrize(
-    'options', [dict(tau=0), dict(tau=-1.0), dict(tau='4'), dict(reduction='mean'), dict(weight='2')]
+    'options', [dict(tau=0), dict(tau=-1.0), dict(tau='4'), dict(reduction='mean'), dict(loss_weight='2')]
 )
 def test_options_out_of_range_are_errors(options):
     with pytest.raises(ConfigError, match=next(iter(options))):

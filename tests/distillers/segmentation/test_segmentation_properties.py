@@ -22,7 +22,7 @@ METHODS = {
     'CWD': (
         'pspnet',
         'pspnet',
-        dict(type='CWD', layer='decode_head.conv_seg', tau=4.0, weight=3.0),
+        dict(type='CWD', layer='decode_head.conv_seg', tau=4.0, loss_weight=3.0),
         {'ignored': ALL_PIXELS},
     ),
     'CWD on features': (
@@ -32,7 +32,7 @@ METHODS = {
             type='CWD',
             layer='decode_head.bottleneck',
             tau=4.0,
-            weight=50.0,
+            loss_weight=50.0,
             adapter=dict(type='ConvAdapter', bias=False, norm=True, relu=True),
         ),
         {'zero': OTHER, 'ignored': ALL_PIXELS},
@@ -73,7 +73,7 @@ METHODS = {
     'AT': (
         'pspnet',
         'pspnet',
-        dict(type='AT', layer=['backbone.layer3', 'backbone.layer4'], weight=1e4),
+        dict(type='AT', layer=['backbone.layer3', 'backbone.layer4'], loss_weight=1e4),
         {'ignored': ALL_PIXELS},
     ),
     'DAKD': (
@@ -100,7 +100,7 @@ def pair(method, tmp_path, same=False):
     model = distill(student, dict(config=teacher, checkpoint=checkpoint), dict(it=spec))
     if same:
         model.load_state_dict(torch.load(checkpoint, weights_only=True)['state_dict'], strict=False)
-    model._teacher.load()
+    model.sources['teacher'].load()
     model.train()
     for module in model.modules():  # teachers are in eval mode; and what is in one image does not change another's
         if isinstance(module, torch.nn.modules.batchnorm._BatchNorm) and module.track_running_stats:
@@ -165,7 +165,7 @@ def test_what_the_networks_see_at_ignored_pixels_does_not_matter(method, tmp_pat
         taps = []
         for network, layers in (
             (model, model.distillers.student_layers),
-            (model._teacher.model, model.distillers.teacher_layers),
+            (model.sources['teacher'].model, model.distillers.teacher_layers),
         ):
             with Taps(network, layers) as read:
                 run(network, layers, batch['inputs'], batch['data_samples'])

@@ -134,7 +134,7 @@ def pair(tmp_path, teacher=None, student=None, **options):
         dict(config=teacher, checkpoint=checkpoint),
         dict(skd=dict(type='SKD', **options)),
     )
-    model._teacher.load()
+    model.sources['teacher'].load()
     return model.train()
 
 
@@ -178,7 +178,7 @@ def test_a_training_step_of_each_term(options, keys, layers, objects, tmp_path):
     for name, parameter in own.items():
         assert parameter.grad is not None, name
         assert torch.isfinite(parameter.grad).all(), name
-    assert all(each.grad is None for each in model._teacher.model.parameters())
+    assert all(each.grad is None for each in model.sources['teacher'].model.parameters())
 
 
 def test_each_term_is_its_formula_times_its_weight(tmp_path):
@@ -200,7 +200,7 @@ def test_each_term_is_its_formula_times_its_weight(tmp_path):
     data = prepared(model, objects=1)
     with Taps(model, [LOGITS, FEATURE]) as student:
         found = losses(model, data)
-    teacher = model._teacher(data['inputs'], data['data_samples'])
+    teacher = model.sources['teacher'](data['inputs'], data['data_samples'])
     (z_s, f_s), (z_t, f_t) = ([taps[layer][0] for layer in (LOGITS, FEATURE)] for taps in (student, teacher))
     z_s, f_s = (F.interpolate(each, (8, 12), mode='bilinear') for each in (z_s, f_s))
     assert z_t.shape[2:] == f_t.shape[2:] == (8, 12)
@@ -294,7 +294,7 @@ def test_one_optimizer_changes_the_weights_as_two_alternating_ones_do(mode, tmp_
         total, _ = model.parse_losses(model(**data, mode='loss'))
         single.update_params(total)
 
-        t = other._teacher(data['inputs'], data['data_samples'])[LOGITS][0]
+        t = other.sources['teacher'](data['inputs'], data['data_samples'])[LOGITS][0]
         t = F.interpolate(t, (64, 64), mode='bilinear')
         critic.requires_grad_(False)
         with Taps(other, [LOGITS]) as taps:
