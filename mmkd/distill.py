@@ -4,6 +4,7 @@
 ``DistilledRetinaNet`` that still is a ``RetinaNet``, with its parameter names, checkpoints, hooks and optimizer rules.
 """
 
+import copy
 import functools
 from collections.abc import Mapping, Sequence
 
@@ -129,7 +130,7 @@ def _build_student(student: str | Mapping | BaseModel, data_preprocessor: Mappin
         student = read_model(student, 'student')
     if data_preprocessor is not None and student.get('data_preprocessor') is None:
         student = {**student, 'data_preprocessor': data_preprocessor}
-    return MMENGINE_MODELS.build(student)
+    return MMENGINE_MODELS.build(copy.deepcopy(student))  # some models change the config that they are built from
 
 
 def _connect(model: nn.Module, sources: Mapping[str, Source], distillers: Distillers) -> None:
