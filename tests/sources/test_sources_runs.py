@@ -38,11 +38,14 @@ def retinanet(folder):
 
 
 def pspnet(folder):
-    """The same in a segmentor."""
-    wide = segmentors.pspnet(24)
+    """The same in a segmentor, without dropout, whose random numbers no checkpoint of mmengine holds."""
+    wide, student = segmentors.pspnet(24), segmentors.pspnet()
+    for config in (wide, student):
+        for head in ('decode_head', 'auxiliary_head'):
+            config[head]['dropout_ratio'] = 0.0
     return dict(
         type='mmkd.Distill',
-        student=segmentors.pspnet(),
+        student=student,
         teacher=dict(
             large=dict(config=wide, checkpoint=models.save_weights(wide, Path(folder) / 'teacher.pth')),
             mean=dict(type='Average', momentum=0.9),
