@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 from mmengine.config import Config, ConfigDict
 from mmengine.hub import get_config
@@ -43,7 +43,7 @@ def read_teacher(teacher: str | Mapping) -> TeacherConfig:
 def teachers(config: Config) -> Iterator[tuple[str, str | Mapping]]:
     """The frozen teachers of a distilled config, each with its option's name."""
     found = (config.get('model') or {}).get('teacher')
-    named = {'model.teacher': found}
+    named: dict[str, Any] = {'model.teacher': found}
     if isinstance(found, Mapping) and 'config' not in found and 'type' not in found:
         named = {f'model.teacher.{name}': each for name, each in found.items()}
     for option, spec in named.items():
@@ -82,7 +82,7 @@ def name_classes(value: object) -> object:
     return value
 
 
-def _local_file(value: object) -> bool:
+def _local_file(value: object) -> TypeGuard[str]:
     """Whether a teacher's config or checkpoint is named by a path."""
     return isinstance(value, str) and '::' not in value and '://' not in value
 
