@@ -44,9 +44,7 @@ FAMILIES = {
     ),
     'mmdet/cityscapes': Family('faster-rcnn_r50_fpn_1x_cityscapes.py'),
     'mmdet/condinst': Family('condinst_r50_fpn_ms-poly-90k_coco_instance.py'),
-    'mmdet/conditional_detr': Family(
-        'conditional-detr_r50_8xb2-50e_coco.py', changes=dict(bbox_head=dict(embed_dims=32))
-    ),
+    'mmdet/conditional_detr': Family('conditional-detr_r50_8xb2-50e_coco.py', narrow=1, size=64),
     'mmdet/cornernet': Family(
         'cornernet_hourglass104_8xb6-210e-mstest_coco.py', changes=dict(backbone=dict(feat_channel=32))
     ),
@@ -62,7 +60,7 @@ FAMILIES = {
     ),
     'mmdet/detectors': Family('detectors_cascade-rcnn_r50_1x_coco.py'),
     'mmdet/detr': Family('detr_r50_8xb2-150e_coco.py'),
-    'mmdet/dino': Family('dino-4scale_r50_8xb2-12e_coco.py', changes=dict(bbox_head=dict(embed_dims=32))),
+    'mmdet/dino': Family('dino-4scale_r50_8xb2-12e_coco.py', narrow=1, size=64),
     'mmdet/double_heads': Family('dh-faster-rcnn_r50_fpn_1x_coco.py'),
     'mmdet/dsdl': Family('coco.py'),
     'mmdet/dyhead': Family('atss_r50_fpn_dyhead_1x_coco.py'),
@@ -220,7 +218,12 @@ FAMILIES = {
 }
 
 
-NCHW: set[str] = set()
+NCHW = {
+    *(f'mmdet/{each}' for each in ('centernet', 'centripetalnet', 'dcn', 'dcnv2', 'ddod', 'detectors', 'dyhead')),
+    *(f'mmdet/{each}' for each in ('empirical_attention', 'foveabox', 'gfl', 'gn+ws', 'nas_fcos', 'regnet')),
+    *(f'mmdet/{each}' for each in ('reppoints', 'solov2', 'tood', 'vfnet')),
+    *(f'mmseg/{each}' for each in ('dmnet', 'psanet')),
+}
 """Families whose teachers keep the layout of NCHW."""
 
 NOT_HERE = {
@@ -313,7 +316,8 @@ def differences(found: Taps, expected: Taps) -> dict[str, float]:
 @pytest.mark.parametrize('name', FAMILIES)
 def test_a_frozen_teacher_equals_the_stock_model(name):
     family = FAMILIES[name]
-    stock = build_random(small_config(f'{name}/{family.config}', family.narrow, family.changes)).eval()
+    stock = build_random(small_config(f'{name}/{family.config}', family.narrow, family.changes))
+    stock.eval()  # of some models it returns None
     layers = family.layers or default_layers(stock)
     sizes = [(family.size, family.size)] if family.size else sizes_to_probe([stock])
     size, _ = at_first_size(sizes, lambda size: (size, probe(stock, layers, size=size)))
@@ -348,7 +352,7 @@ def test_a_student_learns_from_a_teacher_of_its_family(name):
     assert losses['cwd.loss'] > 0
     losses['cwd.loss'].backward()
     gradients = [each.grad for each in model.parameters() if each.grad is not None]
-    assert gradients and all(torch.isfinite(each).all() for each in gradients)
+    assert all(torch.isfinite(each).all() for each in gradients)
     assert any(each.any() for each in gradients)
 
 
