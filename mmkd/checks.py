@@ -223,9 +223,11 @@ def check_pretrained(config: Config) -> None:
 def pretrained(model: Mapping, option: str) -> Iterator[tuple[str, str]]:
     """The options by which a model's config names weights to start from, and these."""
     start = model.get('init_cfg')
-    if isinstance(start, Mapping) and type_name(start) == 'Pretrained' and isinstance(start.get('checkpoint'), str):
-        yield f'{option}.init_cfg', start['checkpoint']
-        return  # mmengine initialises nothing below it
+    for name, each in [('init_cfg', start)] if isinstance(start, Mapping) else _numbered('init_cfg', start):
+        if type_name(each) == 'Pretrained' and isinstance(each.get('checkpoint'), str):
+            yield f'{option}.{name}', each['checkpoint']
+            if each is start:
+                return  # mmengine initialises nothing below it
     if isinstance(model.get('pretrained'), str):
         yield f'{option}.pretrained', model['pretrained']
     for key, value in model.items():
