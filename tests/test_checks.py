@@ -60,7 +60,7 @@ def test_pretrained_weights_are_found_anywhere_in_the_student():
     )
     assert dict(checks.pretrained(Config(dict(model=model)).model, 'model')) == {
         'model.student.pretrained': 'open-mmlab://resnet18_v1c',
-        'model.student.backbone.init_cfg.0': 'a.pth',
+        'model.student.backbone.init_cfg.1': 'a.pth',
         'model.student.decode_head.0.init_cfg': 'b.pth',
         'model.student.detector.init_cfg': 'c.pth',
     }

@@ -33,7 +33,7 @@ def cache(tmp_path, monkeypatch):
 )
 def test_named_weights_come_from_the_cache_or_the_error_says_where_to_put_them(cache, name, file):
     with pytest.raises(
-        ConfigError, match=rf'student {name}: could not .* no way to .*; put the file at {cache / file}, or do'
+        ConfigError, match=rf'student {name}: could not .*no way to .*; put the file at {cache / file}, or do'
     ):
         fetch(name, 'student', unreachable='do without')
     (cache / file).write_bytes(b'')
