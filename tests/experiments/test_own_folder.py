@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from mmengine.config import Config
 
-from mmkd.testing import detectors, segmentors
+from mmkd.testing import detectors, models, segmentors
 from mmkd.testing.runs import shapes_config, streets_config
 
 ROOT = Path(__file__).parents[2]
@@ -19,3 +19,83 @@ def compare(*arguments, cwd) -> subprocess.CompletedProcess:
     command = [sys.executable, '-W', 'ignore', str(ROOT / 'tools' / 'compare.py'), *map(str, arguments)]
     env = {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': str(ROOT)}
     return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=env)
+
+
+@pytest.mark.slow
+def test_iterations_with_a_teacher_that_is_trained_first(tmp_path):
+    """Detection: all that a comparison leaves, and that a second call has nothing to do."""
+    folder = tmp_path / 'my detectors'
+    (folder / '_base_').mkdir(parents=True)
+    teacher = detectors.retinanet(classes=6, channels=24, base=12)
+    shapes_config(tmp_path / 'data', teacher).dump(folder / '_base_' / 'teacher.py')
+    (folder / 'large.py').write_text("_base_ = '_base_/teacher.py'\ntrain_cfg = dict(max_iters=5)\n")
+    config = Config.fromfile(folder / '_base_' / 'teacher.py')
+    config.model = detectors.retinanet(classes=6)
+    config.dump(folder / 'small.py')
+    (folder / 'cwd.py').write_text("""
+_base_ = 'small.py'
+model = dict(
+    _delete_=True,
+    type='mmkd.Distill',
+    student=_base_.model,
+    teacher=dict(config='large.py', checkpoint='is/trained/here.pth'),
+    distillers=dict(cwd=dict(type='CWD', layer='neck')),
+)
+""")
+    command = [folder, '--seeds', 0, 1, '--work-dir', tmp_path / 'my work']
+    done = compare(*command, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    results = json.loads((tmp_path / 'my work' / 'results.json').read_text())
+    assert (results['suite'], results['score']) == ('my detectors', {'key': 'coco/bbox_mAP', 'name': 'AP', 'digits': 3})
+    assert (results['failed'], results['missing']) == ({}, {})
+    assert 0 <= results['teachers']['large'] <= 1
+    method = results['methods']['cwd']
+    assert (method['student'], method['teachers']) == ('small', ['large'])
+    assert set(method['scores']) == set(results['students']['small']['scores']) == {'0', '1'}
+    assert method['gain'] == pytest.approx(method['mean'] - results['students']['small']['mean'])
+    assert method['step_time'] > 0
+    for name in ('table.md', 'chart.png', 'report.html'):
+        assert (tmp_path / 'my work' / name).is_file()
+    assert '| cwd | small | large |' in (tmp_path / 'my work' / 'table.md').read_text()
+    log = (tmp_path / 'my work' / 'cwd_seed1' / 'output.log').read_text()
+    assert f'loaded {tmp_path}/my work/large/iter_5.pth' in log
+    again = compare(*command, cwd=tmp_path)
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert again.stdout.count('finished before, reused') == 5
+    assert json.loads((tmp_path / 'my work' / 'results.json').read_text()) == results
+
+
+@pytest.mark.slow
+def test_epochs_with_a_teacher_from_elsewhere(tmp_path):
+    """Segmentation: a checkpoint beside the config, hooks that count iterations, a score of one's own choice."""
+    folder = tmp_path / 'mine'
+    folder.mkdir()
+    config = streets_config(tmp_path / 'data', segmentors.pspnet(), images=8)
+    config.train_cfg = dict(type='EpochBasedTrainLoop', max_epochs=2)
+    config.train_dataloader.sampler = dict(type='DefaultSampler', shuffle=True)
+    config.param_scheduler = []
+    config.dump(folder / 'alone.py')
+    models.save_weights(segmentors.pspnet(base=12), folder / 'teacher.pth')
+    config.model = dict(
+        type='mmkd.Distill',
+        student=segmentors.pspnet(),
+        teacher=dict(config=segmentors.pspnet(base=12), checkpoint='teacher.pth'),
+        distillers=dict(kd=dict(type='KD')),
+    )
+    config.dump(folder / 'kd.py')
+    done = compare(folder, '--seeds', 3, '--score', 'aAcc', cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    results = json.loads((tmp_path / 'work_dirs' / 'compare_mine' / 'results.json').read_text())
+    assert results['score'] == {'key': 'aAcc', 'name': 'aAcc', 'digits': 2}
+    assert results['teachers'] == {}
+    method = results['methods']['kd']
+    assert method['teachers'] == ['EncoderDecoder']
+    assert 0 <= method['scores']['3'] <= 100
+    assert method['gap_closed'] is None
+    assert (tmp_path / 'work_dirs' / 'compare_mine' / 'kd_seed3' / 'epoch_2.pth').is_file()
+    table = (tmp_path / 'work_dirs' / 'compare_mine' / 'table.md').read_text()
+    assert '| teacher |  | EncoderDecoder | not measured |' in table
+    unknown = compare(folder, '--seeds', 3, '--score', 'mF1', '--report-only', cwd=tmp_path)
+    assert unknown.returncode == 1
+    (line,) = unknown.stderr.splitlines()
+    assert line.startswith("error: alone, seed 3: its evaluation logged no 'mF1'; choose one of aAcc, mIoU, mAcc with")

@@ -55,7 +55,9 @@ def test_the_table_has_means_spread_and_the_share_of_the_gap(models):
 
 def test_the_page_has_the_table_the_curves_and_the_pictures(models, tmp_path):
     more = {'IoU <of> each class': [{'class': 'road', 'teacher': '77.7'}]}
-    page = REPORT.write(tmp_path / 'report.html', *models, pictures='data:image/png;base64,AAAA', tables=more).read_text()
+    page = REPORT.write(
+        tmp_path / 'report.html', *models, pictures='data:image/png;base64,AAAA', tables=more
+    ).read_text()
     assert '<td>0.325 ± 0.035</td>' in page
     assert 'trained for 600 iterations' in page
     assert 'data:image/svg+xml;base64,' in page
