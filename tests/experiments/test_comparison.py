@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 
 import pytest
@@ -32,12 +33,10 @@ def test_every_config_with_distillers_is_found_with_its_student_and_teacher(suit
     files = {path.stem for path in folder.glob('*.py')}
     assert set(methods) == {name for name in files if not name.endswith(('_student', '_teacher'))}
     for name, method in methods.items():
-        student = next(part for part in ('faster_rcnn', 'retinanet', 'fcos', 'gfl', 'dusk', 'pspnet') if part in name)
-        if name == 'dakd_pspnet':
-            student = 'pspnet_dusk'
-        assert method.student == f'{student}_student'
-        teacher = 'faster_rcnn' if name == 'gdetkd_retinanet' else student
-        assert method.teachers == {'model.teacher': f'{teacher}_teacher'}
+        family = next(each for each in ('faster_rcnn', 'retinanet', 'fcos', 'gfl', 'pspnet') if name.endswith(each))
+        assert method.student == f'{"pspnet_dusk" if name == "dakd_pspnet" else family}_student'
+        (teacher,) = re.findall(r"config='mmkd::\w+/(\w+)\.py'", (folder / f'{name}.py').read_text())
+        assert method.teachers == {'model.teacher': teacher}
         assert method.given == {}
 
 
