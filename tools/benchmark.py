@@ -1,6 +1,6 @@
 """Time and peak memory of one training step: plain student, stock teacher, distilled; in turn, in one process.
 
-    python tools/benchmark.py configs/gid_retinanet.py --shape 2 3 256 320
+    python tools/benchmark.py configs/gid_retinanet.py --shape 2 3 256 320 --json gid_retinanet.json
 
 The weights are random: neither data nor checkpoints are needed. "Floor ratio" is the distilled step over the sum of the
 plain student's step and the teacher's forward pass as stock mmdet or mmseg runs it, as far as the same layers.
@@ -8,9 +8,11 @@ plain student's step and the teacher's forward pass as stock mmdet or mmseg runs
 
 import argparse
 import copy
+import json
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from mmengine.registry import MODELS, init_default_scope
@@ -97,8 +99,11 @@ def main() -> None:
     parser.add_argument('--rounds', type=int, default=15)
     parser.add_argument('--amp', action='store_true')
     parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
+    parser.add_argument('--json', type=Path, metavar='FILE', help='write the figures to this file, too')
     cli.add_common_options(parser)
     args = parser.parse_args()
+    if args.rounds < 1:
+        parser.error(f'--rounds: expected at least 1, but got {args.rounds}')
     with cli.clear_errors():
         config = cli.read_config(args)
         init_default_scope(config.default_scope)
@@ -137,15 +142,34 @@ def main() -> None:
     shape = 'x'.join(map(str, args.shape))
     print(f'{args.config} at {shape}{" with AMP" if args.amp else ""}, {on}, torch {torch.__version__}')
     print(f'{"":16}{"ms":>10}{"(min)":>10}{"peak MiB":>12}')
-    median, peak = {}, {}
+    figures = {}
     for name, step in steps.items():
-        median[name] = statistics.median(times[name])
-        peak[name] = resident[name] + peak_memory(step, device)
-        print(f'{name:16}{median[name]:10.1f}{min(times[name]):10.1f}{peak[name]:12.1f}')
-    floors = [d / (p + s) for p, s, d in zip(*times.values())]
-    allowed = peak['plain student'] + resident['stock teacher']
-    print(f'floor ratio      {statistics.median(floors):.3f}  (distilled / (plain student + stock teacher), median)')
-    print(f'memory ratio     {peak["distilled"] / allowed:.3f}  (distilled / (plain student + teacher weights))')
+        of_step = {
+            'median_ms': statistics.median(times[name]),
+            'min_ms': min(times[name]),
+            'peak_mib': resident[name] + peak_memory(step, device),
+        }
+        print(f'{name:16}{of_step["median_ms"]:10.1f}{of_step["min_ms"]:10.1f}{of_step["peak_mib"]:12.1f}')
+        figures[name] = of_step
+    floor = statistics.median(d / (p + s) for p, s, d in zip(*times.values(), strict=True))
+    memory = figures['distilled']['peak_mib'] / (figures['plain student']['peak_mib'] + resident['stock teacher'])
+    print(f'floor ratio      {floor:.3f}  (distilled / (plain student + stock teacher), median)')
+    print(f'memory ratio     {memory:.3f}  (distilled / (plain student + teacher weights))')
+    if args.json:
+        about = {
+            'config': args.config,
+            'options': dict(args.cfg_options),
+            'shape': list(args.shape),
+            'objects': args.objects,
+            'rounds': args.rounds,
+            'amp': args.amp,
+            'device': on,
+            'torch': torch.__version__,
+        }
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(
+            json.dumps({**about, 'steps': figures, 'floor_ratio': floor, 'memory_ratio': memory}, indent=2) + '\n'
+        )
 
 
 if __name__ == '__main__':
