@@ -13,14 +13,14 @@ from mmkd.testing import detectors, models
 from mmkd.testing.batches import random_batch
 
 
-def softmax(logits, temperature=1.0):
-    values = [math.exp(each / temperature) for each in logits]
+def softmax(logits, tau=1.0):
+    values = [math.exp(each / tau) for each in logits]
     return [each / sum(values) for each in values]
 
 
-def divergence(student, teacher, background=1.5, temperature=1.0):
+def divergence(student, teacher, background=1.5, tau=1.0):
     """Of one row of logits, the background last; the paper's cross-entropy less that of the teacher with itself."""
-    s, t = softmax(student, temperature), softmax(teacher, temperature)
+    s, t = softmax(student, tau), softmax(teacher, tau)
     weights = [1.0] * (len(s) - 1) + [background]
     return sum(-w * b * math.log(a) + w * b * math.log(b) for w, a, b in zip(weights, s, t))
 
@@ -30,12 +30,12 @@ def bounded(student, teacher, target, margin=0.0):
     return error if error + margin > bound else 0.0
 
 
-@pytest.mark.parametrize(('background', 'temperature'), [(1.5, 1.0), (1.0, 1.0), (0.3, 2.0)])
-def test_divergence_as_plain_loops(background, temperature):
+@pytest.mark.parametrize(('background', 'tau'), [(1.5, 1.0), (1.0, 1.0), (0.3, 2.0)])
+def test_divergence_as_plain_loops(background, tau):
     student, teacher = 2 * torch.randn(2, 7, 5, dtype=torch.float64)
-    found = chen.weighted_divergence(student, teacher, background, temperature)
+    found = chen.weighted_divergence(student, teacher, background, tau)
     for row in range(7):
-        expected = divergence(student[row].tolist(), teacher[row].tolist(), background, temperature)
+        expected = divergence(student[row].tolist(), teacher[row].tolist(), background, tau)
         assert found[row].item() == pytest.approx(expected, rel=1e-6)
 
 
@@ -158,8 +158,8 @@ def test_the_shell_compares_what_the_students_own_losses_sampled(agnostic, tmp_p
             box += bounded(s, t, targets[roi].tolist(), 0.01)
     assert 0 < positives < len(rois)
     assert box > 0
-    assert found['loss_class'].item() == pytest.approx(2 * 0.25 * soft / len(rois), rel=1e-4)
-    assert found['loss_box'].item() == pytest.approx(2 * 0.3 * box / len(rois), rel=1e-4)
+    assert found['loss_cls'].item() == pytest.approx(2 * 0.25 * soft / len(rois), rel=1e-4)
+    assert found['loss_bbox'].item() == pytest.approx(2 * 0.3 * box / len(rois), rel=1e-4)
 
     own = model.extract_feat(batch['inputs'])
     adapters = model.distillers['it'].hint.adapters
@@ -196,10 +196,10 @@ def test_gradients_reach_student_and_adapters_and_never_the_teacher(objects, tmp
     model = pair(tmp_path)
     found, _ = losses(model, objects)
     assert all(torch.isfinite(value) and value.requires_grad for value in found.values())
-    for name in ('loss_rpn_box', 'loss_box'):
+    for name in ('loss_rpn_box', 'loss_bbox'):
         assert (found[name] > 0) == bool(objects)
     assert found['loss_rpn_class'] > 0
-    assert found['loss_class'] > 0
+    assert found['loss_cls'] > 0
     sum(found.values()).backward()
     for head in (model.rpn_head, model.roi_head.bbox_head):
         assert all(each.grad is not None and torch.isfinite(each.grad).all() for each in head.parameters())
@@ -217,7 +217,7 @@ def test_no_roi_at_all_is_a_differentiable_zero(tmp_path):
     rcnn = dict(sampler=dict(num=0))
     found, _ = losses(pair(tmp_path, student=dict(train_cfg=dict(rcnn=rcnn))))
     sum(found.values()).backward()
-    assert found['loss_class'].item() == found['loss_box'].item() == 0
+    assert found['loss_cls'].item() == found['loss_bbox'].item() == 0
 
 
 def test_a_pyramid_of_one_level(tmp_path):
@@ -263,8 +263,8 @@ def test_pairs_that_cannot_be_compared_are_errors(options, message, tmp_path):
         dict(mu=1.1),
         dict(margin=-1),
         dict(background_weight=0),
-        dict(temperature=0.0),
-        dict(temperature='1'),
+        dict(tau=0.0),
+        dict(tau='1'),
     ],
 )
 def test_options_out_of_range_are_errors(options):

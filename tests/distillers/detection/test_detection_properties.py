@@ -57,7 +57,7 @@ METHODS = {
     'Mimic Faster R-CNN': (
         'faster_rcnn',
         'faster_rcnn',
-        dict(type='Mimic', class_weight=1.0, box_weight=1.0),
+        dict(type='Mimic', cls_weight=1.0, bbox_weight=1.0),
         {'batch': SAMPLED, 'bf16': NO_NMS, 'padding': SAMPLED},
     ),
     'Quantization Mimic': (
@@ -126,7 +126,7 @@ METHODS = {
     'FRS': (
         'retinanet',
         'retinanet',
-        dict(type='FRS', feature_weight=0.005, class_weight=0.02),
+        dict(type='FRS', feature_weight=0.005, cls_weight=0.02),
         {'zero': 'its adapters, always there, are not the identity', 'padding': 'the mask is of the whole map'},
     ),
 }

@@ -207,7 +207,7 @@ def test_a_head_without_anchors_is_an_error():
 @pytest.mark.parametrize(
     ('options', 'message'),
     [
-        (dict(neck='backbone'), "'backbone' has 4 levels, 'bbox_head' anchors for 3"),
+        (dict(layer='backbone'), "'backbone' has 4 levels, 'bbox_head' anchors for 3"),
         (dict(head='rpn_head'), "'rpn_head': RetinaNet has no such module"),
     ],
 )

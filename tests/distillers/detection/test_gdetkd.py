@@ -16,11 +16,11 @@ from mmkd.taps import Taps
 from mmkd.testing import detectors, models
 from mmkd.testing.batches import random_batch
 
-HEADS = dict(class_weight=1.0, box_weight=1.0)
+HEADS = dict(cls_weight=1.0, bbox_weight=1.0)
 PAIRS = {
     'faster_rcnn': dict(HEADS),
-    'retinanet': dict(head='bbox_head', tower='bbox_head.cls_convs.0'),
-    'fcos': dict(head='bbox_head', tower='bbox_head.cls_convs.0'),
+    'retinanet': dict(head='bbox_head', embedding_layer='bbox_head.cls_convs.0'),
+    'fcos': dict(head='bbox_head', embedding_layer='bbox_head.cls_convs.0'),
     'gfl': dict(head='bbox_head'),
     'atss': dict(head='bbox_head'),
 }
@@ -211,7 +211,7 @@ def test_two_processes_have_the_same_memory_of_both(tmp_path):
 def pair(family, tmp_path, teacher=None, **options):
     teacher = teacher or detectors.faster_rcnn(24)
     checkpoint = models.save_weights(teacher, tmp_path / 'teacher.pth')
-    options = dict(memory=64, keys_per_step=16, regions=20, candidates=60) | PAIRS[family] | options
+    options = dict(memory=64, keys_per_step=16, regions_per_image=20, candidates=60) | PAIRS[family] | options
     model = distill(
         models.build(getattr(detectors, family)(), seed=0),
         dict(config=teacher, checkpoint=checkpoint),
@@ -234,7 +234,7 @@ def test_student_and_all_own_parts_learn_and_the_teacher_does_not(family, object
     own = dict(model.distillers.g.named_parameters())
     assert set(own) >= {'log_tau', 'projection.weight', 'teacher_projection.weight', 'keys.0.weight', 'keys.2.bias'}
     assert any(name.startswith('adapters') for name in own)
-    assert found.pop('temperature').item() == pytest.approx(16)
+    assert found.pop('tau').item() == pytest.approx(16)
     assert len(found) == (4 if family == 'faster_rcnn' else 2)
     assert all(torch.isfinite(loss) and loss > 0 and loss.requires_grad for loss in found.values())
     sum(found.values()).backward()
@@ -248,7 +248,7 @@ def test_student_and_all_own_parts_learn_and_the_teacher_does_not(family, object
 
 def test_every_level_of_the_student_takes_part(tmp_path):
     """Of its RoI extractor, so not P6; whatever the size of the region."""
-    model = pair('faster_rcnn', tmp_path, class_weight=0.0, box_weight=0.0)
+    model = pair('faster_rcnn', tmp_path, cls_weight=0.0, bbox_weight=0.0)
     distiller = model.distillers.g
     taps = {}
     for name, network, layers in (
@@ -275,7 +275,7 @@ def test_no_region_at_all(tmp_path):
         model.roi_head._bbox_forward(features, rois)
     teacher = model.sources['teacher'](inputs, None)
     found = distiller(student, teacher, None)
-    found.pop('temperature')
+    found.pop('tau')
     assert [loss.item() for loss in found.values()] == [0, 0, 0, 0]
     sum(found.values()).backward()
     assert all(each.grad is not None and not each.grad.any() for each in distiller.parameters())
@@ -299,8 +299,8 @@ def test_head_losses_are_zero_for_equal_networks(tmp_path):
         if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
             module.eval()
     found = losses(model)
-    assert found['loss_class'].item() == pytest.approx(0, abs=1e-6)
-    assert found['loss_box'].item() == pytest.approx(0, abs=1e-6)
+    assert found['loss_cls'].item() == pytest.approx(0, abs=1e-6)
+    assert found['loss_bbox'].item() == pytest.approx(0, abs=1e-6)
 
 
 def test_drawn_regions_are_inside_and_a_quarter_lies_on_objects(tmp_path):
@@ -322,8 +322,13 @@ def test_drawn_regions_are_inside_and_a_quarter_lies_on_objects(tmp_path):
     [
         ('retinanet', detectors.retinanet, dict(), 'a two-stage teacher is needed'),
         ('faster_rcnn', lambda: detectors.faster_rcnn(classes=5), dict(), 'GDetKD compares them'),
-        ('faster_rcnn', detectors.faster_rcnn, dict(adapter=None, neck='backbone'), 'backbone'),
-        ('retinanet', detectors.faster_rcnn, dict(tower='backbone'), "'backbone' has 4 levels, 'bbox_head' 3 strides"),
+        ('faster_rcnn', detectors.faster_rcnn, dict(adapter=None, layer='backbone'), 'backbone'),
+        (
+            'retinanet',
+            detectors.faster_rcnn,
+            dict(embedding_layer='backbone'),
+            "'backbone' has 4 levels, 'bbox_head' 3 strides",
+        ),
         ('retinanet', lambda: detectors.faster_rcnn(24), dict(adapter=None), '16 and 24 channels'),
     ],
 )
@@ -336,15 +341,15 @@ def test_pairs_that_cannot_be_compared_are_errors(family, teacher, options, mess
     'options',
     [
         dict(tau=0),
-        dict(contrast_tau=-1.0),
+        dict(ckd_tau=-1.0),
         dict(memory=0),
         dict(keys_per_step=1.5),
-        dict(regions=0),
+        dict(regions_per_image=0),
         dict(projection_channels=0),
         dict(positive_fraction=1.5),
         dict(max_overlap=-0.1),
-        dict(head='bbox_head', class_weight=1.0),
-        dict(tower='bbox_head.cls_convs.3'),
+        dict(head='bbox_head', cls_weight=1.0),
+        dict(embedding_layer='bbox_head.cls_convs.3'),
     ],
 )
 def test_options_out_of_range_are_errors(options):

@@ -342,7 +342,7 @@ def test_the_value_does_not_depend_on_the_number_of_images():
         (dict(), dict(bbox_head=dict(anchor_generator=dict(ratios=[1.0]))), 'different slots'),
         (dict(), dict(bbox_head=dict(anchor_generator=dict(octave_base_scale=6))), 'different anchors'),
         (dict(adapter=None), dict(channels=24), '16 and 24 channels with adapter=None'),
-        (dict(neck='backbone'), dict(), "'backbone' has 4"),
+        (dict(layer='backbone'), dict(), "'backbone' has 4"),
     ],
 )
 def test_pairs_that_cannot_be_compared_are_errors(options, teacher, message):

@@ -44,7 +44,7 @@ def two_stage(**options):
 
 def test_two_stage_features_are_those_of_the_students_rois():
     """The teacher's are pooled by its own extractor from the boxes that the student's was given."""
-    student, teacher, distiller = two_stage(class_weight=1.0, box_weight=1.0)
+    student, teacher, distiller = two_stage(cls_weight=1.0, bbox_weight=1.0)
     images = torch.randn(2, 3, 96, 128)
     rois = torch.tensor([[0.0, 10, 20, 60, 70], [1, 5, 5, 100, 90], [1, 30, 0, 50, 16]])
     with Taps(student, distiller.student_layers) as s:
@@ -60,8 +60,8 @@ def test_two_stage_features_are_those_of_the_students_rois():
     adapted = distiller.adapters[0](results[0]['bbox_feats'])
     expected = {
         'loss_feature': 0.5 * (adapted - results[1]['bbox_feats']).square().mean(),
-        'loss_class': (results[0]['cls_score'] - results[1]['cls_score']).square().mean(),
-        'loss_box': (results[0]['bbox_pred'] - results[1]['bbox_pred']).square().mean(),
+        'loss_cls': (results[0]['cls_score'] - results[1]['cls_score']).square().mean(),
+        'loss_bbox': (results[0]['bbox_pred'] - results[1]['bbox_pred']).square().mean(),
     }
     for key, value in expected.items():
         torch.testing.assert_close(found[key], value)
@@ -87,7 +87,7 @@ def test_the_teachers_proposals_are_those_of_its_rpn():
     [
         (dict(proposals='both'), 'proposals'),
         (dict(topk=0), 'topk'),
-        (dict(head='bbox_head', class_weight=1.0), 'two-stage'),
+        (dict(head='bbox_head', cls_weight=1.0), 'two-stage'),
         (dict(head='bbox_head', proposals='teacher'), 'two-stage'),
     ],
 )
@@ -100,7 +100,7 @@ def test_options_out_of_range_are_errors(options, message):
     ('options', 'teacher', 'message'),
     [
         (dict(), detectors.retinanet(), 'a two-stage teacher is needed'),
-        (dict(class_weight=1.0), detectors.faster_rcnn(classes=5), 'second stage compares'),
+        (dict(cls_weight=1.0), detectors.faster_rcnn(classes=5), 'second stage compares'),
         (
             dict(),
             detectors.faster_rcnn(roi_head=dict(bbox_roi_extractor=dict(roi_layer=dict(output_size=14)))),

@@ -24,16 +24,16 @@ def nearest_entry(value, step, signed):
 @pytest.mark.parametrize('signed', [True, False])
 def test_the_nearest_entry_by_search(signed):
     values = torch.cat([4 * torch.randn(500, dtype=torch.float64), torch.arange(-20, 21, dtype=torch.float64) / 8])
-    found = qm.quantise(values, 0.25, signed)
+    found = qm.quantize(values, 0.25, signed)
     assert found.tolist() == [nearest_entry(value, 0.25, signed) for value in values.tolist()]
 
 
 def test_halves_go_down_and_entries_stay():
     values = torch.tensor([-0.75, -0.5, -0.25, 0.0, 0.25, 0.2500001, 0.5, 0.75, 1.0])
-    assert qm.quantise(values, 0.5).tolist() == [-1.0, -0.5, -0.5, 0.0, 0.0, 0.5, 0.5, 0.5, 1.0]
+    assert qm.quantize(values, 0.5).tolist() == [-1.0, -0.5, -0.5, 0.0, 0.0, 0.5, 0.5, 0.5, 1.0]
     random = torch.randn(1000)
-    once = qm.quantise(random, 0.3)
-    assert torch.equal(qm.quantise(once, 0.3), once)
+    once = qm.quantize(random, 0.3)
+    assert torch.equal(qm.quantize(once, 0.3), once)
     assert (once - random).abs().max() <= 0.15 + 1e-6
 
 
@@ -41,7 +41,7 @@ def test_halves_go_down_and_entries_stay():
 def test_the_gradient_passes_straight_through_on_both_sides(signed):
     student = torch.randn(5, 4, dtype=torch.float64, requires_grad=True)
     teacher = torch.randn(5, 4, dtype=torch.float64, requires_grad=True)
-    q_s, q_t = (qm.quantise(each, 0.5, signed) for each in (student, teacher))
+    q_s, q_t = (qm.quantize(each, 0.5, signed) for each in (student, teacher))
     half_mean_square(q_s, q_t).backward()
     torch.testing.assert_close(student.grad, (q_s - q_t).detach() / 20)
     torch.testing.assert_close(teacher.grad, (q_t - q_s).detach() / 20)
@@ -55,7 +55,7 @@ def test_the_loss_as_plain_loops():
     for region_s, region_t in zip(student, teacher):
         codes = [[math.ceil(f * 8 / largest - 0.5) for f in each.flatten().tolist()] for each in (region_s, region_t)]
         total += sum((largest / 8 * (b - a)) ** 2 for a, b in zip(*codes)) / len(codes[0])
-    loss = QuantizationMimic(levels=8).compare(student, teacher)
+    loss = QuantizationMimic(quantization_levels=8).compare(student, teacher)
     assert loss.item() == pytest.approx(total / 12, rel=1e-6)
 
 
@@ -108,8 +108,8 @@ def test_student_and_adapter_learn_and_the_teacher_does_not(family, objects, tmp
         (dict(step=0.0), 'step=0.0: expected a positive'),
         (dict(step=True), 'step=True'),
         (dict(step=float('nan')), 'step=nan'),
-        (dict(levels=0), 'levels=0: expected a whole'),
-        (dict(levels=2.5), 'levels=2.5'),
+        (dict(quantization_levels=0), 'quantization_levels=0: expected a whole'),
+        (dict(quantization_levels=2.5), 'quantization_levels=2.5'),
         (dict(proposal='teacher'), "no option 'proposal'; the nearest are 'proposals'"),
         (dict(proposals='both'), "proposals='both'"),
     ],
