@@ -94,7 +94,9 @@ class Mean(Distiller):
 
 
 def test_a_method_learns_from_several_teachers_at_once(teacher_options, tmp_path):
-    second = dict(teacher_options, checkpoint=models.save_weights(teacher_options['config'], tmp_path / '2.pth', seed=5))
+    second = dict(
+        teacher_options, checkpoint=models.save_weights(teacher_options['config'], tmp_path / '2.pth', seed=5)
+    )
     entry = dict(type=f'{__name__}.Mean', teacher=['a', 'b'])
     model = mmkd.distill(student(), dict(a=teacher_options, b=second), dict(mean=entry))
     model.init_weights()
@@ -187,7 +189,9 @@ def test_a_schedule_follows_the_steps_of_a_plain_loop(teacher_options):
 
 
 def test_the_average_is_that_of_the_students_weights(teacher_options):
-    model = mmkd.distill(student(), dict(mean=dict(type='Average', momentum=0.6)), dict(at=dict(type='AT', layer='neck')))
+    model = mmkd.distill(
+        student(), dict(mean=dict(type='Average', momentum=0.6)), dict(at=dict(type='AT', layer='neck'))
+    )
     model.init_weights()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     names = [name for name, _ in model.sources['mean'].model.named_parameters()]
@@ -197,7 +201,8 @@ def test_the_average_is_that_of_the_students_weights(teacher_options):
         own = {name: model.state_dict()[name].clone() for name in names}
         momentum = min(0.6, iteration / (iteration + 1))
         expected = {
-            name: own[name] if expected is None else momentum * expected[name] + (1 - momentum) * own[name] for name in names
+            name: own[name] if expected is None else momentum * expected[name] + (1 - momentum) * own[name]
+            for name in names
         }
         before = model.sources['mean'].kept.steps.item()
         found = step(model.train(), optimizer, seed=iteration)
@@ -302,7 +307,10 @@ def test_a_built_teacher_keeps_its_weights_and_is_not_changed():
     model.init_weights()
     assert losses(model)['cwd.loss'] > 0
     assert teacher.training
-    assert all(each.requires_grad == (not name.startswith('backbone.bn')) or each.requires_grad for name, each in teacher.named_parameters())
+    assert all(
+        each.requires_grad == (not name.startswith('backbone.bn')) or each.requires_grad
+        for name, each in teacher.named_parameters()
+    )
     assert teacher.state_dict().keys() == before.keys()
     assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
 

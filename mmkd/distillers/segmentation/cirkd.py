@@ -213,8 +213,6 @@ class CIRKD(Distiller):
         >>> distillers = dict(kd=dict(type='KD'), cirkd=dict(type='CIRKD'))
     """
 
-    same_channels = False
-
     def __init__(
         self,
         layer: str = 'decode_head.bottleneck',
@@ -231,7 +229,7 @@ class CIRKD(Distiller):
         teacher_layer: str | None = None,
     ):
         super().__init__()
-        self.levels = LevelPairs(layer, teacher_layer)
+        self.levels = LevelPairs(layer, teacher_layer, same_channels=False)
         self.student_layers, self.teacher_layers = self.levels.student_layers, self.levels.teacher_layers
         numbers = dict(
             pixels=pixels,

@@ -165,7 +165,7 @@ def test_what_the_networks_see_at_ignored_pixels_does_not_matter(method, tmp_pat
         taps = []
         for network, layers in (
             (model, model.distillers.student_layers),
-            (model.sources['teacher'].model, model.distillers.teacher_layers),
+            (model.sources['teacher'].model, model.sources['teacher'].layers),
         ):
             with Taps(network, layers) as read:
                 run(network, layers, batch['inputs'], batch['data_samples'])
