@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from mmkd.distillers.base import Distiller
 from mmkd.distillers.levels import LevelPairs
@@ -166,28 +167,33 @@ class Chen(Distiller):
             for kind in (INPUT, KWARGS)
         )
 
-    def setup(self, student: Taps, teacher: Taps) -> None:
-        s, t = (dense_head(find_layer(taps.model, self.rpn_head)) for taps in (student, teacher))
-        if not isinstance(s, AnchorDenseHead) or s.classes != 1:
-            raise ConfigError(f'{self.rpn_head!r} of the student ({type(s.head).__name__}) is no RPN with anchors')
+    def check(self, student: nn.Module, teacher: nn.Module) -> None:
+        rpn, _ = (dense_head(find_layer(model, self.rpn_head)) for model in (student, teacher))
+        if not isinstance(rpn, AnchorDenseHead) or rpn.classes != 1:
+            raise ConfigError(f'{self.rpn_head!r} of the student ({type(rpn.head).__name__}) is no RPN with anchors')
         self.roi_head.check(student)
-        self.teacher_roi_head = self.roi_head.of_teacher(teacher, self.teacher_stage)
-        heads = (self.roi_head, student), (self.teacher_roi_head, teacher)
+        heads = (self.roi_head, student), (self.roi_head.of_teacher(teacher, self.teacher_stage), teacher)
         check_same_regions(*heads)
         check_same_predictions(*heads, 'Chen')
-        check_same_slots((s, student[self.rpn_head]), (t, teacher[self.rpn_head]), 'Chen')
         for layer in (self.rpn_head, self.roi_head.bbox_head):
-            if student.model.get_submodule(layer).reg_decoded_bbox:
+            if student.get_submodule(layer).reg_decoded_bbox:
                 raise ConfigError(
                     f'{layer!r} of the student has reg_decoded_bbox=True; Chen compares deltas: use a loss of deltas, such as L1'
                 )
-        for roi_head, taps in heads:
-            head = taps.model.get_submodule(roi_head.bbox_head)
+        for roi_head, model in heads:
+            head = model.get_submodule(roi_head.bbox_head)
             if getattr(head.loss_cls, 'use_sigmoid', False) or getattr(head, 'custom_cls_channels', False):
                 raise ConfigError(
-                    f'{roi_head.bbox_head!r} of {type(taps.model).__name__} predicts no softmax over classes and background, '
+                    f'{roi_head.bbox_head!r} of {type(model).__name__} predicts no softmax over classes and background, '
                     f'which Chen compares'
                 )
+
+    def setup(self, student: Taps, teacher: Taps) -> None:
+        self.teacher_roi_head = self.roi_head.of_teacher(teacher.model, self.teacher_stage)
+        s, t = (
+            (dense_head(taps.model.get_submodule(self.rpn_head)), taps[self.rpn_head]) for taps in (student, teacher)
+        )
+        check_same_slots(s, t, 'Chen')
         self.hint.setup(student, teacher)
 
     def forward(self, student: Taps, teacher: Taps, data_samples: list | None) -> dict[str, torch.Tensor]:

@@ -6,6 +6,7 @@ Wang, Yuan, Zhang, Feng, "Distilling Object Detectors with Fine-grained Feature 
 from collections.abc import Mapping, Sequence
 
 import torch
+from torch import nn
 
 from mmkd.distillers.base import FeatureDistiller
 from mmkd.errors import ConfigError
@@ -142,14 +143,17 @@ class FGFI(FeatureDistiller):
             raise ConfigError(f"levels={levels!r}: expected 'best' or 'all'")
         self.layer, self.head, self.psi, self.marks = layer, head, psi, levels
 
-    def setup(self, student: Taps, teacher: Taps) -> None:
-        head = dense_head(find_layer(student.model, self.head))
+    def check(self, student: nn.Module, teacher: nn.Module) -> None:
+        head = dense_head(find_layer(student, self.head))
         if not isinstance(head, AnchorDenseHead):
             raise ConfigError(
                 f'{self.head!r} of the student ({type(head.head).__name__}) has no anchors, and FGFI selects locations by '
                 f'them; use a method without, such as GID or FRS'
             )
+
+    def setup(self, student: Taps, teacher: Taps) -> None:
         super().setup(student, teacher)
+        head = dense_head(student.model.get_submodule(self.head))
         check_levels(self.layer, student[self.layer], self.head, head)
         if any(self.levels.adapters.resize):
             raise ConfigError(f'{self.layer!r}: student and teacher have different strides; FGFI needs the same')

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from mmkd.distillers.base import Distiller
 from mmkd.distillers.levels import LevelPairs
@@ -129,8 +130,13 @@ class FRS(Distiller):
         self.student_layers = (layer, head) if self.compares_classes else (layer,)
         self.teacher_layers = (self.teacher_layer, self.teacher_head)
 
+    def check(self, student: nn.Module, teacher: nn.Module) -> None:
+        dense_head(find_layer(teacher, self.teacher_head))
+        if self.compares_classes:
+            dense_head(find_layer(student, self.head))
+
     def setup(self, student: Taps, teacher: Taps) -> None:
-        t_head = dense_head(find_layer(teacher.model, self.teacher_head))
+        t_head = dense_head(teacher.model.get_submodule(self.teacher_head))
         logits = t_head.class_logits(teacher[self.teacher_head])
         self.features.setup(student, teacher)
         sizes = [[tuple(each.shape[-2:]) for each in levels] for levels in (teacher[self.teacher_layer], logits)]
@@ -140,7 +146,7 @@ class FRS(Distiller):
                 f'{self.teacher_head!r}; name the layer that the head reads'
             )
         if self.compares_classes:
-            s_head = dense_head(find_layer(student.model, self.head))
+            s_head = dense_head(student.model.get_submodule(self.head))
             heads = (s_head, student[self.head]), (t_head, teacher[self.teacher_head])
             check_same_slots(*heads, 'FRS (unless cls_weight=0)', boxes=False)
 

@@ -281,20 +281,26 @@ class GDetKD(Distiller):
             self.student_layers += (self.roi_head.bbox_head,)
         self.teacher_layers = (self.teacher_layer,)
 
-    def setup(self, student: Taps, teacher: Taps) -> None:
-        self.teacher_roi_head = self.roi_head.of_teacher(teacher, self.teacher_stage)
-        self.teacher_roi_head.check_input(teacher, 'teacher')
-        if not self.head:
+    def check(self, student: nn.Module, teacher: nn.Module) -> None:
+        if self.head:
+            dense_head(find_layer(student, self.head))
+        else:
             self.roi_head.check(student)
-            if self.compares_classes or self.compares_boxes:
-                heads = (self.roi_head, student), (self.teacher_roi_head, teacher)
-                check_same_predictions(*heads, 'GDetKD', self.compares_boxes)
-        extractor = teacher.model.get_submodule(self.teacher_roi_head.extractor)
-        layer = extractor.roi_layers[0]
+        teacher_roi_head = self.roi_head.of_teacher(teacher, self.teacher_stage)
+        teacher_roi_head.check_input(teacher, 'teacher')
+        if self.compares_classes or self.compares_boxes:
+            heads = (self.roi_head, student), (teacher_roi_head, teacher)
+            check_same_predictions(*heads, 'GDetKD', self.compares_boxes)
+        layer = teacher.get_submodule(teacher_roi_head.extractor).roi_layers[0]
         if not isinstance(layer, RoIAlign):
             raise ConfigError(
-                f"the teacher's {self.teacher_roi_head.extractor!r} pools with {type(layer).__name__}, not RoIAlign"
+                f"the teacher's {teacher_roi_head.extractor!r} pools with {type(layer).__name__}, not RoIAlign"
             )
+
+    def setup(self, student: Taps, teacher: Taps) -> None:
+        self.teacher_roi_head = self.roi_head.of_teacher(teacher.model, self.teacher_stage)
+        extractor = teacher.model.get_submodule(self.teacher_roi_head.extractor)
+        layer = extractor.roi_layers[0]
         levels = self._levels(student)
         pixels = maps(teacher, self.teacher_layer)[0].shape[-1] * extractor.featmap_strides[0]
         # mmcv's RoIAlign, as the teacher's
@@ -334,7 +340,7 @@ class GDetKD(Distiller):
         if not self.head:
             return student[self.embedding][0].shape[1]
         levels = maps(student, self.embedding)
-        check_levels(self.embedding, levels, self.head, dense_head(find_layer(student.model, self.head)))
+        check_levels(self.embedding, levels, self.head, dense_head(student.model.get_submodule(self.head)))
         return levels[0].shape[1]
 
     @torch.no_grad()

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from mmkd.adapters import Adapters
 from mmkd.distillers.base import Distiller
@@ -254,13 +255,16 @@ class GID(Distiller):
 
     def _heads(self, student: Taps, teacher: Taps) -> tuple[DenseHead, DenseHead]:
         return (
-            dense_head(find_layer(student.model, self.head)),
-            dense_head(find_layer(teacher.model, self.teacher_head)),
+            dense_head(student.model.get_submodule(self.head)),
+            dense_head(teacher.model.get_submodule(self.teacher_head)),
         )
+
+    def check(self, student: nn.Module, teacher: nn.Module) -> None:
+        dense_head(find_layer(student, self.head)).check_assigner()
+        dense_head(find_layer(teacher, self.teacher_head))
 
     def setup(self, student: Taps, teacher: Taps) -> None:
         s, t = self._heads(student, teacher)
-        s.check_assigner()
         check_same_slots((s, student[self.head]), (t, teacher[self.teacher_head]), 'GID')
         levels, targets = maps(student, self.layer), maps(teacher, self.teacher_layer)
         check_levels(self.layer, levels, self.head, s)

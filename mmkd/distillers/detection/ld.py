@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from mmdet.models.task_modules.assigners import ATSSAssigner
 from mmdet.utils import reduce_mean
+from torch import nn
 
 from mmkd.distillers.base import Distiller
 from mmkd.distillers.levels import require_gradient
@@ -213,12 +214,13 @@ class LD(Distiller):
 
     def _heads(self, student: Taps, teacher: Taps) -> tuple[DistributionDenseHead, DistributionDenseHead]:
         return (
-            dense_head(find_layer(student.model, self.head)),
-            dense_head(find_layer(teacher.model, self.teacher_head)),
+            dense_head(student.model.get_submodule(self.head)),
+            dense_head(teacher.model.get_submodule(self.teacher_head)),
         )
 
-    def setup(self, student: Taps, teacher: Taps) -> None:
-        heads = s, t = self._heads(student, teacher)
+    def check(self, student: nn.Module, teacher: nn.Module) -> None:
+        named = (student, self.head), (teacher, self.teacher_head)
+        heads = s, _ = [dense_head(find_layer(model, name)) for model, name in named]
         for head, whose in zip(heads, ('student', 'teacher')):
             if not isinstance(head, DistributionDenseHead):
                 raise ConfigError(
@@ -240,6 +242,9 @@ class LD(Distiller):
                     f'the heads have {what} {values[0]} (student) and {values[1]} (teacher), and LD compares their '
                     f'distributions bin by bin; give both the same'
                 )
+
+    def setup(self, student: Taps, teacher: Taps) -> None:
+        s, t = self._heads(student, teacher)
         priors = [s.priors(student[self.head]), t.priors(teacher[self.teacher_head])]
         if not torch.equal(*priors):
             raise ConfigError(

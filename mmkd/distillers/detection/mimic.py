@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from mmkd.adapters import Adapters
 from mmkd.distillers.base import Distiller
@@ -132,23 +133,29 @@ class Mimic(Distiller):
         if compares_heads:
             self.student_layers += (self.roi_head.bbox_head,)
 
+    def check(self, student: nn.Module, teacher: nn.Module) -> None:
+        if self.head:
+            dense_head(find_layer(student, self.head))
+            return
+        self.roi_head.check(student)
+        heads = (self.roi_head, student), (self.roi_head.of_teacher(teacher, self.teacher_stage), teacher)
+        check_same_regions(*heads)
+        if self.compares_classes or self.compares_boxes:
+            check_same_predictions(*heads, 'the second stage', self.compares_boxes)
+
     def setup(self, student: Taps, teacher: Taps) -> None:
         levels, targets = maps(student, self.layer), maps(teacher, self.teacher_layer)
         channels = levels[0].shape[1], targets[0].shape[1]
         if self.head:
-            head = dense_head(find_layer(student.model, self.head))
+            head = dense_head(student.model.get_submodule(self.head))
             check_levels(self.layer, levels, self.head, head)
             self.strides = head.strides
             pixels = levels[0].shape[-1] * self.strides[0]
             self.teacher_strides = [round(pixels / level.shape[-1]) for level in targets]
         else:
-            self.roi_head.check(student)
-            self.teacher_roi_head = self.roi_head.of_teacher(teacher, self.teacher_stage)
+            self.teacher_roi_head = self.roi_head.of_teacher(teacher.model, self.teacher_stage)
             heads = (self.roi_head, student), (self.teacher_roi_head, teacher)
-            check_same_regions(*heads)
-            if self.compares_classes or self.compares_boxes:
-                check_same_predictions(*heads, 'the second stage', self.compares_boxes)
-            channels = [taps.model.get_submodule(each.extractor).out_channels for each, taps in heads]
+            channels = tuple(taps.model.get_submodule(each.extractor).out_channels for each, taps in heads)
         self.adapters = Adapters.of_regions(self.adapter, *channels, (self.layer, self.teacher_layer))
 
     def compare(self, features: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

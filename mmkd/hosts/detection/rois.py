@@ -33,28 +33,39 @@ class RoIHead:
         self.embedding = f'{self.bbox_head}.fc_cls{INPUT}'
         """What the classifier takes in, (n, D): a region's last features."""
 
-    def check(self, student: Taps) -> None:
+    def check(self, student: nn.Module) -> None:
         """Raise ConfigError unless :meth:`rois` and :meth:`features` can be read from this student."""
-        stages = _stages(student.model, self.name)
-        if stages and self.stage is None:
+        stages = _stages(student, self.name)
+        kind = type(student).__name__
+        if stages is None:
             raise ConfigError(
-                f'{self.name!r} of the student ({type(student.model).__name__}) is a cascade; name the stage to compare, '
-                f'stage={stages[0]} to {stages[-1]}'
+                f'the student ({kind}) has no {self.name!r} with boxes; name its head, if it is one-stage'
+            )
+        if stages:
+            RoIHead(self.name, stages[0]).check_input(student, 'student')
+        if stages and self.stage not in stages:
+            raise ConfigError(
+                f'{self.name!r} of the student ({kind}) is a cascade, found stage={self.stage!r}; name the stage that '
+                f'learns, stage={stages[0]} to {stages[-1]}'
+            )
+        if not stages and self.stage is not None:
+            raise ConfigError(
+                f'stage={self.stage!r}: {self.name!r} of the student ({kind}) is no cascade; leave it out'
             )
         self.check_input(student, 'student')
 
-    def of_teacher(self, teacher: Taps, stage: int | None = None) -> 'RoIHead':
+    def of_teacher(self, teacher: nn.Module, stage: int | None = None) -> 'RoIHead':
         """The teacher's RoI head of the same name.
 
         Args:
-            teacher: The teacher's taps.
+            teacher: The teacher.
             stage: Its stage, where it is a cascade. None for the student's.
 
         Raises:
             ConfigError: if the teacher has none, or no such stage.
         """
-        kind = type(teacher.model).__name__
-        stages = _stages(teacher.model, self.name)
+        kind = type(teacher).__name__
+        stages = _stages(teacher, self.name)
         if stages is None:
             raise ConfigError(f'the teacher ({kind}) has no {self.name!r} with boxes; a two-stage teacher is needed')
         if not stages:
@@ -71,19 +82,15 @@ class RoIHead:
             )
         return RoIHead(self.name, chosen)
 
-    def check_input(self, taps: Taps, whose: str) -> None:
+    def check_input(self, model: nn.Module, whose: str) -> None:
         """Raise ConfigError if the box head needs more than the pooled features, as Double-Head's and Sparse R-CNN's do."""
-        head = taps.model.get_submodule(self.bbox_head)
+        head = model.get_submodule(self.bbox_head)
         inputs = list(inspect.signature(head.forward).parameters)
         if len(inputs) != 1:
             raise ConfigError(
-                f'{self.bbox_head!r} of the {whose} ({type(head).__name__} of {type(taps.model).__name__}) takes '
+                f'{self.bbox_head!r} of the {whose} ({type(head).__name__} of {type(model).__name__}) takes '
                 f'{" and ".join(inputs)}; a head that takes one pooled feature for each region is needed, as that of Faster R-CNN'
             )
-
-    def pooled_size(self, taps: Taps) -> tuple[int, int]:
-        """Cells of a pooled region, vertically and horizontally."""
-        return tuple(taps.model.get_submodule(self.extractor).roi_layers[0].output_size)
 
     def rois(self, student: Taps) -> torch.Tensor:
         """(n, 5): index of the image, then xyxy in pixels of the padded input; no gradient."""
@@ -114,9 +121,9 @@ class RoIHead:
         return read[self.embedding][0], logits, deltas
 
 
-def check_same_regions(student: tuple[RoIHead, Taps], teacher: tuple[RoIHead, Taps]) -> None:
-    """Raise ConfigError unless two RoI heads pool regions of the same size."""
-    sizes = [head.pooled_size(taps) for head, taps in (student, teacher)]
+def check_same_regions(student: tuple[RoIHead, nn.Module], teacher: tuple[RoIHead, nn.Module]) -> None:
+    """Raise ConfigError unless two detectors' RoI heads pool regions of the same size."""
+    sizes = [tuple(model.get_submodule(head.extractor).roi_layers[0].output_size) for head, model in (student, teacher)]
     if sizes[0] != sizes[1]:
         raise ConfigError(
             f'{student[0].extractor!r} pools {sizes[0]} (student) and {sizes[1]} (teacher) cells; make them equal'
@@ -124,24 +131,24 @@ def check_same_regions(student: tuple[RoIHead, Taps], teacher: tuple[RoIHead, Ta
 
 
 def check_same_predictions(
-    student: tuple[RoIHead, Taps], teacher: tuple[RoIHead, Taps], method: str, boxes: bool = True
+    student: tuple[RoIHead, nn.Module], teacher: tuple[RoIHead, nn.Module], method: str, boxes: bool = True
 ) -> None:
-    """Raise ConfigError unless two box heads predict the same classes and deltas in one unit.
+    """Raise ConfigError unless two detectors' box heads predict the same classes, and deltas in one unit.
 
     Args:
-        student: The student's RoI head and taps.
-        teacher: The teacher's.
+        student: The student's RoI head, and the student.
+        teacher: The teacher's, and the teacher.
         method: Who compares them, for the error.
         boxes: Whether deltas are compared as well as classes.
     """
     said = []
-    for (roi_head, taps), whose in ((student, 'student'), (teacher, 'teacher')):
-        roi_head.check_input(taps, whose)
-        head = taps.model.get_submodule(roi_head.bbox_head)
+    for (roi_head, model), whose in ((student, 'student'), (teacher, 'teacher')):
+        roi_head.check_input(model, whose)
+        head = model.get_submodule(roi_head.bbox_head)
         if not isinstance(head, BBoxHead) or not head.with_cls or (boxes and not head.with_reg):
             raise ConfigError(
-                f'{roi_head.bbox_head!r} of the {whose} ({type(head).__name__} of {type(taps.model).__name__}) has no branch '
-                f'for {"classes and boxes" if boxes else "classes"} as a BBoxHead has; {method} compares them'
+                f'{roi_head.bbox_head!r} of the {whose} ({type(head).__name__} of {type(model).__name__}) does not predict '
+                f'{"classes and boxes" if boxes else "classes"} as a BBoxHead does; {method} compares them'
             )
         said.append([head.num_classes])
         if boxes:

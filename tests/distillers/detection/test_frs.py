@@ -95,6 +95,7 @@ def pair(family='retinanet', teacher_family=None, same=False, **options):
     for each in ('feature_weight', 'cls_weight'):
         options.setdefault(each, 1.0)
     distiller = FRS(**options)
+    distiller.check(student, teacher)
     distiller.setup(probe(student, distiller.student_layers), probe(teacher, distiller.teacher_layers))
     return student, teacher, distiller
 
@@ -150,7 +151,7 @@ def test_gradients_reach_student_and_adapters_and_never_the_teacher(family):
 
 def test_weights_warm_up_and_all_parts_take_part_at_0():
     distiller = FRS()
-    assert [distiller.features.weight.at(i) for i in (0, 250, 500, 9999)] == pytest.approx([0, 0.0025, 0.005, 0.005])
+    assert [distiller.feature_weight.at(i) for i in (0, 250, 500, 9999)] == pytest.approx([0, 0.0025, 0.005, 0.005])
     assert [distiller.cls_weight.at(i) for i in (0, 250, 500, 9999)] == pytest.approx([0, 0.01, 0.02, 0.02])
     student, teacher, distiller = pair(feature_weight=dict(type='linear', value=1.0, end=500), cls_weight=0)
     losses = distiller(*tapped(student, teacher, distiller), None)

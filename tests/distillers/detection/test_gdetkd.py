@@ -9,7 +9,9 @@ from mmdet.structures.bbox import bbox_overlaps
 
 from mmkd.distill import distill
 from mmkd.distillers.detection import gdetkd
-from mmkd.distillers.detection.gdetkd import GDetKD, Memory
+from mmkd.distillers.detection.gdetkd import GDetKD
+from mmkd.distillers.detection.mimic import mean_square
+from mmkd.distillers.memory import Memory
 from mmkd.errors import ConfigError
 from mmkd.hosts.running import probe
 from mmkd.taps import Taps
@@ -62,10 +64,10 @@ def test_equal_levels_are_mixed_to_themselves():
         level[:, None].expand(-1, 4, -1, -1, -1), torch.randn(5, 4, 6).double(), torch.randn(5, 6).double(), 1.0
     )
     torch.testing.assert_close(mixed, level)
-    loss = gdetkd.imitation_loss(mixed, teacher).item()
+    loss = mean_square(mixed, teacher).item()
     squares = [(a - b) ** 2 for a, b in zip(level.flatten().tolist(), teacher.flatten().tolist())]
     assert loss == pytest.approx(sum(squares) / len(squares), rel=1e-6)
-    assert gdetkd.imitation_loss(mixed, mixed).item() == 0
+    assert mean_square(mixed, mixed).item() == 0
 
 
 def test_a_level_whose_key_is_the_teachers_is_chosen():
@@ -182,7 +184,7 @@ def test_a_resumed_memory_goes_on_where_it_was():
 PROCESS = """
 import sys, torch
 import torch.distributed as dist
-from mmkd.distillers.detection.gdetkd import Memory
+from mmkd.distillers.memory import Memory
 rank = int(sys.argv[1])
 dist.init_process_group('gloo', init_method='file://' + sys.argv[2] + '/store', rank=rank, world_size=2)
 memory = Memory(10, 1, 2)
@@ -327,7 +329,7 @@ def test_drawn_regions_are_inside_and_a_quarter_lies_on_objects(tmp_path):
             'retinanet',
             detectors.faster_rcnn,
             dict(embedding_layer='backbone'),
-            "'backbone' has 4 levels, 'bbox_head' 3 strides",
+            "'backbone' of the student has 4 levels and 'bbox_head' 3 strides",
         ),
         ('retinanet', lambda: detectors.faster_rcnn(24), dict(adapter=None), '16 and 24 channels'),
     ],

@@ -201,6 +201,7 @@ def tapped(student, teacher, distiller, images=None):
 
 
 def ready(distiller, student, teacher):
+    distiller.check(student, teacher)
     distiller.setup(probe(student, distiller.student_layers), probe(teacher, distiller.teacher_layers))
     return distiller
 
@@ -342,7 +343,7 @@ def test_the_value_does_not_depend_on_the_number_of_images():
         (dict(), dict(bbox_head=dict(anchor_generator=dict(ratios=[1.0]))), 'different slots'),
         (dict(), dict(bbox_head=dict(anchor_generator=dict(octave_base_scale=6))), 'different anchors'),
         (dict(adapter=None), dict(channels=24), '16 and 24 channels with adapter=None'),
-        (dict(layer='backbone'), dict(), "'backbone' has 4"),
+        (dict(layer='backbone'), dict(), "'backbone' of the student has 4 levels and 'bbox_head' 3 strides"),
     ],
 )
 def test_pairs_that_cannot_be_compared_are_errors(options, teacher, message):

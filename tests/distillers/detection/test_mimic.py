@@ -38,6 +38,7 @@ def two_stage(**options):
     student = models.build(detectors.faster_rcnn(), seed=0)
     teacher = models.build(detectors.faster_rcnn(channels=24), seed=1).eval()
     distiller = Mimic(**options)
+    distiller.check(student, teacher)
     distiller.setup(probe(student, distiller.student_layers), probe(teacher, distiller.teacher_layers))
     return student, teacher, distiller
 
@@ -112,6 +113,7 @@ def test_options_out_of_range_are_errors(options, message):
 def test_pairs_that_cannot_be_compared_are_errors(options, teacher, message):
     student, teacher, distiller = models.build(detectors.faster_rcnn()), models.build(teacher), Mimic(**options)
     with pytest.raises(ConfigError, match=message):
+        distiller.check(student, teacher)
         distiller.setup(
             probe(student, distiller.student_layers),
             probe(teacher, distiller.teacher_layers),
