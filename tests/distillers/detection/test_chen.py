@@ -168,6 +168,37 @@ def test_the_shell_compares_what_the_students_own_losses_sampled(agnostic, tmp_p
     torch.testing.assert_close(found['loss_hint'], 0.1 * hint, rtol=1e-4, atol=0)
 
 
+@pytest.mark.parametrize('empty', [0, 1, 2])
+def test_the_rpn_terms_have_the_divisor_of_the_students_own(empty, tmp_path, monkeypatch):
+    """mmdet counts one positive anchor at least in each image, so one more for each image without."""
+    model = pair(tmp_path)
+    rpn_loss, seen = model.rpn_head.loss_by_feat_single, []
+
+    def record(*args, **kwargs):
+        seen.append((args, kwargs['avg_factor']))
+        return rpn_loss(*args, **kwargs)
+
+    monkeypatch.setattr(model.rpn_head, 'loss_by_feat_single', record)
+    torch.manual_seed(0)
+    batch = model.data_preprocessor(random_batch(model, (2, 3, 96, 128)), True)
+    for sample in batch['data_samples'][:empty]:
+        sample.gt_instances = sample.gt_instances[:0]
+    found = model(**batch, mode='loss')
+    with torch.no_grad():
+        t_logits = model.sources['teacher'].model.rpn_head(
+            [each.contiguous() for each in model.sources['teacher'].model.extract_feat(batch['inputs'])]
+        )[0]
+    total = sampled = 0
+    for ((logits, _, _, _, weights, *_), _), target in zip(seen, t_logits, strict=True):
+        pairs = [torch.nn.functional.pad(each.permute(0, 2, 3, 1).reshape(2, -1, 1), (0, 1)) for each in (logits, target)]
+        total += (chen.weighted_divergence(*pairs) * weights).sum()
+        sampled += int((weights > 0).sum())
+    (divisor,) = {factor for _, factor in seen}
+    assert divisor == sampled + empty
+    torch.testing.assert_close(found['it.loss_rpn_cls'], total / divisor)
+    assert total > 0
+
+
 def test_weights_are_relative_to_those_of_the_students_own_losses(tmp_path):
     """With mu there, and (1 - mu) / mu here, the sum is the paper's mu hard + (1 - mu) soft."""
     options = dict(rpn_cls_weight=1.5, cls_weight=1.5)

@@ -34,13 +34,16 @@ def test_no_region_is_a_differentiable_zero():
     assert loss.item() == 0
 
 
-def two_stage(**options):
-    student = models.build(detectors.faster_rcnn(), seed=0)
-    teacher = models.build(detectors.faster_rcnn(channels=24), seed=1).eval()
-    distiller = Mimic(**options)
+def ready(student, teacher, distiller):
     distiller.check(student, teacher)
     distiller.setup(probe(student, distiller.student_layers), probe(teacher, distiller.teacher_layers))
     return student, teacher, distiller
+
+
+def two_stage(**options):
+    student = models.build(detectors.faster_rcnn(), seed=0)
+    teacher = models.build(detectors.faster_rcnn(channels=24), seed=1).eval()
+    return ready(student, teacher, Mimic(**options))
 
 
 def test_two_stage_features_are_those_of_the_students_rois():
@@ -111,10 +114,5 @@ def test_options_out_of_range_are_errors(options, message):
     ],
 )
 def test_pairs_that_cannot_be_compared_are_errors(options, teacher, message):
-    student, teacher, distiller = models.build(detectors.faster_rcnn()), models.build(teacher), Mimic(**options)
     with pytest.raises(ConfigError, match=message):
-        distiller.check(student, teacher)
-        distiller.setup(
-            probe(student, distiller.student_layers),
-            probe(teacher, distiller.teacher_layers),
-        )
+        ready(models.build(detectors.faster_rcnn()), models.build(teacher), Mimic(**options))
