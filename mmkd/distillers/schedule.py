@@ -51,9 +51,7 @@ class Weight(nn.Module):
         if kind not in OPTIONS:
             raise ConfigError(f'{option}={spec!r}: type {kind!r} is unknown; expected one of {sorted(OPTIONS)}')
         for key in set(self.spec) - OPTIONS[kind] - {'type'}:
-            raise ConfigError(
-                f'{option}={spec!r}: {kind} has no option {key!r}; nearest {nearest(key, OPTIONS[kind])}'
-            )
+            raise ConfigError(f'{option}={spec!r}: {kind} has no option {key!r}; nearest {nearest(key, OPTIONS[kind])}')
         required = {'value'} | ({'end'} if kind in ('linear', 'cosine') else set())
         required |= {'milestones'} if kind == 'step' else set()
         if required - set(self.spec):

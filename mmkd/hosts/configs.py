@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 from mmengine.config import Config, ConfigDict
 from mmengine.hub import get_config
@@ -32,11 +32,8 @@ def read_teacher(teacher: str | Mapping) -> TeacherConfig:
             name, a path or a model dict), ``checkpoint`` (path or URL) and, if wanted, ``dtype``.
     """
     options = {'config': teacher} if isinstance(teacher, str) else dict(teacher)
-    unknown = set(options) - {'config', 'checkpoint', 'dtype'}
-    if unknown or 'config' not in options:
-        raise ConfigError(
-            f"teacher={options!r}: expected a config's name, or a dict with config, checkpoint and, if wanted, dtype"
-        )
+    if 'config' not in options:
+        raise ConfigError(f"teacher={options!r}: expected a config's name, or a dict with config and checkpoint")
     config, published = _read_config(options['config'])
     return TeacherConfig(
         plain_model(config), options.get('checkpoint') or published, options.get('dtype'), config.get('default_scope')
@@ -44,13 +41,14 @@ def read_teacher(teacher: str | Mapping) -> TeacherConfig:
 
 
 def teachers(config: Config) -> Iterator[tuple[str, str | Mapping]]:
-    """The teachers of a distilled config that have a config of their own, each with its option's name."""
+    """The frozen teachers of a distilled config, each with its option's name."""
     found = (config.get('model') or {}).get('teacher')
-    named = {'model.teacher': found}
+    named: dict[str, Any] = {'model.teacher': found}
     if isinstance(found, Mapping) and 'config' not in found and 'type' not in found:
         named = {f'model.teacher.{name}': each for name, each in found.items()}
     for option, spec in named.items():
-        if isinstance(spec, str) or (isinstance(spec, Mapping) and 'config' in spec):
+        frozen = isinstance(spec, Mapping) and str(spec.get('type', 'Teacher')).rpartition('.')[2] == 'Teacher'
+        if isinstance(spec, str) or (frozen and 'config' in spec):
             yield option, spec
 
 
@@ -84,7 +82,7 @@ def name_classes(value: object) -> object:
     return value
 
 
-def _local_file(value: object) -> bool:
+def _local_file(value: object) -> TypeGuard[str]:
     """Whether a teacher's config or checkpoint is named by a path."""
     return isinstance(value, str) and '::' not in value and '://' not in value
 

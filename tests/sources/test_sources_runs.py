@@ -7,61 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from mmkd.testing import detectors, models, segmentors
-from mmkd.testing.runs import shapes_config, streets_config
+from mmkd.testing import models
+from mmkd.testing.runs import of_all_sources, shapes_config, streets_config
 
 ROOT = Path(__file__).parents[2]
-NECK = dict(type='AT', layer='neck')
-LOGITS = dict(type='KD')
-
-
-def retinanet(folder):
-    """All four kinds in one detector."""
-    wide = detectors.retinanet(classes=6, channels=24, base=12)
-    return dict(
-        type='mmkd.Distill',
-        student=detectors.retinanet(classes=6),
-        teacher=dict(
-            large=dict(config=wide, checkpoint=models.save_weights(wide, Path(folder) / 'teacher.pth')),
-            mean=dict(type='Average', momentum=0.9),
-            peer=dict(type='Peer', config=wide),
-            own=dict(type='Own'),
-        ),
-        distillers=dict(
-            gid=dict(type='GID', teacher='large'),
-            temporal=dict(NECK, teacher='mean'),
-            down=dict(NECK, teacher='peer'),
-            up=dict(NECK, teacher='own', learner='peer'),
-            deeper=dict(type='AT', layer='backbone.layer3', teacher_layer='backbone.layer4', teacher='own'),
-        ),
-    )
-
-
-def pspnet(folder):
-    """The same in a segmentor."""
-    wide = segmentors.pspnet(24)
-    return dict(
-        type='mmkd.Distill',
-        student=segmentors.pspnet(),
-        teacher=dict(
-            large=dict(config=wide, checkpoint=models.save_weights(wide, Path(folder) / 'teacher.pth')),
-            mean=dict(type='Average', momentum=0.9),
-            peer=dict(type='Peer', config=wide),
-            own=dict(type='Own'),
-        ),
-        distillers=dict(
-            cwd=dict(type='CWD', layer='decode_head.conv_seg', teacher='large'),
-            temporal=dict(LOGITS, teacher='mean'),
-            down=dict(LOGITS, teacher='peer'),
-            up=dict(LOGITS, teacher='own', learner='peer'),
-            auxiliary=dict(
-                type='KD', layer='auxiliary_head.conv_seg', teacher_layer='decode_head.conv_seg', teacher='own'
-            ),
-        ),
-    )
-
-
-CASES = {'RetinaNet': (shapes_config, retinanet), 'PSPNet': (streets_config, pspnet)}
+CASES = {'RetinaNet': shapes_config, 'PSPNet': streets_config}
+pytestmark = pytest.mark.slow
 
 
 def tool(name, *arguments):
@@ -77,8 +28,7 @@ def weights(path):
 
 @pytest.mark.parametrize('case', CASES)
 def test_all_kinds_train_resume_bit_for_bit_beside_ema_and_are_exported(case, tmp_path):
-    make, model = CASES[case]
-    config = make(tmp_path, model(tmp_path), iterations=6)
+    config = CASES[case](tmp_path, of_all_sources(tmp_path, case), iterations=6)
     config.custom_hooks = [dict(type='EMAHook', momentum=0.1)]
     config.default_hooks.checkpoint.interval = 3
     config.dump(tmp_path / 'config.py')
