@@ -190,7 +190,9 @@ def test_the_rpn_terms_have_the_divisor_of_the_students_own(empty, tmp_path, mon
         )[0]
     total = sampled = 0
     for ((logits, _, _, _, weights, *_), _), target in zip(seen, t_logits, strict=True):
-        pairs = [torch.nn.functional.pad(each.permute(0, 2, 3, 1).reshape(2, -1, 1), (0, 1)) for each in (logits, target)]
+        pairs = [
+            torch.nn.functional.pad(each.permute(0, 2, 3, 1).reshape(2, -1, 1), (0, 1)) for each in (logits, target)
+        ]
         total += (chen.weighted_divergence(*pairs) * weights).sum()
         sampled += int((weights > 0).sum())
     (divisor,) = {factor for _, factor in seen}

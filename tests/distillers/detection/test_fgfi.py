@@ -167,6 +167,27 @@ def test_levels_of_two_pyramids_have_the_masks_of_the_students():
     torch.testing.assert_close(distiller(s, t, samples())['loss'], expected)
 
 
+@pytest.mark.parametrize(('psi', 'levels'), [(0.3, 'best'), (0.8, 'all')])
+def test_the_shell_adds_up_the_levels_in_the_masks_of_its_options(psi, levels):
+    student, teacher, distiller = pair(psi=psi, levels=levels, loss_weight=3.0)
+    s, t = tapped(student, teacher)
+    sizes = [level.shape[2:] for level in s['neck']]
+    anchors = [
+        each.view(*size, -1, 4)
+        for each, size in zip(student.bbox_head.prior_generator.grid_priors(sizes, device='cpu'), sizes)
+    ]
+    masks = fgfi.imitation_masks(anchors, BOXES, VALID, psi, levels)
+    others = fgfi.imitation_masks(anchors, BOXES, VALID)
+    assert any(not torch.equal(*each) for each in zip(masks, others))
+    total = 0.0
+    for adapter, level, target, mask in zip(distiller.levels.adapters, s['neck'], t['neck'], masks, strict=True):
+        if mask.any():
+            total += ((adapter(level) - target) ** 2).sum(1)[mask].mean() / 2
+    found = distiller(s, t, samples())
+    assert list(found) == ['loss']
+    torch.testing.assert_close(found['loss'], 3 * total)
+
+
 @pytest.mark.parametrize('boxes', [(BOXES[0], BOXES[1, :1]), (BOXES[0, :0], BOXES[0, :0])])
 def test_gradients_reach_student_and_adapters_and_never_the_teacher(boxes):
     student, teacher, distiller = pair(loss_weight=1.0)

@@ -112,7 +112,12 @@ def tapped(student, teacher, distiller):
 
 
 def test_the_shell_adds_up_the_levels():
-    student, teacher, distiller = pair()
+    student, teacher, distiller = pair(feature_weight=2.0, cls_weight=3.0)
+    with torch.no_grad():
+        for seed, model in enumerate((student, teacher)):  # predictions at the start are all near 0.01
+            layer = model.bbox_head.retina_cls
+            layer.weight.normal_(std=0.5, generator=torch.Generator().manual_seed(seed))
+            layer.bias.zero_()
     s, t = tapped(student, teacher, distiller)
     feature = classes = 0.0
     for level in range(3):
@@ -124,8 +129,10 @@ def test_the_shell_adds_up_the_levels():
         divergence = p_t * (p_t / p_s).log() + (1 - p_t) * ((1 - p_t) / (1 - p_s)).log()
         classes += (divergence * mask[:, None]).sum() / mask.sum()
     found = distiller(s, t, None)
-    torch.testing.assert_close(found['loss_feature'], feature)
-    torch.testing.assert_close(found['loss_cls'], classes, rtol=1e-3, atol=1e-5)
+    assert list(found) == ['loss_feature', 'loss_cls']
+    assert classes > 0.1
+    torch.testing.assert_close(found['loss_feature'], 2 * feature)
+    torch.testing.assert_close(found['loss_cls'], 3 * classes, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize('family', ['retinanet', 'fcos', 'gfl', 'faster_rcnn'])

@@ -12,6 +12,7 @@ from mmkd.errors import ConfigError
 from mmkd.hosts.detection.assigners import ATSS, atss
 from mmkd.hosts.detection.boxes import pairwise_diou
 from mmkd.hosts.detection.dense_heads import dense_head
+from mmkd.hosts.detection.ground_truth import ground_truth
 from mmkd.hosts.running import probe
 from mmkd.taps import Taps
 from mmkd.testing import detectors, models
@@ -204,6 +205,66 @@ def test_the_main_region_and_classes_are_as_in_mmdets_own_head():
     assert found['loss_ld'] > 1e-3
     distiller.normalize = 'images'  # two images: the published value
     torch.testing.assert_close(distiller(*taps, data_samples)['loss_ld'], found['loss_ld'])
+
+
+@pytest.mark.parametrize('kd_mean', ['all', 'level'])
+@pytest.mark.parametrize(('normalize', 'over_bins'), [('images', 'mean'), ('weights', 'sum'), ('none', 'sum')])
+def test_the_shell_weighs_each_term_with_its_options(normalize, over_bins, kd_mean):
+    """From the pure functions of the two regions, each slot's divergences by plain loops."""
+    options = dict(ld_weight=2.0, ld_vlr_weight=3.0, kd_weight=5.0, tau=4.0, kd_tau=3.0, gamma=0.1)
+    student, teacher, distiller = pair(**options, normalize=normalize, over_bins=over_bins, kd_mean=kd_mean)
+    confident(student.bbox_head)
+    confident(teacher.bbox_head)
+    data_samples = samples()
+    metas = [each.metainfo for each in data_samples] + METAS[:1]  # three images
+    data_samples += samples(metas=METAS[:1])
+    s_taps, t_taps = tapped(student, teacher, distiller, torch.randn(3, 3, 96, 128))
+    found = distiller(s_taps, t_taps, data_samples)
+
+    head = dense_head(student.bbox_head)
+    outputs = s_taps['bbox_head']
+    anchors = head.anchors(outputs)
+    inside = head.inside(anchors, outputs, metas)
+    truth = ground_truth(data_samples)
+    selection = atss(9, anchors, head.sizes(outputs), *truth, inside)
+    region = ld.valuable_region(anchors, *truth, inside, selection, 0.1)
+    assert not torch.equal(region, ld.valuable_region(anchors, *truth, inside, selection))
+    positive = selection.positive.any(1)
+    logits, bins = (
+        [
+            torch.cat([each.permute(0, 2, 3, 1).reshape(3, -1, size) for each in taps['bbox_head'][index]], 1).tolist()
+            for taps in (s_taps, t_taps)
+        ]
+        for index, size in ((0, 3), (1, 68))
+    )
+    main = valuable = scores = 0.0
+    classes = []
+    for image in range(3):
+        for slot in range(len(anchors)):
+            weight, chosen = region[image, slot].item(), positive[image, slot].item()
+            if not weight and not chosen:
+                continue
+            sides = [
+                (side[17 * e : 17 * e + 17] for side in (bins[0][image][slot], bins[1][image][slot])) for e in range(4)
+            ]
+            edges = sum(divergence(*each, 4.0) for each in sides) / numbers[0]
+            valuable += weight * edges / 16
+            if chosen:
+                score = 1 / (1 + math.exp(-max(logits[0][image][slot])))
+                scores += score
+                main += score * edges / 4
+                classes.append((slot, divergence(logits[0][image][slot], logits[1][image][slot], 3.0) / 3))
+    divisors = dict(images=(1.5, 1.5), none=(1, 1), weights=(scores, region.sum().item()))[normalize]
+    groups = [len(anchors)] if kd_mean == 'all' else head.sizes(outputs)
+    kd = start = 0
+    for size in groups:
+        values = [value for slot, value in classes if start <= slot < start + size]
+        kd, start = kd + sum(values) / max(len(values), 1), start + size
+    expected = dict(loss_ld=2 * main / divisors[0], loss_ld_vlr=3 * valuable / divisors[1], loss_kd=5 * kd)
+    assert min(expected.values()) > 1e-3
+    assert found.pop('positives').item() == pytest.approx(len(classes) / 3)
+    assert found.pop('valuable').item() == pytest.approx(region.count_nonzero().item() / 3)
+    assert {key: value.item() for key, value in found.items()} == pytest.approx(expected, rel=1e-4)
 
 
 @pytest.mark.parametrize('normalize', ['images', 'weights', 'none'])

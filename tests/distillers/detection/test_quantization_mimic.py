@@ -2,12 +2,15 @@ import math
 
 import pytest
 import torch
+from mmdet.structures import DetDataSample
 
 from mmkd.distill import distill
 from mmkd.distillers.detection import quantization_mimic as qm
 from mmkd.distillers.detection.mimic import Mimic, half_mean_square
 from mmkd.distillers.detection.quantization_mimic import QuantizationMimic
 from mmkd.errors import ConfigError
+from mmkd.hosts.running import probe
+from mmkd.taps import Taps
 from mmkd.testing import detectors, models
 from mmkd.testing.batches import random_batch
 
@@ -57,6 +60,29 @@ def test_the_loss_as_plain_loops():
         total += sum((largest / 8 * (b - a)) ** 2 for a, b in zip(*codes)) / len(codes[0])
     loss = QuantizationMimic(quantization_levels=8).compare(student, teacher)
     assert loss.item() == pytest.approx(total / 12, rel=1e-6)
+
+
+@pytest.mark.parametrize('options', [dict(step=0.3, signed=False), dict(quantization_levels=5)])
+def test_the_shell_quantizes_both_sides_and_weighs(options):
+    """The student's features after its adapter, and the teacher's; what the heads say is compared as it is."""
+    student = models.build(detectors.faster_rcnn(), seed=0)
+    teacher = models.build(detectors.faster_rcnn(channels=24), seed=1).eval()
+    distiller = QuantizationMimic(**options, feature_weight=2.0, cls_weight=3.0, bbox_weight=5.0)
+    distiller.check(student, teacher)
+    distiller.setup(probe(student, distiller.student_layers), probe(teacher, distiller.teacher_layers))
+    images, rois = torch.randn(1, 3, 96, 128), torch.tensor([[0.0, 10, 20, 60, 70], [0, 5, 5, 100, 90]])
+    with Taps(student, distiller.student_layers) as s, Taps(teacher, distiller.teacher_layers) as t:
+        own, other = (model.roi_head._bbox_forward(model.extract_feat(images), rois) for model in (student, teacher))
+    found = distiller(s, t, [DetDataSample(metainfo=dict(img_shape=(96, 128)))])
+    features, targets = distiller.adapters[0](own['bbox_feats']), other['bbox_feats']
+    step = options.get('step', targets.abs().max() / 5)
+    codes = [(each / step - 0.5).ceil() for each in (features, targets)]
+    if not options.get('signed', True):
+        codes = [each.clamp(min=0) for each in codes]
+    torch.testing.assert_close(found['loss_feature'], 2 * 0.5 * (step * (codes[0] - codes[1])).square().mean())
+    torch.testing.assert_close(found['loss_cls'], 3 * (own['cls_score'] - other['cls_score']).square().mean())
+    torch.testing.assert_close(found['loss_bbox'], 5 * (own['bbox_pred'] - other['bbox_pred']).square().mean())
+    assert min(found.values()) > 0
 
 
 def test_no_loss_within_the_same_entry_though_features_differ():
