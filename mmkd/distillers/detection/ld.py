@@ -163,7 +163,7 @@ class LD(Distiller):
         gamma: The valuable region's least DIoU, as a part of the ATSS threshold. Default 0.25.
         normalize: ``'images'``, ``'weights'`` or ``'none'``.
         kd_mean: Whether ``loss_kd`` is a mean over ``'all'`` positives (default) or each ``'level'``, whose means are added.
-        over_bins: ``'mean'`` (default) or ``'sum'``: how a divergence is taken over bins or classes.
+        over_bins: Whether the divergence of a distance's distribution is a ``'mean'`` (default) over its bins or a ``'sum'``.
         teacher_head: The teacher's head, where its name differs.
 
     Example:

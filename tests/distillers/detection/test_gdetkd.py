@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+from mmcv.ops import RoIAlign
 from mmdet.structures.bbox import bbox_overlaps
 
 from mmkd.distill import distill
@@ -13,6 +14,7 @@ from mmkd.distillers.detection.gdetkd import GDetKD
 from mmkd.distillers.detection.mimic import mean_square
 from mmkd.distillers.memory import Memory
 from mmkd.errors import ConfigError
+from mmkd.hosts.detection.rois import to_rois
 from mmkd.hosts.running import probe
 from mmkd.taps import Taps
 from mmkd.testing import detectors, models
@@ -282,6 +284,100 @@ def test_no_region_at_all(tmp_path):
     sum(found.values()).backward()
     assert all(each.grad is not None and not each.grad.any() for each in distiller.parameters())
     assert not distiller.memory.filled.any()
+
+
+WEIGHTS = dict(sgfi_weight=2.0, ckd_weight=3.0)
+OPTIONS = dict(**WEIGHTS, tau=4.0, ckd_tau=0.2, max_overlap=0.1)
+
+
+def remembering(distiller):
+    """With ten regions of earlier steps in its memory."""
+    distiller.memory.keys.normal_(generator=torch.Generator().manual_seed(0))
+    distiller.memory.filled[:10] = True
+    return distiller
+
+
+def embedded(head, features):
+    """What the classifier of a Shared2FCBBoxHead takes in."""
+    features = features.flatten(1)
+    for layer in head.shared_fcs:
+        features = layer(features).relu()
+    return features
+
+
+def imitation_and_contrast(distiller, levels, strides, rois, embedding, teacher, target):
+    """Both losses, unweighted, region by region; each pooled by mmcv from every level."""
+    total = 0.0
+    for index, roi in enumerate(rois):
+        pooled = [
+            RoIAlign(7, 1 / stride, 0, aligned=True)(level.contiguous(), roi[None])
+            for level, stride in zip(levels, strides, strict=True)
+        ]
+        adapted = [distiller.adapters[0](each) for each in pooled]
+        key = distiller.keys(target[index : index + 1]).flatten().tolist()
+        share = softmax([dot(distiller.keys(each).flatten().tolist(), key) / 4 for each in adapted])
+        mixed = sum(weight * each[0] for weight, each in zip(share, adapted))
+        total += (mixed - target[index]).square().mean().item() / len(rois)
+    contrast = gdetkd.contrastive_loss(
+        distiller.projection(embedding),
+        distiller.teacher_projection(embedded(teacher.roi_head.bbox_head, target)),
+        gdetkd.negatives(rois, 0.1),
+        distiller.teacher_projection(distiller.memory.keys),
+        torch.arange(64) < 10,
+        0.2,
+    )
+    return total, contrast.item()
+
+
+def test_two_stage_terms_are_of_the_students_rois_each_with_its_weight(tmp_path):
+    model = pair('faster_rcnn', tmp_path, **OPTIONS, cls_weight=5.0, bbox_weight=7.0)
+    distiller, teacher = remembering(model.distillers.g), model.sources['teacher'].model
+    inputs, rois = torch.randn(2, 3, 96, 128), random_rois(6, 2)
+    with Taps(model, distiller.student_layers) as student:
+        features = model.extract_feat(inputs)
+        own = model.roi_head._bbox_forward(features, rois)
+    taps = model.sources['teacher'](inputs, None)
+    with torch.no_grad():
+        other = teacher.roi_head._bbox_forward([each.contiguous() for each in taps['neck']], rois)
+        embedding = embedded(model.roi_head.bbox_head, own['bbox_feats'])
+        arguments = (embedding, teacher, other['bbox_feats'])
+        sgfi, ckd = imitation_and_contrast(distiller, features[:4], (4, 8, 16, 32), rois, *arguments)
+    expected = {
+        'loss_sgfi': 2 * sgfi,
+        'loss_ckd': 3 * ckd,
+        'loss_cls': 5 * gdetkd.class_loss(own['cls_score'], other['cls_score']).item(),
+        'loss_bbox': 7 * gdetkd.class_aware_box_loss(own['bbox_pred'], other['bbox_pred'], other['cls_score']).item(),
+        'tau': 4.0,
+    }
+    found = distiller(student, taps, None)
+    assert {key: value.item() for key, value in found.items()} == pytest.approx(expected, rel=1e-4)
+    assert min(expected.values()) > 1e-5
+
+
+def test_one_stage_terms_are_of_the_drawn_regions_each_with_its_weight(tmp_path):
+    model = pair('retinanet', tmp_path, **OPTIONS, regions_per_image=5, candidates=40)
+    distiller, teacher = remembering(model.distillers.g), model.sources['teacher'].model
+    data = model.data_preprocessor(random_batch(model, (2, 3, 96, 128)), True)
+    with Taps(model, distiller.student_layers) as student:
+        model.bbox_head(model.extract_feat(data['inputs']))
+    taps = model.sources['teacher'](data['inputs'], None)
+    torch.manual_seed(0)
+    rois = to_rois(distiller.draw(student, data['data_samples']))
+    assert len(rois) == 10
+    with torch.no_grad():
+        target = teacher.roi_head._bbox_forward([each.contiguous() for each in taps['neck']], rois)['bbox_feats']
+        embeddings = []
+        for roi in rois:
+            size = ((roi[3] - roi[1]) * (roi[4] - roi[2])).sqrt().item()
+            level = min(max(math.floor(math.log2(size / (14 * 8) + 1e-6)), 0), 2)
+            pool = RoIAlign(1, 1 / (8 * 2**level), 14, aligned=True)
+            embeddings.append(pool(student['bbox_head.cls_convs.0'][level].contiguous(), roi[None]).flatten())
+        arguments = (torch.stack(embeddings), teacher, target)
+        sgfi, ckd = imitation_and_contrast(distiller, student['neck'], (8, 16, 32), rois, *arguments)
+    torch.manual_seed(0)
+    found = distiller(student, taps, data['data_samples'])
+    expected = {'loss_sgfi': 2 * sgfi, 'loss_ckd': 3 * ckd, 'tau': 4.0}
+    assert {key: value.item() for key, value in found.items()} == pytest.approx(expected, rel=1e-4)
 
 
 def test_the_memory_makes_negatives_of_earlier_steps(tmp_path):

@@ -244,10 +244,9 @@ def test_the_shell_weighs_each_term_with_its_options(normalize, over_bins, kd_me
             weight, chosen = region[image, slot].item(), positive[image, slot].item()
             if not weight and not chosen:
                 continue
-            sides = [
-                (side[17 * e : 17 * e + 17] for side in (bins[0][image][slot], bins[1][image][slot])) for e in range(4)
-            ]
-            edges = sum(divergence(*each, 4.0) for each in sides) / numbers[0]
+            own, other = bins[0][image][slot], bins[1][image][slot]
+            edges = sum(divergence(own[i : i + 17], other[i : i + 17], 4.0) for i in range(0, 68, 17))
+            edges /= 17 if over_bins == 'mean' else 1
             valuable += weight * edges / 16
             if chosen:
                 score = 1 / (1 + math.exp(-max(logits[0][image][slot])))
