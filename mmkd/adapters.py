@@ -111,6 +111,14 @@ class Adapters(nn.ModuleList):
             self.append(adapter)
             self.resize.append(s.shape[2:] != t.shape[2:])
 
+    @classmethod
+    def of_regions(
+        cls, spec: str | Mapping | None, in_channels: int, out_channels: int, names: tuple[str, str]
+    ) -> 'Adapters':
+        """One adapter for features that are pooled to one size, from whatever level: ``adapters([student], [teacher])``."""
+        student, teacher = torch.zeros(1, in_channels, 7, 7), torch.zeros(1, out_channels, 7, 7)
+        return cls(spec, [student], [teacher], names)
+
     def forward(self, student: Sequence[torch.Tensor], teacher: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """The student's levels in the teacher's shapes."""
         adapted = [adapter(level) for adapter, level in zip(self, student, strict=True)]

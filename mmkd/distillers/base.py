@@ -30,6 +30,13 @@ class Distiller(nn.Module):
     renamed: Mapping[str, str] = {}
     """Options of 0.1 and what they are called now."""
 
+    def check(self, student: nn.Module, teacher: nn.Module) -> None:
+        """Called once at build time, before the networks are run: refuse those that cannot be read.
+
+        Raises:
+            ConfigError: naming the option and what to do.
+        """
+
     def setup(self, student: Taps, teacher: Taps) -> None:
         """Called once at build time with the taps of one image, as (1, 3, H, W): make adapters, refuse what cannot work.
 

@@ -115,6 +115,16 @@ class Distillers(nn.ModuleDict):
     def learnt_by(self, learner: str | None) -> Callable[[str], bool]:
         return lambda name: self.learner_of[name] == learner
 
+    def check(self, student: nn.Module, sources: Mapping[str, Source]) -> None:
+        """Let each distiller refuse networks that it cannot read, before any of them is run."""
+        for name, distiller in self.items():
+            learner = self.learner_of[name]
+            for teacher in self.teacher_of[name] if hasattr(distiller, 'check') else ():
+                try:
+                    distiller.check(sources[learner].model if learner else student, sources[teacher].model)
+                except ConfigError as error:
+                    raise ConfigError(f'distillers.{name}: {error}') from None
+
     def setup(self, student: Taps, knowledge: Mapping[str, Taps]) -> None:
         """Let each distiller make its adapters from probed shapes, and check each tapped layer.
 
