@@ -7,9 +7,11 @@ from collections.abc import Mapping
 
 import torch
 
-from mmkd.distillers.base import FeatureDistiller
+from mmkd.distillers.base import Distiller
+from mmkd.distillers.levels import LevelPairs
+from mmkd.distillers.schedule import Weight
 from mmkd.errors import ConfigError
-from mmkd.hosts.segmentation.labels import labelled
+from mmkd.hosts.segmentation.labels import labeled
 from mmkd.hosts.segmentation.logits import require_class_logits
 from mmkd.registry import DISTILLERS
 from mmkd.taps import Taps
@@ -72,13 +74,13 @@ def relation_losses(
 
 
 @DISTILLERS.register_module()
-class DIST(FeatureDistiller):
+class DIST(Distiller):
     """Relations between the classes of a pixel and within a class over all pixels, see :func:`relation_losses`.
 
-    ``loss_inter = loss_weight * beta * L_inter`` and ``loss_intra = loss_weight * gamma * L_intra``, between the class logits of
+    ``loss_inter = inter_weight * L_inter`` and ``loss_intra = intra_weight * L_intra``, between the class logits of
     both networks; where these differ in size the student's are resized to the teacher's. The pixels of all images of a
     process make one column. As in the paper's listing nothing is multiplied by tau squared, as public code for
-    classification does: there, give ``loss_weight=tau**2``.
+    classification does: there, multiply both weights by it.
 
     Positions are left out whose label the student's decode head ignores (255), padding included; the authors' code takes
     them all, as ``use_labels=False`` does. With two classes rho of a pixel is 1 or -1 and hardly has a gradient: the
@@ -86,14 +88,15 @@ class DIST(FeatureDistiller):
 
     For auxiliary logits, which the authors' segmentation code weighs by 0.4, add an entry::
 
-        auxiliary=dict(type='DIST', layer='auxiliary_head.conv_seg', loss_weight=0.4)
+        auxiliary=dict(type='DIST', layer='auxiliary_head.conv_seg', inter_weight=0.4, intra_weight=0.4)
 
     Args:
         layer: The student's layer that puts out class logits. Default ``'decode_head.conv_seg'``.
-        beta: Weight of the relation between classes. Default 1, the authors' for segmentation.
-        gamma: Weight of the relation within classes. Default 1, the authors' for segmentation.
+        inter_weight: Of the relation between classes, beta in the paper; a number or a schedule. Default 1, the authors' for
+            segmentation.
+        intra_weight: Of the relation within classes, gamma in the paper; a number or a schedule. Default 1, the authors'
+            for segmentation.
         tau: Temperature, positive. Default 1.
-        loss_weight: A number or a schedule, of both. Default 1.
         teacher_layer: The teacher's layer, where its name differs.
         use_labels: Whether ignored pixels are left out. Default True; False needs no ground truth.
 
@@ -101,32 +104,36 @@ class DIST(FeatureDistiller):
         >>> distillers = dict(dist=dict(type='DIST'))
     """
 
+    renamed = {
+        'beta': 'inter_weight',
+        'gamma': 'intra_weight',
+        'weight': 'inter_weight and intra_weight',
+        'loss_weight': 'inter_weight and intra_weight',
+    }
+
     def __init__(
         self,
         layer: str = 'decode_head.conv_seg',
-        beta: float = 1.0,
-        gamma: float = 1.0,
+        inter_weight: float | Mapping = 1.0,
+        intra_weight: float | Mapping = 1.0,
         tau: float = 1.0,
-        loss_weight: float | Mapping = 1.0,
         teacher_layer: str | None = None,
         use_labels: bool = True,
     ):
-        super().__init__(layer, loss_weight, teacher_layer)
-        for name, value in (('beta', beta), ('gamma', gamma)):
-            if not isinstance(value, (int, float)) or value < 0:
-                raise ConfigError(f'{name}={value!r}: expected a number of at least 0')
+        super().__init__()
+        self.levels = LevelPairs(layer, teacher_layer)
+        self.student_layers, self.teacher_layers = self.levels.student_layers, self.levels.teacher_layers
         if not isinstance(tau, (int, float)) or tau <= 0:
             raise ConfigError(f'tau={tau!r}: expected a positive temperature')
-        self.beta, self.gamma, self.tau = beta, gamma, tau
-        self.use_labels = use_labels
+        self.inter_weight, self.intra_weight = Weight(inter_weight), Weight(intra_weight)
+        self.tau, self.use_labels = tau, use_labels
 
     def setup(self, student: Taps, teacher: Taps) -> None:
         require_class_logits(student, *self.student_layers, teacher, *self.teacher_layers)
-        super().setup(student, teacher)
+        self.levels.setup(student, teacher)
 
     def forward(self, student: Taps, teacher: Taps, data_samples: list | None) -> dict[str, torch.Tensor]:
         ((s, t, *_),) = self.levels(student, teacher)
-        valid = labelled(student.model, data_samples, s.shape[2:]) if self.use_labels else None
+        valid = labeled(student.model, data_samples, s.shape[2:]) if self.use_labels else None
         inter, intra = relation_losses(s, t, self.tau, valid)
-        weight = self.loss_weight()
-        return {'loss_inter': weight * self.beta * inter, 'loss_intra': weight * self.gamma * intra}
+        return {'loss_inter': self.inter_weight() * inter, 'loss_intra': self.intra_weight() * intra}

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from mmkd.distillers.base import FeatureDistiller
 from mmkd.distillers.levels import require_gradient
 from mmkd.errors import ConfigError
-from mmkd.hosts.segmentation.labels import ground_truth, labelled
+from mmkd.hosts.segmentation.labels import ground_truth, labeled
 from mmkd.hosts.segmentation.logits import require_class_logits, resize_logits
 from mmkd.registry import DISTILLERS
 from mmkd.taps import Taps
@@ -134,5 +134,5 @@ class KD(FeatureDistiller):
             s, t = resize_logits(s, size, student.model), resize_logits(t, size, teacher.model)
         else:
             ((s, t, *_),) = self.levels(student, teacher)
-        valid = labelled(student.model, data_samples, s.shape[2:]) if self.use_labels else None
+        valid = labeled(student.model, data_samples, s.shape[2:]) if self.use_labels else None
         return {'loss': self.loss_weight() * pixel_divergence(s, t, self.tau, self.reduction, valid)}

@@ -15,7 +15,7 @@ from mmkd.distillers.levels import maps, require_gradient
 from mmkd.distillers.schedule import Weight
 from mmkd.distillers.segmentation.kd import REDUCTIONS, pixel_divergence
 from mmkd.errors import ConfigError
-from mmkd.hosts.segmentation.labels import labelled
+from mmkd.hosts.segmentation.labels import labeled
 from mmkd.hosts.segmentation.logits import require_class_logits
 from mmkd.registry import DISTILLERS
 from mmkd.taps import Taps
@@ -219,7 +219,7 @@ class SKD(Distiller):
         if self.pixel or self.holistic:
             s, t = same_size(student, self.layer, teacher, self.teacher_layer)
         if self.pixel:
-            valid = labelled(student.model, data_samples, s.shape[2:]) if self.use_labels else None
+            valid = labeled(student.model, data_samples, s.shape[2:]) if self.use_labels else None
             losses['loss_pixel'] = self.pixel_weight() * pixel_divergence(s, t, self.tau, self.reduction, valid)
         if self.pair:
             features = same_size(student, self.feature_layer, teacher, self.teacher_feature_layer)

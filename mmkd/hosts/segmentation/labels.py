@@ -40,7 +40,7 @@ def resize_labels(labels: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
     return F.interpolate(labels[:, None].float(), tuple(size), mode='nearest')[:, 0].long()
 
 
-def labelled(model: nn.Module, data_samples: Sequence | None, size: Sequence[int]) -> torch.Tensor:
+def labeled(model: nn.Module, data_samples: Sequence | None, size: Sequence[int]) -> torch.Tensor:
     """Which positions of a (h, w) map have a label that the model's decode head does not ignore, (B, h, w) bool."""
     return resize_labels(ground_truth(data_samples), size) != ignore_index(model)
 

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from mmkd.distillers.generic.pkd import PKD, pearson_loss, standardise
+from mmkd.distillers.generic.pkd import PKD, pearson_loss, standardize
 from mmkd.errors import ConfigError
 from mmkd.hosts.running import probe
 from mmkd.taps import Taps
@@ -62,17 +62,17 @@ def test_a_constant_channel_is_zero_with_a_finite_gradient(value):
     assert torch.isfinite(student.grad).all()
     assert student.grad[:, 1].abs().sum() == 0
     assert (student.grad[:, 0].abs() > 0).all()
-    assert (standardise(student)[:, 1] == 0).all()
-    assert (standardise(teacher)[:, 2] == 0).all()
+    assert (standardize(student)[:, 1] == 0).all()
+    assert (standardize(teacher)[:, 2] == 0).all()
 
 
 def test_a_channel_that_is_constant_up_to_rounding_is_constant():
     feature = torch.full((2, 1, 8, 8), 3.1)
     feature[0, 0, ::2] = torch.nextafter(feature[0, 0, ::2], torch.tensor(torch.inf))
     assert feature.unique().numel() == 2
-    assert (standardise(feature) == 0).all()
+    assert (standardize(feature) == 0).all()
     feature = 1e-4 * torch.randn(2, 1, 8, 8) + 3.1
-    assert standardise(feature).std().item() == pytest.approx(1, abs=0.02)
+    assert standardize(feature).std().item() == pytest.approx(1, abs=0.02)
 
 
 def test_a_single_value_per_channel_is_constant():

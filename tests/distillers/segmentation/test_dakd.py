@@ -17,6 +17,9 @@ from mmkd.testing.batches import random_batch
 from mmkd.testing.closed_form import closed_form_inputs
 
 LAYERS = ('decode_head.conv_seg', 'auxiliary_head.conv_seg')
+KEYS = (
+    'loss_kl', 'loss_auxiliary_kl', 'loss_mse', 'loss_pseudo', 'loss_adversarial', 'loss_auxiliary_adversarial', 'loss_critic'
+)  # fmt: skip
 
 
 class Heads(nn.Module):
@@ -163,7 +166,7 @@ def losses_as_plain_loops(student, teacher, labels, shapes, distiller, upsample,
         )
     else:
         student = {layer: resized(z, teacher[layer].shape[2:]) for layer, z in student.items()}
-    expected = dict.fromkeys(('loss_kl', 'loss_mse', 'loss_pseudo', 'loss_adversarial', 'loss_critic'), 0.0)
+    expected = dict.fromkeys(KEYS, 0.0)
 
     def counts(h, w, with_labels):
         valid = torch.zeros(3, h, w, dtype=torch.bool)
@@ -182,15 +185,16 @@ def losses_as_plain_loops(student, teacher, labels, shapes, distiller, upsample,
             valid = counts(*student[layer].shape[2:], True)[images]
             pairs[layer] = pixels(student[layer][images], valid), pixels(teacher[layer][images], valid)
         main, auxiliary = pairs.values()
-        expected['loss_kl'] += gamma * 0.1 * (kl(*main) + 0.1 * kl(*auxiliary)) / 3
+        expected['loss_kl'] += gamma * 0.1 * kl(*main) / 3
+        expected['loss_auxiliary_kl'] += gamma * 0.01 * kl(*auxiliary) / 3
         expected['loss_mse'] += gamma * 0.01 * squares(*auxiliary)
         expected['loss_pseudo'] += gamma * pseudo(*main, 0.4)
-    for layer, critic, weight in zip(LAYERS, distiller.critics.values(), (1e-3, 2e-4)):
+    for key, layer, critic, weight in zip(KEYS[4:6], LAYERS, distiller.critics.values(), (1e-3, 2e-4)):
         size = (height, width) if upsample else (32, 32)
         decisions = critic(resized(original[layer], size).softmax(1))
         valid = counts(size[0] // 32, size[1] // 32, False)
         source, target = (decisions[:2], valid[:2]), (decisions[2:], valid[2:])
-        expected['loss_adversarial'] += weight * bce(target[0], 'source', target[1])
+        expected[key] += weight * bce(target[0], 'source', target[1])
         expected['loss_critic'] += 0.5 * bce(source[0], 'source', source[1]) + 0.5 * bce(target[0], 'target', target[1])
     return expected
 
@@ -215,14 +219,15 @@ def test_all_losses_as_plain_loops(upsample, label_size):
 
 
 def test_the_divergence_that_the_public_code_means():
-    """0.2311546 for each domain of one image, and for the auxiliary heads a tenth of that."""
+    """0.2311546 for each domain of one image."""
     student, teacher = closed_form_inputs((2, 5, 4, 6))
     student, teacher = taps(student, student), taps(teacher, teacher)
     distiller = made(student, teacher, torch.float32)
     whole = torch.zeros(2, 32, 48, dtype=torch.long)
     with torch.no_grad():
-        loss = distiller(student, teacher, samples(whole, 'st'))['loss_kl']
-    assert loss.item() == pytest.approx(0.1 * 1.1 * 2 * 0.2311546, rel=1e-5)
+        losses = distiller(student, teacher, samples(whole, 'st'))
+    assert losses['loss_kl'].item() == pytest.approx(0.1 * 2 * 0.2311546, rel=1e-5)
+    assert losses['loss_auxiliary_kl'].item() == pytest.approx(0.01 * 2 * 0.2311546, rel=1e-5)
 
 
 def case(batch=4):
@@ -243,6 +248,7 @@ def test_zero_for_equal_networks_where_the_formula_is():
     student, _, data_samples = case()
     found = made(student, student, torch.float32)(student, student, data_samples)
     assert found['loss_kl'].item() == pytest.approx(0, abs=1e-7)
+    assert found['loss_auxiliary_kl'].item() == pytest.approx(0, abs=1e-7)
     assert found['loss_mse'].item() == 0
     assert found['loss_pseudo'].item() > 0
 
@@ -258,34 +264,37 @@ def test_as_large_for_more_images_in_any_order():
         torch.testing.assert_close(found[key], value)
 
 
-@pytest.mark.parametrize('key', ['loss_kl', 'loss_mse', 'loss_pseudo', 'loss_adversarial', 'loss_critic'])
+@pytest.mark.parametrize('key', KEYS)
 def test_who_learns_from_which_loss(key):
     student, teacher, data_samples = case()
     distiller = made(student, teacher, torch.float32)
     distiller(student, teacher, data_samples)[key].backward()
     reached = [grad is not None and bool(grad.any()) for grad in gradients(student)]
-    by_key = dict(loss_mse=[False, True], loss_pseudo=[True, False], loss_critic=[False, False])
-    assert reached == by_key.get(key, [True, True])
+    main, auxiliary = [True, False], [False, True]
+    by_key = dict(
+        loss_auxiliary_kl=auxiliary, loss_mse=auxiliary, loss_auxiliary_adversarial=auxiliary, loss_critic=[False] * 2
+    )
+    assert reached == by_key.get(key, main)
     assert gradients(teacher) == [None, None]
     for parameter in distiller.critics.parameters():
         assert (parameter.grad is not None and bool(parameter.grad.any())) == (key == 'loss_critic')
-    if key == 'loss_adversarial':  # the source's outputs need not look like the source's
-        assert not any(grad[:2].any() for grad in gradients(student))
+    if 'adversarial' in key:  # the source's outputs need not look like the source's
+        assert not any(grad[:2].any() for grad in gradients(student) if grad is not None)
 
 
 def test_the_targets_weight_is_of_the_teachers_part_alone():
     student, teacher, data_samples = case()
     losses = made(student, teacher, torch.float32, target_weight=0.0)(student, teacher, data_samples)
-    sum(losses[key] for key in ('loss_kl', 'loss_mse', 'loss_pseudo')).backward(retain_graph=True)
+    sum(losses[key] for key in KEYS[:4]).backward(retain_graph=True)
     assert all(grad[:2].any() and not grad[2:].any() for grad in gradients(student))
-    losses['loss_adversarial'].backward()
+    (losses['loss_adversarial'] + losses['loss_auxiliary_adversarial']).backward()
     assert all(grad[2:].any() for grad in gradients(student))
 
 
 def test_weights_follow_their_schedules_and_scale_their_own_losses():
     student, teacher, data_samples = case()
     distiller = made(student, teacher, torch.float32)
-    twice = dict(kl_weight=0.2, mse_weight=0.02, pseudo_weight=2.0)
+    twice = dict(kl_weight=0.2, auxiliary_kl_weight=0.02, mse_weight=0.02, pseudo_weight=2.0)
     twice |= dict(adversarial_weight=2e-3, auxiliary_adversarial_weight=dict(type='constant', value=4e-4))
     other = made(student, teacher, torch.float32, **twice)
     other.load_state_dict(distiller.state_dict())
@@ -442,7 +451,7 @@ def test_student_and_critics_learn_and_the_teacher_does_not(teacher, options, tm
     model = pair(tmp_path, teacher, **options)
     losses = model(**two_domains(model), mode='loss')
     found = {key: value for key, value in losses.items() if key.startswith('dakd.')}
-    assert set(found) == {f'dakd.loss_{key}' for key in ('kl', 'mse', 'pseudo', 'adversarial', 'critic')}
+    assert set(found) == {f'dakd.{key}' for key in KEYS}
     assert all(torch.isfinite(loss) and loss > 0 for loss in found.values())
     sum(found.values()).backward()
     for name in ('backbone.layer3.0.conv1', *LAYERS):

@@ -4,7 +4,7 @@ from mmengine.structures import PixelData
 from mmseg.structures import SegDataSample
 
 from mmkd.errors import ConfigError
-from mmkd.hosts.segmentation.labels import class_masks, ground_truth, ignore_index, labelled, resize_labels
+from mmkd.hosts.segmentation.labels import class_masks, ground_truth, ignore_index, labeled, resize_labels
 from mmkd.testing import models, segmentors
 from mmkd.testing.batches import random_batch
 
@@ -25,8 +25,8 @@ def test_images_of_two_sizes_are_padded_with_the_ignored_label():
     expected = torch.full((2, 64, 96), 255)
     expected[0, :50, :70], expected[1, :40, :90] = maps
     assert torch.equal(labels, expected)
-    assert torch.equal(labelled(model, data_samples, (64, 96)), expected != 255)
-    assert torch.equal(labelled(model, data_samples, (8, 12)), expected[:, ::8, ::8] != 255)
+    assert torch.equal(labeled(model, data_samples, (64, 96)), expected != 255)
+    assert torch.equal(labeled(model, data_samples, (8, 12)), expected[:, ::8, ::8] != 255)
 
 
 @pytest.mark.parametrize('size', [(3, 4), (7, 5), (6, 8), (13, 17)])
@@ -53,7 +53,7 @@ def test_the_ignored_label_is_the_decode_heads():
     cascade.decode_head = torch.nn.ModuleList([plain.decode_head, other.decode_head])
     assert [ignore_index(model) for model in (plain, other, cascade)] == [255, 7, 7]
     labels = torch.tensor([[7, 255], [0, 7]])
-    assert labelled(other, samples(labels), (2, 2)).tolist() == [[[False, True], [True, False]]]
+    assert labeled(other, samples(labels), (2, 2)).tolist() == [[[False, True], [True, False]]]
 
 
 def test_positions_of_each_class():
