@@ -22,10 +22,10 @@ EPS = 1e-8
 def correlation(a: torch.Tensor, b: torch.Tensor, dim: int) -> torch.Tensor:
     r"""Pearson correlation along one dimension, of values whose mean along it is 0 already.
 
-    .. math:: \rho = \frac{\sum_i a_i b_i + \epsilon}{\sqrt{\sum_i a_i^2 + \epsilon} \sqrt{\sum_i b_i^2 + \epsilon}}
+    .. math:: \rho = \frac{\sum_i a_i b_i}{\lVert a \rVert \lVert b \rVert + \epsilon}
 
-    with epsilon 1e-8, so that it is finite and differentiable, and at most 1, for constant values too: 1 where both are
-    constant, near 0 where one is.
+    with epsilon 1e-8, as the authors have it. It is 0, with a finite gradient, where either is constant, and nearly so where
+    the product of both lengths is far below epsilon.
 
     Args:
         a: Any shape, centred.
@@ -35,8 +35,9 @@ def correlation(a: torch.Tensor, b: torch.Tensor, dim: int) -> torch.Tensor:
     Returns:
         The shape without ``dim``, of -1 to 1.
     """
-    norms = [(each.square().sum(dim) + EPS).sqrt() for each in (a, b)]
-    return ((a * b).sum(dim) + EPS) / (norms[0] * norms[1])
+    # the norm's gradient at 0 is 0, where that of the root of a sum of squares is NaN
+    lengths = [torch.linalg.vector_norm(each, dim=dim) for each in (a, b)]
+    return (a * b).sum(dim) / (lengths[0] * lengths[1] + EPS)
 
 
 def relation_losses(
@@ -51,7 +52,8 @@ def relation_losses(
         L_\text{inter} = \frac{1}{V} \sum_{i=1}^{V} \bigl(1 - \rho(P^S_{i \cdot}, P^T_{i \cdot})\bigr), \qquad
         L_\text{intra} = \frac{1}{K} \sum_{k=1}^{K} \bigl(1 - \rho(P^S_{\cdot k}, P^T_{\cdot k})\bigr)
 
-    rho is :func:`correlation`. Both are 0 for equal inputs, and without valid pixels.
+    rho is :func:`correlation`. Both are 0 for equal inputs, but for 1 / K for each class whose probability is the same at
+    all pixels: nothing correlates with it. L_inter is 0 without valid pixels, L_intra with less than two of them.
 
     Args:
         student: (B, K, H, W) logits.
@@ -64,13 +66,12 @@ def relation_losses(
     """
     rows = [(each / tau).softmax(1).movedim(1, -1).flatten(0, 2) for each in (student, teacher.detach())]
     inter = 1 - correlation(*(each - each.mean(1, keepdim=True) for each in rows), dim=1)
-    if valid is None:
-        columns = [each - each.mean(0) for each in rows]
-        return inter.mean(), 1 - correlation(*columns, dim=0).mean()
-    valid = valid.flatten()[:, None].to(rows[0].dtype)
-    count = valid.sum().clamp(min=1)
+    valid = torch.ones_like(rows[0][:, :1]) if valid is None else valid.flatten()[:, None].to(rows[0].dtype)
+    number = valid.sum()
+    count = number.clamp(min=1)
     columns = [(each - (each * valid).sum(0) / count) * valid for each in rows]
-    return (inter * valid[:, 0]).sum() / count, 1 - correlation(*columns, dim=0).mean()
+    intra = (1 - correlation(*columns, dim=0).mean()) * (number > 1)
+    return (inter * valid[:, 0]).sum() / count, intra
 
 
 @DISTILLERS.register_module()
