@@ -17,7 +17,8 @@ from mmkd.distillers.memory import ClassMemory
 from mmkd.distillers.schedule import Weight
 from mmkd.distillers.segmentation.kd import pixel_divergence
 from mmkd.errors import ConfigError
-from mmkd.hosts.segmentation.labels import class_masks, decode_head
+from mmkd.hosts.segmentation.heads import decode_head
+from mmkd.hosts.segmentation.labels import class_masks
 from mmkd.registry import DISTILLERS
 from mmkd.taps import Taps
 

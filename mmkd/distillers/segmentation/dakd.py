@@ -19,7 +19,8 @@ from mmkd.distillers.levels import LevelPairs, maps, require_gradient
 from mmkd.distillers.schedule import Weight
 from mmkd.distillers.segmentation.kd import REDUCTIONS, pixel_divergence
 from mmkd.errors import ConfigError
-from mmkd.hosts.segmentation.labels import ground_truth, ignore_index, resize_labels
+from mmkd.hosts.segmentation.heads import decode_head
+from mmkd.hosts.segmentation.labels import ground_truth, pixels_of, resize_labels
 from mmkd.hosts.segmentation.logits import require_class_logits, resize_logits
 from mmkd.registry import DISTILLERS
 from mmkd.taps import Taps
@@ -175,22 +176,19 @@ class Domains(NamedTuple):
         """The source's and the target's part of something that has an entry for each image."""
         return each.index_select(0, self.source), each.index_select(0, self.target)
 
-    def on_images(self, size: Sequence[int]) -> torch.Tensor:
-        """Which positions of a (h, w) map lie on images and not on padding, (B, h, w) bool.
-
-        Position i stands for pixel floor(i * H / h), as in :func:`resize_labels`.
-        """
+    def on_images(self, size: Sequence[int], align_corners: bool = False) -> torch.Tensor:
+        """Which positions of a (h, w) map lie on images and not on padding, (B, h, w) bool."""
         rows, columns = (
-            torch.arange(number, device=self.labels.device) * side // number
+            pixels_of(number, side, align_corners, self.labels.device)
             for number, side in zip(size, self.labels.shape[1:])
         )
         return (rows < self.extents[:, :1])[:, :, None] & (columns < self.extents[:, 1:])[:, None]
 
-    def valid(self, size: Sequence[int], ignored: int) -> torch.Tensor:
-        """Which positions of a (h, w) map count: the source's labelled ones and all on the target's images."""
-        unlabelled = torch.zeros_like(self.extents[:, 0], dtype=torch.bool).index_fill_(0, self.target, True)
-        labelled = resize_labels(self.labels, size) != ignored
-        return self.on_images(size) & (labelled | unlabelled[:, None, None])
+    def valid(self, size: Sequence[int], ignored: int, align_corners: bool = False) -> torch.Tensor:
+        """Which positions of a (h, w) map count: the source's labeled ones and all on the target's images."""
+        unlabeled = torch.zeros_like(self.extents[:, 0], dtype=torch.bool).index_fill_(0, self.target, True)
+        labeled = resize_labels(self.labels, size, align_corners) != ignored
+        return self.on_images(size, align_corners) & (labeled | unlabeled[:, None, None])
 
 
 @DISTILLERS.register_module()
@@ -343,7 +341,8 @@ class DAKD(Distiller):
         else:
             logits = [(pair.student, pair.teacher) for pair in self.levels(student, teacher)]
         sizes = {s.shape[2:] for s, _ in logits}  # one, but for heads of different strides
-        valid = {size: domains.split(domains.valid(size, ignore_index(student.model))) for size in sizes}
+        head = decode_head(student.model)
+        valid = {size: domains.split(domains.valid(size, head.ignore_index, head.align_corners)) for size in sizes}
         main, auxiliary = (zip(domains.split(s), domains.split(t), valid[s.shape[2:]]) for s, t in logits)
         kl = auxiliary_kl = mse = pseudo = 0.0
         for gamma, (s, t, v), (s_aux, t_aux, v_aux) in zip((1.0, self.target_weight()), main, auxiliary):

@@ -6,6 +6,7 @@ from torch import nn
 
 from mmkd.distillers.levels import maps
 from mmkd.errors import ConfigError
+from mmkd.hosts.segmentation.heads import decode_head
 from mmkd.taps import Taps
 
 
@@ -25,6 +26,4 @@ def require_class_logits(student: Taps, layer: str, teacher: Taps, teacher_layer
 
 def resize_logits(logits: torch.Tensor, size: tuple[int, ...], model: nn.Module) -> torch.Tensor:
     """Logits (B, K, h, w) at another size, as the model's decode head resizes them for its loss."""
-    head = model.decode_head
-    align = (head[-1] if isinstance(head, nn.ModuleList) else head).align_corners
-    return F.interpolate(logits, tuple(size), mode='bilinear', align_corners=align)
+    return F.interpolate(logits, tuple(size), mode='bilinear', align_corners=decode_head(model).align_corners)

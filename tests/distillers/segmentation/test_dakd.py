@@ -173,7 +173,7 @@ def losses_as_plain_loops(student, teacher, labels, shapes, distiller, upsample,
         for b in range(3):
             for y in range(h):
                 for x in range(w):
-                    row, column = y * height // h, x * width // w
+                    row, column = (2 * y + 1) * height // (2 * h), (2 * x + 1) * width // (2 * w)
                     inside = row < shapes[b][0] and column < shapes[b][1]
                     ignored = with_labels and b < 2 and labels[b, row, column].item() == 255
                     valid[b, y, x] = inside and not ignored
@@ -385,7 +385,7 @@ def test_channels_last_inputs_extreme_logits_and_one_image_of_each(options):
 def test_positions_on_images():
     domains = Domains.of(samples(torch.zeros(2, 8, 12, dtype=torch.long), 'st', [(8, 12), (3, 7)]))
     expected = torch.zeros(4, 4, dtype=torch.bool)
-    expected[:2, :3] = True  # pixels 0, 2, 4 and 6 below 3; pixels 0, 3, 6 and 9 below 7
+    expected[:1, :2] = True  # pixels 1, 3, 5 and 7 below 3; pixels 1, 4, 7 and 10 below 7
     assert domains.on_images((4, 4)).tolist() == [torch.ones(4, 4, dtype=torch.bool).tolist(), expected.tolist()]
     whole = Domains.of(samples(torch.zeros(2, 8, 12, dtype=torch.long), 'ts'))
     assert whole.on_images((4, 6)).all()

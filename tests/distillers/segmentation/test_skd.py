@@ -204,7 +204,7 @@ def test_each_term_is_its_formula_times_its_weight(tmp_path):
     (z_s, f_s), (z_t, f_t) = ([taps[layer][0] for layer in (LOGITS, FEATURE)] for taps in (student, teacher))
     z_s, f_s = (F.interpolate(each, (8, 12), mode='bilinear') for each in (z_s, f_s))
     assert z_t.shape[2:] == f_t.shape[2:] == (8, 12)
-    valid = torch.cat([sample.gt_sem_seg.data for sample in data['data_samples']])[:, ::8, ::8] != 255
+    valid = torch.cat([sample.gt_sem_seg.data for sample in data['data_samples']])[:, 4::8, 4::8] != 255
     assert 0 < valid.sum() < valid.numel()
     torch.testing.assert_close(found['loss_pixel'], 3 * pixel_divergence(z_s, z_t, 2.0, 'image_sum', valid))
     nodes = [F.max_pool2d(each, 2) for each in (f_s, f_t)]
