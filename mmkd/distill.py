@@ -12,13 +12,13 @@ from mmengine.model import BaseModel
 from mmengine.registry import MODELS as MMENGINE_MODELS
 from torch import nn
 
-from mmkd.distillers.base import Distillers, idle_loss
+from mmkd.distillers.collection import Distillers, idle_loss
 from mmkd.errors import ConfigError
 from mmkd.hosts.configs import read_model
 from mmkd.hosts.running import at_first_size, probe, sizes_to_probe
 from mmkd.inherit import check_inheritance, inherit_weights, parts_by_teacher
-from mmkd.registry import MODELS, SOURCES, build
-from mmkd.sources import Own, Source, Sources
+from mmkd.registry import MODELS
+from mmkd.sources import Own, Source, Sources, build_sources
 from mmkd.taps import Taps, find_layer
 
 
@@ -106,7 +106,7 @@ def distill(
     model = _build_student(student, data_preprocessor)
     device = next(model.parameters()).device
     with torch.random.fork_rng([]):  # the student's initial weights do not depend on who teaches it
-        sources = _build_sources(teacher, model)
+        sources = build_sources(teacher, model)
         collection = Distillers(distillers)
         _connect(model, sources, collection)
     parts = parts_by_teacher(inherit, sources)
@@ -132,29 +132,6 @@ def _build_student(student: str | Mapping | BaseModel, data_preprocessor: Mappin
     return MMENGINE_MODELS.build(student)
 
 
-def _build_sources(teacher: object, student: nn.Module) -> dict[str, Source]:
-    several = isinstance(teacher, Mapping) and not {'config', 'type', 'checkpoint', 'dtype'} & set(teacher)
-    if several and not teacher:
-        raise ConfigError("teacher={}: expected a config's name, a dict with config, or several of these by name")
-    sources = {}
-    for name, spec in teacher.items() if several else [('teacher', teacher)]:
-        if 'loss' in name or '.' in name or hasattr(Sources, name):
-            raise ConfigError(
-                f"teacher.{name}: a name starts the log keys and must not contain 'loss' or a dot, nor be a method of "
-                f'nn.Module; choose another'
-            )
-        option = f'teacher.{name}' if several else 'teacher'
-        if isinstance(spec, Source):
-            sources[name] = spec
-            continue
-        if isinstance(spec, (str, nn.Module)):
-            spec = dict(config=spec)
-        if not isinstance(spec, Mapping):
-            raise ConfigError(f"{option}={spec!r}: expected a config's name, a dict with config, or a built model")
-        sources[name] = build(SOURCES, option, {'type': 'Teacher', **spec}, student=student)
-    return sources
-
-
 def _connect(model: nn.Module, sources: Mapping[str, Source], distillers: Distillers) -> None:
     """Find out which layers are read, and how they look, by running all networks over an image."""
     distillers.connect(sources)
@@ -173,7 +150,7 @@ def _connect(model: nn.Module, sources: Mapping[str, Source], distillers: Distil
         student = probe(model, probed, size=size, trains=True, name='student')
         found = [
             {
-                name: probe(source.model, source.layers, batch, size, trains=source.has_gradient, name=option_of(name))
+                name: probe(source.model, source.layers, batch, size, trains=source.has_gradient, name=source.name)
                 for name, source in others.items()
             }
             for batch in (1, 2)
@@ -195,11 +172,6 @@ def _connect(model: nn.Module, sources: Mapping[str, Source], distillers: Distil
     for name, source in sources.items():
         of_learner = distillers.layers('training_layers', name, distillers.learnt_by(name))
         source.layers = tuple(dict.fromkeys(source.layers + of_learner))
-
-
-def option_of(name: str) -> str:
-    """What a source is called in the config."""
-    return name if name == 'teacher' else f'teacher.{name}'
 
 
 @functools.cache

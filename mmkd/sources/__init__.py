@@ -3,7 +3,7 @@
 from mmkd.sources.average import Average
 from mmkd.sources.own import Own
 from mmkd.sources.peer import Peer
-from mmkd.sources.source import Source, Sources
+from mmkd.sources.source import Source, Sources, build_sources
 from mmkd.sources.teacher import Teacher
 
-__all__ = ['Average', 'Own', 'Peer', 'Source', 'Sources', 'Teacher']
+__all__ = ['Average', 'Own', 'Peer', 'Source', 'Sources', 'Teacher', 'build_sources']

@@ -1,4 +1,4 @@
-"""The interface of a source of knowledge, and the sources that a student has."""
+"""The interface of a source of knowledge, and the sources that a student has, by name."""
 
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from mmkd.errors import ConfigError
+from mmkd.registry import SOURCES, build
 from mmkd.taps import Taps
 
 
@@ -24,7 +25,7 @@ class Source:
         calls: How often a forward pass calls each of these layers, where that is always the same; set alike.
         size: Height and width of an image that the model runs over; set alike.
         kept: What is trained or stored with the student, as ``sources.<name>.*``; None for a frozen teacher.
-        name: What it is called in the config, for errors; set alike.
+        name: What it is called in the config, for errors; set by :func:`build_sources`.
 
     Raises:
         ConfigError: for steps that are no whole numbers, or none at all.
@@ -106,7 +107,6 @@ class Sources(nn.Module):
         super().__init__()
         self._sources = dict(sources)
         for name, source in self._sources.items():
-            source.name = name if name == 'teacher' else f'teacher.{name}'
             if source.kept is not None:
                 self.add_module(name, source.kept)
 
@@ -134,3 +134,35 @@ class Sources(nn.Module):
         for source in self.values():  # `.to()`, `.cuda()`, `.half()` take them along
             source.apply(fn)
         return super()._apply(fn, *args, **kwargs)
+
+
+def build_sources(teacher: object, student: nn.Module) -> dict[str, Source]:
+    """What a config's ``teacher`` describes, by name; one alone is called ``'teacher'``.
+
+    Args:
+        teacher: See :func:`mmkd.distill`.
+        student: The student, for sources that are made of it.
+
+    Raises:
+        ConfigError: for a name that cannot be logged, a source that does not exist, or an option that it does not have.
+    """
+    several = isinstance(teacher, Mapping) and not {'config', 'type', 'checkpoint', 'dtype'} & set(teacher)
+    if several and not teacher:
+        raise ConfigError("teacher={}: expected a config's name, a dict with config, or several of these by name")
+    sources = {}
+    for name, spec in teacher.items() if several else [('teacher', teacher)]:
+        if 'loss' in name or '.' in name or hasattr(Sources, name):
+            raise ConfigError(
+                f"teacher.{name}: a name starts the log keys and must not contain 'loss' or a dot, nor be a method of "
+                f'nn.Module; choose another'
+            )
+        option = f'teacher.{name}' if several else 'teacher'
+        if isinstance(spec, (str, nn.Module)):
+            spec = dict(config=spec)
+        if isinstance(spec, Mapping):
+            spec = build(SOURCES, option, {'type': 'Teacher', **spec}, student=student)
+        if not isinstance(spec, Source):
+            raise ConfigError(f"{option}={spec!r}: expected a config's name, a dict with config, or a built model")
+        spec.name = option
+        sources[name] = spec
+    return sources

@@ -13,13 +13,17 @@ from mmkd.errors import ConfigError
 from mmkd.fold import fold_batch_norm
 from mmkd.hosts.running import run
 from mmkd.normalize import Renormalize
-from mmkd.sources.teacher import build_teacher
+from mmkd.sources import Teacher, build_sources
 from mmkd.taps import Taps
 from mmkd.testing import detectors, models, segmentors
 from mmkd.testing.batches import random_batch
 from mmkd.weights import load_weights, read_checkpoint
 
 LAYERS = ('backbone', 'neck', 'bbox_head')
+
+
+def build_teacher(options) -> Teacher:
+    return build_sources(options, None)['teacher']
 
 
 def ready(options, layers=LAYERS):
@@ -320,8 +324,15 @@ def test_a_teacher_without_weights_is_an_error(teacher_options):
         ('mmkd::gid_retinane.py', "nearest are 'gid_retinanet.py'"),
         ('nowhere/teacher.py', 'no such file'),
         ('nopackage::teacher/x.py', "'nopackage' is not installed"),
-        (dict(checkpoint='x.pth'), "expected a config's name, or a dict"),
-        (dict(config='x.py', checkpiont='x.pth'), "expected a config's name, or a dict"),
+        (dict(checkpoint='x.pth'), 'teacher: Teacher needs config'),
+        (dict(config='x.py', checkpiont='x.pth'), "no option 'checkpiont'; the nearest are 'checkpoint'"),
+        (3, "expected a config's name, a dict with config, or a built model"),
+        ({}, "expected a config's name"),
+        (dict(type='Techer', config='x.py'), "no source 'Techer'; the nearest are 'Teacher'"),
+        (dict(type='Average', momentum=1), 'momentum=1: expected a number'),
+        (dict(type='Average', interval=0), 'interval=0: expected a whole number of at least 1'),
+        (dict(type='Average', begin=5, end=5), 'end=5: expected a whole number of at least 6'),
+        (dict(loss=dict(config='x.py')), "teacher.loss: a name .* must not contain 'loss'"),
     ],
 )
 def test_a_teacher_that_cannot_be_found_is_an_error(teacher, message):
