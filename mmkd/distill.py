@@ -138,6 +138,7 @@ def _connect(model: nn.Module, sources: Mapping[str, Source], distillers: Distil
     clash = sorted(set(distillers) & set(sources))
     if clash:
         raise ConfigError(f'distillers.{clash[0]}: a teacher has this name, and both start log keys; choose another')
+    distillers.choose_layers(model, sources)
     for name, source in sources.items():
         taught = distillers.layers('teacher_layers', name, distillers.taught_by(name))
         learnt = distillers.layers('student_layers', name, distillers.learnt_by(name))

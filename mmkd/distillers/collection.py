@@ -90,6 +90,22 @@ class Distillers(nn.ModuleDict):
             if learner and not (sources[learner].has_gradient and sources[learner].kept is not None):
                 raise ConfigError(f'distillers.{name}: learner={learner!r} is not trained; a Peer is')
 
+    def choose_layers(self, student: nn.Module, sources: Mapping[str, Source]) -> None:
+        """Let each distiller name the layers that depend on the models."""
+        for name, distiller in self.items():
+            if not hasattr(distiller, 'choose_layers'):
+                continue
+            learner = self.learner_of[name]
+            teachers = {each: sources[each].model for each in self.teacher_of[name]}
+            several = not isinstance(self._named[name], (str, type(None)))
+            try:
+                distiller.choose_layers(
+                    sources[learner].model if learner else student,
+                    teachers if several else teachers[self.teacher_of[name][0]],
+                )
+            except ConfigError as error:
+                raise ConfigError(f'distillers.{name}: {error}') from None
+
     def layers(
         self, attribute: str, of: str | None = None, by: Callable[[str], bool] = lambda name: True
     ) -> tuple[str, ...]:
