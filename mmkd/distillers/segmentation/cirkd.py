@@ -17,7 +17,7 @@ from mmkd.distillers.memory import ClassMemory
 from mmkd.distillers.schedule import Weight
 from mmkd.distillers.segmentation.kd import pixel_divergence
 from mmkd.errors import ConfigError
-from mmkd.hosts.segmentation.heads import decode_head
+from mmkd.hosts.segmentation.heads import decode_head, feature_layer
 from mmkd.hosts.segmentation.labels import class_masks
 from mmkd.registry import DISTILLERS
 from mmkd.taps import Taps
@@ -199,8 +199,8 @@ class CIRKD(Distiller):
     embeddings are added, and that means are those of embeddings of length 1, are choices of this class.
 
     Args:
-        layer: The student's layer before its classifier. Default ``'decode_head.bottleneck'`` (PSPNet, DeepLabV3);
-            ``'decode_head.fusion_conv'`` for SegFormer.
+        layer: The student's layer before its classifier. Default: found by its decode head, see
+            :func:`mmkd.hosts.segmentation.heads.feature_layer`.
         batch_weight: Of the relations within the batch; a number or a schedule, as all weights. Default 1.
         pixel_weight: Of the relations to the memory's pixels. Default 0.1; the authors have 0.01 for Pascal VOC.
         region_weight: Of the relations to the memory's regions. Default 0.1; the authors have 0.01 for Pascal VOC.
@@ -211,7 +211,7 @@ class CIRKD(Distiller):
         region_memory_size: Regions kept, of each class. Default 2000.
         pixels_per_image: Pixels added, of each image and class. Default 16.
         max_positions: Positions of the compared maps, of all images of a process's batch together. Default 8192.
-        teacher_layer: The teacher's layer, where its name differs.
+        teacher_layer: The teacher's layer, where its name differs from ``layer``. Default, without either: as ``layer``.
 
     Example:
         >>> distillers = dict(kd=dict(type='KD'), cirkd=dict(type='CIRKD'))
@@ -227,7 +227,7 @@ class CIRKD(Distiller):
 
     def __init__(
         self,
-        layer: str = 'decode_head.bottleneck',
+        layer: str | None = None,
         batch_weight: float | Mapping = 1.0,
         pixel_weight: float | Mapping = 0.1,
         region_weight: float | Mapping = 0.1,
@@ -241,8 +241,7 @@ class CIRKD(Distiller):
         teacher_layer: str | None = None,
     ):
         super().__init__()
-        self.levels = LevelPairs(layer, teacher_layer, same_channels=False)
-        self.student_layers, self.teacher_layers = self.levels.student_layers, self.levels.teacher_layers
+        self.levels = LevelPairs(layer or feature_layer, teacher_layer, same_channels=False)
         numbers = dict(
             pixel_contrast_size=pixel_contrast_size,
             region_contrast_size=region_contrast_size,
@@ -264,12 +263,16 @@ class CIRKD(Distiller):
         self.pixels_per_image = pixels_per_image
         self.max_positions = max_positions
 
+    def choose_layers(self, student: nn.Module, teacher: nn.Module) -> None:
+        self.levels.choose(student, teacher)
+        self.student_layers, self.teacher_layers = self.levels.student_layers, self.levels.teacher_layers
+
     def setup(self, student: Taps, teacher: Taps) -> None:
         self.levels.setup(student, teacher)
         levels = self.levels.unadapted(student, teacher)
         if len(self.levels.pairs) != 1:
             raise ConfigError(
-                f'layer={self.student_layers[0]!r} puts out {len(self.levels.pairs)} maps; name one that puts out one'
+                f'layer={self.levels.student_layers[0]!r} puts out {len(self.levels.pairs)} maps; name one that puts out one'
             )
         in_channels, channels = (maps[0].shape[1] for maps in levels)
         classes = decode_head(student.model).num_classes

@@ -19,7 +19,7 @@ from mmkd.distillers.levels import LevelPairs, maps, require_gradient
 from mmkd.distillers.schedule import Weight
 from mmkd.distillers.segmentation.kd import REDUCTIONS, pixel_divergence
 from mmkd.errors import ConfigError
-from mmkd.hosts.segmentation.heads import decode_head
+from mmkd.hosts.segmentation import heads
 from mmkd.hosts.segmentation.labels import ground_truth, pixels_of, resize_labels
 from mmkd.hosts.segmentation.logits import require_class_logits, resize_logits
 from mmkd.registry import DISTILLERS
@@ -241,8 +241,9 @@ class DAKD(Distiller):
     :class:`mmkd.data.domains.Unlabelled`. The adversarial terms and the pseudo labels are not 0 for equal networks.
 
     Args:
-        layer: The student's layer that puts out class logits. Default ``'decode_head.conv_seg'``.
-        auxiliary_layer: The one of its auxiliary head. Default ``'auxiliary_head.conv_seg'``.
+        layer: The student's layer that puts out class logits. Default: its decode head's, ``'decode_head.conv_seg'`` or of a
+            cascade ``'decode_head.1.conv_seg'``.
+        auxiliary_layer: The one of its auxiliary head. Default ``'auxiliary_head.conv_seg'``, where it has one such head.
         kl_weight: A number or a schedule, as all weights are. Default 0.1.
         auxiliary_kl_weight: Default 0.01, the code's 0.1 of 0.1.
         mse_weight: Default 0.01.
@@ -257,8 +258,8 @@ class DAKD(Distiller):
             the authors' code. Default True. False takes the size of the logits, 32 at least: for output stride 8 that
             is 1/64 of the critics' operations, and a decision rests on a field 8 times as wide.
         critic_channels: Of the critics' first layer. Default 64.
-        teacher_layer: The teacher's layer, where its name differs.
-        teacher_auxiliary_layer: The teacher's auxiliary layer, where its name differs.
+        teacher_layer: The teacher's layer, where its name differs from ``layer``. Default, without either: as ``layer``.
+        teacher_auxiliary_layer: The same of its auxiliary layer.
 
     Raises:
         ConfigError: in training, if a batch has no image of one of the domains.
@@ -274,8 +275,8 @@ class DAKD(Distiller):
 
     def __init__(
         self,
-        layer: str = 'decode_head.conv_seg',
-        auxiliary_layer: str = 'auxiliary_head.conv_seg',
+        layer: str | None = None,
+        auxiliary_layer: str | None = None,
         kl_weight: float | Mapping = 0.1,
         auxiliary_kl_weight: float | Mapping = 0.01,
         mse_weight: float | Mapping = 0.01,
@@ -291,10 +292,11 @@ class DAKD(Distiller):
         teacher_layer: str | None = None,
         teacher_auxiliary_layer: str | None = None,
     ):
-        teacher_layers = (teacher_layer or layer, teacher_auxiliary_layer or auxiliary_layer)
         super().__init__()
-        self.levels = LevelPairs((layer, auxiliary_layer), teacher_layers)
-        self.student_layers, self.teacher_layers = self.levels.student_layers, self.levels.teacher_layers
+        layer, auxiliary_layer = layer or heads.logits_layer, auxiliary_layer or heads.auxiliary_layer
+        self.levels = LevelPairs(
+            (layer, auxiliary_layer), (teacher_layer or layer, teacher_auxiliary_layer or auxiliary_layer)
+        )
         if reduction not in REDUCTIONS:
             raise ConfigError(f'reduction={reduction!r}: expected one of {", ".join(REDUCTIONS)}')
         if threshold is not None and (not isinstance(threshold, (int, float)) or not 0 <= threshold <= 1):
@@ -312,6 +314,10 @@ class DAKD(Distiller):
         self.label_size = label_size
         self.upsample = upsample
         self.critic_channels = critic_channels
+
+    def choose_layers(self, student: nn.Module, teacher: nn.Module) -> None:
+        self.levels.choose(student, teacher)
+        self.student_layers, self.teacher_layers = self.levels.student_layers, self.levels.teacher_layers
 
     def setup(self, student: Taps, teacher: Taps) -> None:
         for layer, other in zip(self.student_layers, self.teacher_layers):
@@ -341,7 +347,7 @@ class DAKD(Distiller):
         else:
             logits = [(pair.student, pair.teacher) for pair in self.levels(student, teacher)]
         sizes = {s.shape[2:] for s, _ in logits}  # one, but for heads of different strides
-        head = decode_head(student.model)
+        head = heads.decode_head(student.model)
         valid = {size: domains.split(domains.valid(size, head.ignore_index, head.align_corners)) for size in sizes}
         main, auxiliary = (zip(domains.split(s), domains.split(t), valid[s.shape[2:]]) for s, t in logits)
         kl = auxiliary_kl = mse = pseudo = 0.0

@@ -6,11 +6,13 @@ Huang, You, Wang, Qian, Xu, "Knowledge Distillation from A Stronger Teacher", Ne
 from collections.abc import Mapping
 
 import torch
+from torch import nn
 
 from mmkd.distillers.base import Distiller
 from mmkd.distillers.levels import LevelPairs
 from mmkd.distillers.schedule import Weight
 from mmkd.errors import ConfigError
+from mmkd.hosts.segmentation.heads import logits_layer
 from mmkd.hosts.segmentation.labels import labeled
 from mmkd.hosts.segmentation.logits import require_class_logits
 from mmkd.registry import DISTILLERS
@@ -92,13 +94,14 @@ class DIST(Distiller):
         auxiliary=dict(type='DIST', layer='auxiliary_head.conv_seg', inter_weight=0.4, intra_weight=0.4)
 
     Args:
-        layer: The student's layer that puts out class logits. Default ``'decode_head.conv_seg'``.
+        layer: The student's layer that puts out class logits. Default: its decode head's, ``'decode_head.conv_seg'`` or of a
+            cascade ``'decode_head.1.conv_seg'``.
         inter_weight: Of the relation between classes, beta in the paper; a number or a schedule. Default 1, the authors' for
             segmentation.
         intra_weight: Of the relation within classes, gamma in the paper; a number or a schedule. Default 1, the authors'
             for segmentation.
         tau: Temperature, positive. Default 1.
-        teacher_layer: The teacher's layer, where its name differs.
+        teacher_layer: The teacher's layer, where its name differs from ``layer``. Default, without either: as ``layer``.
         use_labels: Whether ignored pixels are left out. Default True; False needs no ground truth.
 
     Example:
@@ -114,7 +117,7 @@ class DIST(Distiller):
 
     def __init__(
         self,
-        layer: str = 'decode_head.conv_seg',
+        layer: str | None = None,
         inter_weight: float | Mapping = 1.0,
         intra_weight: float | Mapping = 1.0,
         tau: float = 1.0,
@@ -122,12 +125,15 @@ class DIST(Distiller):
         use_labels: bool = True,
     ):
         super().__init__()
-        self.levels = LevelPairs(layer, teacher_layer)
-        self.student_layers, self.teacher_layers = self.levels.student_layers, self.levels.teacher_layers
+        self.levels = LevelPairs(layer or logits_layer, teacher_layer)
         if not isinstance(tau, (int, float)) or tau <= 0:
             raise ConfigError(f'tau={tau!r}: expected a positive temperature')
         self.inter_weight, self.intra_weight = Weight(inter_weight), Weight(intra_weight)
         self.tau, self.use_labels = tau, use_labels
+
+    def choose_layers(self, student: nn.Module, teacher: nn.Module) -> None:
+        self.levels.choose(student, teacher)
+        self.student_layers, self.teacher_layers = self.levels.student_layers, self.levels.teacher_layers
 
     def setup(self, student: Taps, teacher: Taps) -> None:
         require_class_logits(student, *self.student_layers, teacher, *self.teacher_layers)

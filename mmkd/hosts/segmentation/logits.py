@@ -6,7 +6,7 @@ from torch import nn
 
 from mmkd.distillers.levels import maps
 from mmkd.errors import ConfigError
-from mmkd.hosts.segmentation.heads import decode_head
+from mmkd.hosts.segmentation.heads import classifiers, decode_head
 from mmkd.taps import Taps
 
 
@@ -16,12 +16,17 @@ def require_class_logits(student: Taps, layer: str, teacher: Taps, teacher_layer
     if own != other:
         raise ConfigError(
             f'{layer!r} puts out {own} channels and {teacher_layer!r} of the teacher {other}; class logits of the same classes '
-            f"are needed: tap 'decode_head.conv_seg' of a teacher that was trained on the same classes"
+            f'are needed: tap {_classifiers(student)}, and of a teacher that was trained on the same classes '
+            f'{_classifiers(teacher)}'
         )
     if own < 2:
         raise ConfigError(
             f'{layer!r} puts out one channel, of which a softmax over classes is always 1; use decode heads with out_channels=2'
         )
+
+
+def _classifiers(taps: Taps) -> str:
+    return ' or '.join(map(repr, classifiers(taps.model))) or 'its class logits'
 
 
 def resize_logits(logits: torch.Tensor, size: tuple[int, ...], model: nn.Module) -> torch.Tensor:

@@ -161,5 +161,5 @@ def test_zero_for_equal_networks(tmp_path):
     'options', [dict(form='paper'), dict(power=0.5), dict(power='2'), dict(match='size'), dict(loss_weight='2')]
 )
 def test_options_out_of_range_are_errors(options):
-    with pytest.raises(ConfigError, match=next(iter(options))):
+    with pytest.raises(ConfigError, match=next(iter(options)).removeprefix('loss_')):
         AT('neck', **options)

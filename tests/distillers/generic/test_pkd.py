@@ -144,5 +144,5 @@ def test_levels_in_order_are_resized_to_the_teachers():
 
 @pytest.mark.parametrize('options', [dict(eps=-1.0), dict(eps='a'), dict(match='size'), dict(loss_weight='10')])
 def test_options_out_of_range_are_errors(options):
-    with pytest.raises(ConfigError, match=next(iter(options))):
+    with pytest.raises(ConfigError, match=next(iter(options)).removeprefix('loss_')):
         PKD('neck', **options)

@@ -12,6 +12,8 @@ from mmkd.taps import Taps
 from mmkd.testing import models, segmentors
 from mmkd.testing.batches import random_batch
 
+FEATURE = 'decode_head.dropout:input'
+
 
 def softmax(values):
     powers = [math.exp(value - max(values)) for value in values]
@@ -268,7 +270,7 @@ def test_a_class_queue_has_pixels_of_that_class_alone(tmp_path):
     for seed in range(3):
         step(model, seed=seed)
         data = model.data_preprocessor(random_batch(model, (2, 3, 64, 96), seed=seed), True)
-        embedding = F.normalize(model.sources['teacher'](data['inputs'], None)['decode_head.bottleneck'][0], dim=1)
+        embedding = F.normalize(model.sources['teacher'](data['inputs'], None)[FEATURE][0], dim=1)
         for feature, sample in zip(embedding, data['data_samples']):
             stride = 64 // feature.shape[1]
             labels = sample.gt_sem_seg.data[0, stride // 2 :: stride, stride // 2 :: stride]
@@ -311,7 +313,7 @@ def test_the_memorys_losses_are_of_what_earlier_steps_left(tmp_path):
     with Taps(model, distiller.student_layers) as student:
         losses = model(**data, mode='loss')
     teacher = model.sources['teacher'](data['inputs'], None)
-    (s,), (t,) = student['decode_head.bottleneck'], teacher['decode_head.bottleneck']
+    (s,), (t,) = student[FEATURE], teacher[FEATURE]
     labels = torch.cat([sample.gt_sem_seg.data for sample in data['data_samples']])[:, 8::16, 8::16]
     valid = labels != 255
     torch.testing.assert_close(losses['cirkd.loss_batch'], batch_loss(s, t, valid))
@@ -325,11 +327,11 @@ def test_maps_of_two_sizes(tmp_path):
     """The student's map, of stride 16, is resized to the teacher's, of stride 8."""
     model = pair(tmp_path, teacher=segmentors.pspnet(24))
     data = model.data_preprocessor(random_batch(model, (2, 3, 64, 96)), True)
-    with Taps(model, ['decode_head.bottleneck']) as student:
+    with Taps(model, [FEATURE]) as student:
         loss = model(**data, mode='loss')['cirkd.loss_batch']
     (s,), (t,) = (
-        student['decode_head.bottleneck'],
-        model.sources['teacher'](data['inputs'], None)['decode_head.bottleneck'],
+        student[FEATURE],
+        model.sources['teacher'](data['inputs'], None)[FEATURE],
     )
     valid = torch.cat([sample.gt_sem_seg.data for sample in data['data_samples']])[:, 4::8, 4::8] != 255
     torch.testing.assert_close(loss, batch_loss(F.interpolate(s, (8, 12), mode='bilinear'), t, valid))

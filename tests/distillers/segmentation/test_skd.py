@@ -16,7 +16,7 @@ from mmkd.testing import models, segmentors
 from mmkd.testing.batches import random_batch
 from mmkd.testing.closed_form import closed_form_inputs
 
-LOGITS, FEATURE = 'decode_head.conv_seg', 'decode_head.bottleneck'
+LOGITS, FEATURE = 'decode_head.conv_seg', 'decode_head.dropout:input'
 OFF = dict(pixel_weight=0, pair_weight=0, holistic_weight=0)
 
 
@@ -198,10 +198,11 @@ def test_each_term_is_its_formula_times_its_weight(tmp_path):
         spectral_norm=False,
     )
     data = prepared(model, objects=1)
-    with Taps(model, [LOGITS, FEATURE]) as student:
+    own = 'decode_head.conv_seg:input'  # it has no dropout
+    with Taps(model, [LOGITS, own]) as student:
         found = losses(model, data)
     teacher = model.sources['teacher'](data['inputs'], data['data_samples'])
-    (z_s, f_s), (z_t, f_t) = ([taps[layer][0] for layer in (LOGITS, FEATURE)] for taps in (student, teacher))
+    (z_s,), (f_s,), (z_t,), (f_t,) = student[LOGITS], student[own], teacher[LOGITS], teacher[FEATURE]
     z_s, f_s = (F.interpolate(each, (8, 12), mode='bilinear') for each in (z_s, f_s))
     assert z_t.shape[2:] == f_t.shape[2:] == (8, 12)
     valid = torch.cat([sample.gt_sem_seg.data for sample in data['data_samples']])[:, 4::8, 4::8] != 255
@@ -351,15 +352,16 @@ def test_training_with_spectral_norm_stays_finite_and_every_part_of_the_critic_l
 )
 def test_layers_that_cannot_be_compared_are_errors(options, teacher, message):
     distiller = SKD(**options)
-    student = probe(models.build(segmentors.pspnet()), distiller.student_layers)
-    teacher = probe(models.build(segmentors.pspnet(**teacher)), distiller.teacher_layers)
+    networks = [models.build(segmentors.pspnet(**each)) for each in ({}, teacher)]
+    distiller.choose_layers(*networks)
+    taps = map(probe, networks, (distiller.student_layers, distiller.teacher_layers))
     with pytest.raises(ConfigError, match=message):
-        distiller.setup(student, teacher)
+        distiller.setup(*taps)
 
 
 def test_frozen_features_are_an_error(tmp_path):
     model = pair(tmp_path, **{**OFF, 'pair_weight': 1.0}).requires_grad_(False)
-    with pytest.raises(ConfigError, match="'decode_head.bottleneck': its output has no gradient"):
+    with pytest.raises(ConfigError, match="'decode_head.dropout:input': its output has no gradient"):
         losses(model, prepared(model))
 
 
