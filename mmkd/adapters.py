@@ -42,7 +42,7 @@ class ConvAdapter(nn.Module):
         self.relu = relu
         if init_std is not None:
             nn.init.trunc_normal_(self.conv.weight, std=init_std, a=-2 * init_std, b=2 * init_std)
-            if bias:
+            if self.conv.bias is not None:
                 nn.init.zeros_(self.conv.bias)
 
     def forward(self, feature: torch.Tensor) -> torch.Tensor:
@@ -89,7 +89,7 @@ class Adapters(nn.ModuleList):
                 )
             if spec is None:
                 adapter: nn.Module = nn.Identity()
-            elif spec != 'auto':
+            elif isinstance(spec, Mapping):
                 adapter = build(ADAPTERS, 'adapter', spec, in_channels=s.shape[1], out_channels=t.shape[1])
             elif same_channels and s.shape[1] != t.shape[1]:
                 adapter = ConvAdapter(s.shape[1], t.shape[1])

@@ -4,8 +4,10 @@
 ``DistilledRetinaNet`` that still is a ``RetinaNet``, with its parameter names, checkpoints, hooks and optimizer rules.
 """
 
+import copy
 import functools
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from mmengine.model import BaseModel
@@ -22,7 +24,7 @@ from mmkd.sources import Own, Source, Sources, build_sources
 from mmkd.taps import Taps, find_layer
 
 
-class Distilled:
+class Distilled(BaseModel if TYPE_CHECKING else object):  # type: ignore[misc]
     """What distillation adds to a student's class."""
 
     distillers: Distillers
@@ -119,7 +121,7 @@ def distill(
     return model
 
 
-def _build_student(student: str | Mapping | BaseModel, data_preprocessor: Mapping | None) -> BaseModel:
+def _build_student(student: Any, data_preprocessor: Mapping | None) -> BaseModel:
     if isinstance(student, nn.Module):
         if isinstance(student, Distilled):
             student.plain()
@@ -129,10 +131,10 @@ def _build_student(student: str | Mapping | BaseModel, data_preprocessor: Mappin
         student = read_model(student, 'student')
     if data_preprocessor is not None and student.get('data_preprocessor') is None:
         student = {**student, 'data_preprocessor': data_preprocessor}
-    return MMENGINE_MODELS.build(student)
+    return MMENGINE_MODELS.build(copy.deepcopy(student))  # some models change the config that they are built from
 
 
-def _connect(model: nn.Module, sources: Mapping[str, Source], distillers: Distillers) -> None:
+def _connect(model: BaseModel, sources: Mapping[str, Source], distillers: Distillers) -> None:
     """Find out which layers are read, and how they look, by running all networks over an image."""
     distillers.connect(sources)
     clash = sorted(set(distillers) & set(sources))
@@ -176,7 +178,7 @@ def _connect(model: nn.Module, sources: Mapping[str, Source], distillers: Distil
 
 
 @functools.cache
-def distilled_class(plain: type) -> type:
+def distilled_class(plain: type) -> Any:
     """``DistilledX`` for a model class ``X``."""
     return type(f'Distilled{plain.__name__}', (Distilled, plain), {'__module__': plain.__module__})
 

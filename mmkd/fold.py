@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from mmengine.logging import print_log
@@ -75,7 +76,7 @@ def fold_batch_norm(model: nn.Module, layers: Sequence[str] = (), size: tuple[in
         The number of batch norms folded; 0, with a warning, if that would change the outputs by more than rounding.
     """
     kinds = (nn.Conv2d, nn.BatchNorm2d, nn.SyncBatchNorm)
-    modules = {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
+    modules: dict[str, Any] = {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
     calls: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {name: [] for name in modules}
 
     def record(name: str):

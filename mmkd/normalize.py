@@ -47,7 +47,7 @@ class Renormalize:
         return inputs
 
 
-def _normalization(preprocessor: nn.Module) -> tuple[torch.Tensor, torch.Tensor, bool]:
+def _normalization(preprocessor: BaseDataPreprocessor) -> tuple[torch.Tensor, torch.Tensor, bool]:
     """Mean and standard deviation, (3, 1, 1), and whether the channels of the loaded image are swapped."""
     # mmengine and mmdet keep the flag private, mmseg does not
     swap = getattr(preprocessor, '_channel_conversion', getattr(preprocessor, 'channel_conversion', False))

@@ -68,7 +68,7 @@ def build(registry: Registry, option: str, spec: Mapping, **given: Any) -> Any:
     if missing:
         raise ConfigError(f'{option}: {kind.__name__} needs {", ".join(missing)}')
     try:
-        return registry.build(dict(options, type=kind, _scope_='mmkd'))
+        return kind(**options)
     except ConfigError as error:
         raise ConfigError(f'{option}: {error}') from None
 

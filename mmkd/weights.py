@@ -5,6 +5,7 @@ from collections import OrderedDict
 from http.client import HTTPException
 from pathlib import Path
 from pickle import UnpicklingError
+from typing import Any
 from urllib.parse import urlparse
 
 import torch
@@ -77,7 +78,7 @@ def read_checkpoint(path: Path, what: str = 'teacher checkpoint') -> dict[str, t
     state = content.get('state_dict', content) if isinstance(content, dict) else content
     if not isinstance(state, dict) or not state or not all(isinstance(each, torch.Tensor) for each in state.values()):
         raise ConfigError(f"{what} {path}: holds no weights (expected a dict of tensors, or 'state_dict')")
-    weights = OrderedDict((name, tensor) for name, tensor in state.items() if not name.startswith('distillers.'))
+    weights: Any = OrderedDict((name, tensor) for name, tensor in state.items() if not name.startswith('distillers.'))
     if hasattr(state, '_metadata'):  # each module's version, by which it converts older weights
         weights._metadata = state._metadata
     return weights

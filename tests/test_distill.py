@@ -51,7 +51,9 @@ def test_adapters_stand_beside_the_plain_keys(teacher_options):
     plain = set(models.build(detectors.retinanet()).state_dict())
     own = set(build(teacher_options, load=False).state_dict()) - plain
     adapters = {f'distillers.gid.adapters.0.conv.{name}' for name in ('weight', 'bias')}
-    adapters |= {f'distillers.cwd.adapters.{level}.conv.{name}' for level in range(3) for name in ('weight', 'bias')}
+    adapters |= {
+        f'distillers.cwd.levels.adapters.{level}.conv.{name}' for level in range(3) for name in ('weight', 'bias')
+    }
     assert own == adapters
 
 
@@ -125,9 +127,11 @@ def test_losses_are_float32_under_autocast(teacher_options):
     expected = losses(model)
     with torch.autocast('cpu', torch.bfloat16):
         found = losses(model)
-    for name in ('gid.loss_relation', 'cwd.loss'):
-        assert found[name].dtype is torch.float32
-        torch.testing.assert_close(found[name], expected[name], rtol=0.1, atol=0.01)
+    methods = [name for name in found if name.startswith(('gid.loss', 'cwd.loss'))]
+    assert len(methods) == 5
+    assert all(found[name].dtype is torch.float32 for name in methods)
+    # GID selects instances by scores, and rounding them in bf16 selects others
+    torch.testing.assert_close(found['cwd.loss'], expected['cwd.loss'], rtol=0.1, atol=0.01)
 
 
 class Gram(nn.Module):

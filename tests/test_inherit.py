@@ -63,4 +63,7 @@ def test_in_a_config(teacher):
     )
     from mmengine.registry import MODELS
 
-    assert MODELS.build(config.model)._inherit == ('neck',)
+    model = MODELS.build(config.model)
+    model.init_weights()
+    weights = torch.load(teacher['checkpoint'], weights_only=True)['state_dict']
+    assert torch.equal(model.neck.lateral_convs[0].conv.weight, weights['neck.lateral_convs.0.conv.weight'])

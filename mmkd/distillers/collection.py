@@ -1,6 +1,7 @@
 """The distillers that a student trains with: who learns from whom, and when."""
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from mmengine.logging import MessageHub, print_log
@@ -36,7 +37,7 @@ class Distillers(nn.ModuleDict):
             raise ConfigError(f"distillers={specs!r}: expected a dict such as dict(gid=dict(type='GID'))")
         self.teacher_of: dict[str, tuple[str, ...]] = {}
         self.learner_of: dict[str, str | None] = {}
-        self._named: dict[str, object] = {}
+        self._named: dict[str, Any] = {}
         for name, spec in specs.items():
             if 'loss' in name or '.' in name or hasattr(self, name):
                 raise ConfigError(
@@ -46,11 +47,15 @@ class Distillers(nn.ModuleDict):
             options = dict(spec) if isinstance(spec, Mapping) else {}
             self._named[name] = options.pop('teacher', None)
             self.learner_of[name] = options.pop('learner', None)
-            self[name] = (
-                spec if isinstance(spec, nn.Module) else build(DISTILLERS, f'distillers.{name}', options or spec)
-            )
+            made = spec if isinstance(spec, nn.Module) else build(DISTILLERS, f'distillers.{name}', options or spec)
+            for attribute in ('student_layers', 'teacher_layers'):
+                if not hasattr(made, attribute):
+                    raise ConfigError(f'distillers.{name}: {type(made).__name__} has no attribute {attribute!r}')
+            self[name] = made
         self.iteration = -1
         self._seen = _iteration_of_runner()
+        self.student_layers: tuple[str, ...] = ()
+        """What is tapped of the student in training."""
         self._weights: dict[str, list[Weight]] = {}
         self.register_load_state_dict_pre_hook(_adapters_of_0_1)
 
@@ -114,9 +119,7 @@ class Distillers(nn.ModuleDict):
         for name, distiller in self.items():
             if not by(name):
                 continue
-            layers = getattr(distiller, attribute, () if attribute == 'training_layers' else None)
-            if layers is None:
-                raise ConfigError(f'distillers.{name}: {type(distiller).__name__} has no attribute {attribute!r}')
+            layers = getattr(distiller, attribute, ())
             if isinstance(layers, Mapping):
                 layers = layers.get(of, ())
             found.update(dict.fromkeys((layers,) if isinstance(layers, str) else layers))
@@ -166,7 +169,8 @@ class Distillers(nn.ModuleDict):
     def active(self, name: str) -> bool:
         """Whether a distiller's loss can be anything but 0 in this step."""
         weights = self._weights[name]
-        return getattr(self[name], 'unweighted', False) or not weights or any(weight() for weight in weights)
+        always = bool(getattr(self[name], 'unweighted', False))
+        return always or not weights or any(weight() for weight in weights)
 
     def wants(self, source: str) -> bool:
         """Whether any distiller reads a source in this step."""
@@ -219,14 +223,14 @@ class Distillers(nn.ModuleDict):
 def idle_loss(name: str, module: nn.Module | None) -> dict[str, torch.Tensor]:
     """What keeps the trained parts of a module in the graph in a step that does not use them, as DDP asks for."""
     trained = [] if module is None else [each for each in module.parameters() if each.requires_grad]
-    return {f'{name}.loss': sum(0 * each.sum() for each in trained)} if trained else {}
+    return {f'{name}.loss': torch.stack([0 * each.sum() for each in trained]).sum()} if trained else {}
 
 
 def _iteration_of_runner() -> int | None:
     return MessageHub.get_current_instance().get_info('iter')
 
 
-def _refuse_the_same(distiller: nn.Module, learner: Taps, teachers: Taps | Mapping[str, Taps]) -> None:
+def _refuse_the_same(distiller: Any, learner: Taps, teachers: Taps | dict[str, Taps]) -> None:
     """Raise ConfigError if a network would learn a layer from that layer."""
     for teacher in teachers.values() if isinstance(teachers, dict) else [teachers]:
         if teacher.model is not learner.model:
@@ -239,7 +243,7 @@ def _refuse_the_same(distiller: nn.Module, learner: Taps, teachers: Taps | Mappi
             )
 
 
-def _adapters_of_0_1(module: nn.Module, state: dict, prefix: str, *_) -> None:
+def _adapters_of_0_1(module: Distillers, state: dict, prefix: str, *_) -> None:
     """Checkpoints of 0.1 have ``<name>.adapters.*`` where ``<name>.levels.adapters.*`` is now."""
     for name, distiller in module.items():
         old = f'{prefix}{name}.adapters.'

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import TypeVar
 
 import torch
+from mmengine.model import BaseModel
 from mmengine.structures import BaseDataElement
 from torch import nn
 
@@ -19,7 +20,7 @@ class CannotRun(ConfigError):
 
 
 def run(
-    model: nn.Module, layers: Sequence[str], inputs: torch.Tensor, data_samples: list | None, trains: bool = False
+    model: BaseModel, layers: Sequence[str], inputs: torch.Tensor, data_samples: list | None, trains: bool = False
 ) -> None:
     """One forward pass of a mmdet or mmseg model, no further than needed for ``layers``; no loss, no assignment.
 
@@ -41,7 +42,7 @@ def run(
 
 
 def _run_segmentor(
-    model: nn.Module,
+    model: BaseModel,
     heads: Sequence[str],
     names: Sequence[str],
     inputs: torch.Tensor,
@@ -72,7 +73,7 @@ def _run_segmentor(
             output = following
 
 
-def _run_head(head: nn.Module, features: Sequence[torch.Tensor], data_samples: list | None) -> None:
+def _run_head(head: BaseModel, features: Sequence[torch.Tensor], data_samples: list | None) -> None:
     if 'batch_data_samples' in inspect.signature(head.forward).parameters:  # MaskFormer and its kin
         head(features, data_samples)
     else:

@@ -45,7 +45,7 @@ class Average(Source):
             raise ConfigError(f'momentum={momentum!r}: expected a number of at least 0 and below 1')
         self.momentum = momentum
         self.model = copy.deepcopy(student)
-        self.kept = Kept(self.model, trained=False)
+        self.kept: Kept = Kept(self.model, trained=False)
         self.kept.register_buffer('steps', torch.zeros(()))
         self._seen: int | None = None
 
@@ -57,25 +57,26 @@ class Average(Source):
         return taps, {}
 
     def _follow(self, student: nn.Module) -> None:
+        own = dict(student.named_parameters()) | dict(student.named_buffers())
+        names = [name for name, _ in self.model.named_parameters()]
         # each optimizer changes weights in place, which their versions count
-        versions = sum(each._version for each in student.parameters())
+        versions = sum(own[name]._version for name in names)
         if versions == self._seen:
             return
         self._seen = versions
-        own = dict(student.named_parameters()) | dict(student.named_buffers())
-        names = [name for name, _ in self.model.named_parameters()]
         buffers = dict(self.model.named_buffers())
         floating = [name for name, value in buffers.items() if value.is_floating_point()]
         values = [own[name] for name in floating]
         if values and get_world_size() > 1:
             values = _mean_of_processes(values)
         averages = [*self.model.parameters(), *(buffers[name] for name in floating)]
-        momentum = (self.kept.steps / (self.kept.steps + 1)).clamp(max=self.momentum)
+        steps = self.kept.get_buffer('steps')
+        momentum = (steps / (steps + 1)).clamp(max=self.momentum)
         torch._foreach_mul_(averages, momentum)
         torch._foreach_add_(averages, torch._foreach_mul([*(own[name] for name in names), *values], 1 - momentum))
         for name in buffers.keys() - set(floating):
             buffers[name].copy_(own[name])
-        self.kept.steps += 1
+        steps += 1
 
 
 def _mean_of_processes(values: list[torch.Tensor]) -> list[torch.Tensor]:

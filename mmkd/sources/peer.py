@@ -51,7 +51,7 @@ class Peer(Source):
         super().__init__(interval, begin, end)
         read = read_teacher(dict(config=config))
         with DefaultScope.overwrite_default_scope(read.scope):
-            self.model = MODELS.build(read.model)
+            self.model = MODELS.build(copy.deepcopy(read.model))
         self.checkpoint = checkpoint
         self.kept = Kept(self.model, trained=True)
         self._renormalize: Renormalize | None = None

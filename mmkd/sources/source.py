@@ -1,9 +1,12 @@
 """The interface of a source of knowledge, and the sources that a student has, by name."""
 
+import functools
 import math
 from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import torch
+from mmengine.model import BaseModel
 from torch import nn
 
 from mmkd.errors import ConfigError
@@ -31,8 +34,8 @@ class Source:
         ConfigError: for steps that are no whole numbers, or none at all.
     """
 
-    model: nn.Module
-    kept: nn.Module | None = None
+    model: BaseModel
+    kept: 'Kept | None' = None
     has_gradient: bool = False
     """Whether its taps carry gradients, which those who learn from it must not follow."""
 
@@ -128,7 +131,7 @@ class Sources(nn.Module):
     def load(self, device: torch.device | str, then: Callable[[str, nn.Module], None]) -> None:
         """Load all; ``then`` is called with the name and the model of each, see :meth:`Source.load`."""
         for name, source in self.items():
-            source.load(device, lambda model, name=name: then(name, model))
+            source.load(device, functools.partial(then, name))
 
     def _apply(self, fn: Callable, *args, **kwargs):
         for source in self.values():  # `.to()`, `.cuda()`, `.half()` take them along
@@ -146,11 +149,15 @@ def build_sources(teacher: object, student: nn.Module) -> dict[str, Source]:
     Raises:
         ConfigError: for a name that cannot be logged, a source that does not exist, or an option that it does not have.
     """
-    several = isinstance(teacher, Mapping) and not {'config', 'type', 'checkpoint', 'dtype'} & set(teacher)
-    if several and not teacher:
+    single = {'config', 'type', 'checkpoint', 'dtype'}
+    specs: Mapping[str, Any] = {'teacher': teacher}
+    several = isinstance(teacher, Mapping) and not single & set(teacher)
+    if isinstance(teacher, Mapping) and several:
+        specs = teacher
+    if not specs:
         raise ConfigError("teacher={}: expected a config's name, a dict with config, or several of these by name")
-    sources = {}
-    for name, spec in teacher.items() if several else [('teacher', teacher)]:
+    sources: dict[str, Source] = {}
+    for name, spec in specs.items():
         if 'loss' in name or '.' in name or hasattr(Sources, name):
             raise ConfigError(
                 f"teacher.{name}: a name starts the log keys and must not contain 'loss' or a dot, nor be a method of "

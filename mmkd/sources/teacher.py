@@ -60,7 +60,7 @@ class Teacher(Source):
             read = read_teacher(dict(config=config, checkpoint=checkpoint))
             checkpoint = read.checkpoint
             with DefaultScope.overwrite_default_scope(read.scope):
-                model = MODELS.build(read.model)
+                model = MODELS.build(copy.deepcopy(read.model))
         self.model = model.eval().requires_grad_(False)
         self.checkpoint = checkpoint
         self.dtype = getattr(torch, dtype) if dtype else None

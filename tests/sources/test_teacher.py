@@ -353,4 +353,4 @@ def test_a_download_that_fails_says_where_the_file_goes(tmp_path, monkeypatch):
 
 def test_layers_are_the_union_over_distillers(teacher_options):
     collection = Distillers(dict(a=dict(type='CWD', layer='neck'), b=dict(type='GID')))
-    assert collection.teacher_layers == ('neck', 'bbox_head')
+    assert collection.layers('teacher_layers') == ('neck', 'bbox_head')
