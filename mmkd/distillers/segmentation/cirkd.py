@@ -242,8 +242,6 @@ class CIRKD(Distiller):
     ):
         super().__init__()
         self.levels = LevelPairs(layer or feature_layer, teacher_layer, same_channels=False)
-        self.levels = LevelPairs(layer, teacher_layer, same_channels=False)
-        self.student_layers, self.teacher_layers = self.levels.student_layers, self.levels.teacher_layers
         numbers = dict(
             pixel_contrast_size=pixel_contrast_size,
             region_contrast_size=region_contrast_size,

@@ -139,7 +139,7 @@ def test_levels_in_order_are_resized_to_the_teachers():
     torch.testing.assert_close(by_index(s, t, None)['loss'], 10 * expected)
     by_stride = PKD('neck')
     tapped(student, teacher, by_stride)
-    assert by_stride.pairs == [(0, 1), (1, 2), (2, 3), (3, 4)]
+    assert by_stride.levels.pairs == [(0, 0, 1), (0, 1, 2), (0, 2, 3), (0, 3, 4)]
 
 
 @pytest.mark.parametrize('options', [dict(eps=-1.0), dict(eps='a'), dict(match='size'), dict(loss_weight='10')])
