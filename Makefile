@@ -1,11 +1,14 @@
 # make demo   set up, then train teacher and students on generated data and write a report
 # make demo-seg   the same for segmentation
-# make test   set up, then run the tests
-# make lint   check format and style (make format applies them)
-.PHONY: setup demo demo-seg test lint format clean
+# make test   set up, then run the tests (make test-fast: those that take no longer than seconds)
+# make lint   check format, style and the types of the core (make format applies them); needs nothing but Python
+.PHONY: setup demo demo-seg test test-fast lint format clean
 
 VENV := .venv
 BIN := $(VENV)/bin
+PYTEST := $(BIN)/python -m pytest -q --numprocesses logical --dist worksteal
+LINT := .venv-lint
+PYTHON ?= python3
 
 setup:
 	@sh tools/setup.sh $(VENV)
@@ -17,15 +20,24 @@ demo-seg: setup
 	$(BIN)/python demo/run.py segmentation
 
 test: setup
-	$(BIN)/python -m pytest -q --numprocesses logical --dist worksteal --durations=10
+	$(PYTEST) --durations=10
 
-lint: setup
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
+test-fast: setup
+	$(PYTEST) -m 'not slow'
 
-format: setup
-	$(BIN)/ruff format .
-	$(BIN)/ruff check --fix .
+$(LINT)/ready: requirements.txt
+	$(PYTHON) -m venv $(LINT)
+	$(LINT)/bin/python -m pip --disable-pip-version-check install --quiet $$(grep -E '^(ruff|mypy)==' requirements.txt)
+	touch $@
+
+lint: $(LINT)/ready
+	$(LINT)/bin/ruff check .
+	$(LINT)/bin/ruff format --check .
+	$(LINT)/bin/mypy
+
+format: $(LINT)/ready
+	$(LINT)/bin/ruff format .
+	$(LINT)/bin/ruff check --fix .
 
 clean:
-	rm -rf $(VENV) work_dirs data build dist *.egg-info
+	rm -rf $(VENV) $(LINT) work_dirs data build dist *.egg-info

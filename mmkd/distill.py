@@ -114,7 +114,7 @@ def distill(
     parts = parts_by_teacher(inherit, sources)
     for name, each in parts.items():
         check_inheritance(model, sources[name].model, each)
-    model.__class__ = distilled_class(type(model))
+    model.__class__ = distilled_class(model.__class__)
     model._inherit = parts
     model.distillers = collection.to(device)
     model.sources = Sources(sources)
@@ -122,11 +122,12 @@ def distill(
 
 
 def _build_student(student: Any, data_preprocessor: Mapping | None) -> BaseModel:
+    if isinstance(student, Distilled):
+        student = student.plain()
     if isinstance(student, nn.Module):
-        if isinstance(student, Distilled):
-            student.plain()
-        student.is_init = True  # it keeps its weights
-        return student
+        model: BaseModel = student
+        model.is_init = True  # it keeps its weights
+        return model
     if isinstance(student, str) or 'model' in student:
         student = read_model(student, 'student')
     if data_preprocessor is not None and student.get('data_preprocessor') is None:
@@ -178,7 +179,7 @@ def _connect(model: BaseModel, sources: Mapping[str, Source], distillers: Distil
 
 
 @functools.cache
-def distilled_class(plain: type) -> Any:
+def distilled_class(plain: Any) -> Any:
     """``DistilledX`` for a model class ``X``."""
     return type(f'Distilled{plain.__name__}', (Distilled, plain), {'__module__': plain.__module__})
 

@@ -2,6 +2,7 @@
 
 import os
 from collections import OrderedDict
+from collections.abc import Sequence
 from http.client import HTTPException
 from pathlib import Path
 from pickle import UnpicklingError
@@ -14,7 +15,10 @@ from mmengine.utils import digit_version
 from torch import nn
 
 from mmkd.errors import ConfigError
+from mmkd.hosts.mmengine import NAMED, weights_address
 
+# what the state of a distilled student holds beside the plain model's
+BESIDE = ('distillers.', 'sources.')
 NO_WEIGHTS = (
     "a teacher needs trained weights: give teacher=dict(config='...', checkpoint='/path/to/weights.pth'), or the name of "
     "a config whose metafile lists weights, such as 'mmdet::retinanet/retinanet_r101_fpn_2x_coco.py'"
@@ -27,47 +31,73 @@ OLD_TORCH = (
 )
 
 
-def fetch(checkpoint: str, what: str = 'teacher checkpoint') -> Path:
+ELSEWHERE = (
+    "point to another with --cfg-options model.teacher.config='...' model.teacher.checkpoint='...'; to try mmkd without any "
+    'download: make demo'
+)
+
+
+def fetch(
+    checkpoint: str,
+    what: str = 'teacher checkpoint',
+    missing: str = NO_WEIGHTS,
+    unreachable: str = ELSEWHERE,
+    looked_in: Sequence[Path] = (),
+) -> Path:
     """The local file of a checkpoint; a URL is downloaded once, by one process of each machine.
+
+    Args:
+        checkpoint: A path, a URL, or a name of mmengine's such as ``torchvision://resnet50``.
+        what: What the checkpoint is for; errors begin with it.
+        missing: What to do about a path that is not there, for the error.
+        unreachable: What to do about a URL that cannot be downloaded, beside putting the file in its place.
+        looked_in: The folders in which a relative path was looked for, for the error. Default: the current one.
 
     Raises:
         ConfigError: if the file is not there, or cannot be downloaded.
     """
-    if urlparse(checkpoint).scheme not in ('http', 'https'):
-        path = Path(checkpoint).expanduser()
+    try:
+        address = weights_address(checkpoint)
+    except ConfigError as error:
+        raise ConfigError(f'{what} {error}') from None
+    if urlparse(address).scheme not in ('http', 'https'):
+        path = Path(address).expanduser()
         if not path.is_file():
-            raise ConfigError(f'{what} {path}: no such file (looked in {Path.cwd()}); {NO_WEIGHTS}')
+            places = ' and '.join(str(folder.absolute()) for folder in looked_in or [Path.cwd()])
+            raise ConfigError(f'{what} {path}: no such file (looked in {places})' + (f'; {missing}' if missing else ''))
         return path
     folder = Path(torch.hub.get_dir()) / 'checkpoints'
-    path = folder / Path(urlparse(checkpoint).path).name
+    path = folder / Path(urlparse(address).path).name
     failure = ''
     if not path.is_file() and int(os.environ.get('LOCAL_RANK', 0)) == 0:
         folder.mkdir(parents=True, exist_ok=True)
         try:
             digest = torch.hub.HASH_REGEX.search(path.name)
-            torch.hub.download_url_to_file(checkpoint, str(path), digest[1] if digest else None)
+            torch.hub.download_url_to_file(address, str(path), digest[1] if digest else None)
         except (OSError, HTTPException, RuntimeError) as error:  # RuntimeError: the hash in its name is another
             failure = f' ({error})'
     barrier()
     if not path.is_file():
+        source = '' if address == checkpoint else f' from {address}'
         raise ConfigError(
-            f'{what} {checkpoint}: could not be downloaded{failure}; put the file at {path}, or point to '
-            f"another with --cfg-options model.teacher.config='...' model.teacher.checkpoint='...'; to try mmkd without "
-            f'any download: make demo'
+            f'{what} {checkpoint}: could not be downloaded{source}{failure}; put the file at {path}, or {unreachable}'
         )
     return path
 
 
-def read_checkpoint(path: Path, what: str = 'teacher checkpoint') -> dict[str, torch.Tensor]:
-    """The weights in a checkpoint file, read without executing anything in it.
+def fetchable(checkpoint: str) -> bool:
+    """Whether :func:`fetch` can say where a checkpoint is; what mmengine's other file backends have, it cannot."""
+    return '://' not in checkpoint or checkpoint.startswith(('http://', 'https://', *NAMED))
 
-    Adapters of a teacher that was distilled itself are left out.
+
+def read_file(path: Path, what: str = 'teacher checkpoint') -> object:
+    """The content of a checkpoint file, read without executing anything in it.
 
     Raises:
-        ConfigError: if the file is damaged, holds more than data, or holds no weights.
+        ConfigError: if the file is damaged, or holds more than data.
     """
     try:
-        content = torch.load(path, map_location='cpu', weights_only=True)
+        return torch.load(path, map_location='cpu', weights_only=True)
     except UnpicklingError as error:
         reason = next((line for line in str(error).splitlines() if 'GLOBAL' in line), first_line(error))
         raise ConfigError(
@@ -75,45 +105,78 @@ def read_checkpoint(path: Path, what: str = 'teacher checkpoint') -> dict[str, t
         ) from None
     except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
         raise ConfigError(f'{what} {path}: cannot be read, it may be truncated ({first_line(error)})') from None
+
+
+def plain_weights(content: object, path: Path, what: str = 'teacher checkpoint') -> dict[str, torch.Tensor]:
+    """The plain model's weights in what :func:`read_file` read, without the adapters and sources of a student.
+
+    Raises:
+        ConfigError: if there are none.
+    """
     state = content.get('state_dict', content) if isinstance(content, dict) else content
     if not isinstance(state, dict) or not state or not all(isinstance(each, torch.Tensor) for each in state.values()):
         raise ConfigError(f"{what} {path}: holds no weights (expected a dict of tensors, or 'state_dict')")
-    weights: Any = OrderedDict((name, tensor) for name, tensor in state.items() if not name.startswith('distillers.'))
+    weights: Any = OrderedDict((name, tensor) for name, tensor in state.items() if not name.startswith(BESIDE))
     if hasattr(state, '_metadata'):  # each module's version, by which it converts older weights
         weights._metadata = state._metadata
     return weights
+
+
+def read_checkpoint(path: Path, what: str = 'teacher checkpoint') -> dict[str, torch.Tensor]:
+    """The plain model's weights in a checkpoint file; see :func:`read_file` and :func:`plain_weights`."""
+    return plain_weights(read_file(path, what), path, what)
+
+
+def dataset_meta(content: object) -> dict:
+    """What a checkpoint says of the data it was trained on, such as ``classes`` and ``palette``; may be empty."""
+    meta = content.get('meta') if isinstance(content, dict) else None
+    if not isinstance(meta, dict):
+        return {}
+    if isinstance(meta.get('dataset_meta'), dict):
+        return meta['dataset_meta']
+    return {key.lower(): meta[key] for key in ('CLASSES', 'PALETTE') if meta.get(key)}  # before mmdet 3 and mmseg 1
 
 
 def first_line(error: Exception) -> str:
     return (str(error) or type(error).__name__).splitlines()[0]
 
 
-def load_weights(model: nn.Module, checkpoint: str, what: str = 'teacher checkpoint') -> None:
+def load_weights(
+    model: nn.Module,
+    checkpoint: str,
+    what: str = 'teacher checkpoint',
+    advice: str = 'give the config it was trained with',
+) -> None:
     """Load a checkpoint into a model; every weight has to fit.
+
+    Adapters and sources of a distilled student are neither loaded nor missed.
 
     Raises:
         ConfigError: with the names that are missing, unexpected or of another shape.
     """
-    path = fetch(checkpoint, what)
+    path = fetch(checkpoint, what, missing=NO_WEIGHTS if what.startswith('teacher') else '')
     state = read_checkpoint(path, what)
+    fits = True
     try:
-        model.load_state_dict(state, strict=True)
-    except RuntimeError:
-        own = model.state_dict()
-        differences = {
-            'missing': [name for name in own if name not in state],
-            'unexpected': [name for name in state if name not in own],
-            'of another shape': [
-                f'{name} {tuple(state[name].shape)} instead of {tuple(own[name].shape)}'
-                for name in own
-                if name in state and state[name].shape != own[name].shape
-            ],
-        }
-        found = '; '.join(
-            f'{len(names)} {kind} ({", ".join(names[:3])}{", ..." if len(names) > 3 else ""})'
-            for kind, names in differences.items()
-            if names
-        )
-        raise ConfigError(
-            f'{what} {path} does not fit {type(model).__name__}: {found}; give the config it was trained with'
-        ) from None
+        left = model.load_state_dict(state, strict=False)
+        fits = not left.unexpected_keys and all(name.startswith(BESIDE) for name in left.missing_keys)
+    except RuntimeError:  # another shape
+        fits = False
+    if fits:
+        return
+    own = {name: value for name, value in model.state_dict().items() if not name.startswith(BESIDE)}
+    differences = {
+        'missing': [name for name in own if name not in state],
+        'unexpected': [name for name in state if name not in own],
+        'of another shape': [
+            f'{name} {tuple(state[name].shape)} instead of {tuple(own[name].shape)}'
+            for name in own
+            if name in state and state[name].shape != own[name].shape
+        ],
+    }
+    found = '; '.join(
+        f'{len(names)} {kind} ({", ".join(names[:3])}{", ..." if len(names) > 3 else ""})'
+        for kind, names in differences.items()
+        if names
+    )
+    raise ConfigError(f'{what} {path} does not fit {type(model).__name__}: {found}; {advice}')

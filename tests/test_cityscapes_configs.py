@@ -4,8 +4,8 @@ import pytest
 from mmengine.config import Config
 from test_configs import CITYSCAPES, ROOT
 
-from mmkd.cli import _datasets
 from mmkd.data import streets
+from mmkd.hosts.datasets import datasets
 from mmkd.testing.runs import check_steps, two_steps
 
 pytestmark = pytest.mark.slow
@@ -22,7 +22,7 @@ def cityscapes(tmp_path_factory, full_size):
 def test_two_training_steps(name, cityscapes, tmp_path, full_size):
     """With crops of 128x256 instead of 512x1024, for time; nothing else of the models and the pipeline is changed."""
     config = Config.fromfile(ROOT / name)
-    for _, dataset in _datasets(config.train_dataloader.dataset, 'train_dataloader.dataset'):
+    for _, dataset in datasets(config.train_dataloader.dataset, 'train_dataloader.dataset'):
         if dataset.data_root == 'data/gta/':  # labelled images of another data set
             dataset.update(img_suffix='_leftImg8bit.png', seg_map_suffix='_gtFine_labelTrainIds.png')
             dataset.data_prefix = dict(img_path='leftImg8bit/train', seg_map_path='gtFine/train')

@@ -9,7 +9,7 @@ import pytest
 from mmengine.config import Config
 from mmengine.registry import MODELS, DefaultScope
 
-from mmkd.cli import _datasets
+from mmkd.hosts.datasets import datasets
 
 ROOT = Path(__file__).parents[1] / 'configs'
 CONFIGS = sorted(str(path.relative_to(ROOT)) for path in ROOT.rglob('*.py') if path.parent.name != '_base_')
@@ -31,7 +31,7 @@ def check(name, config, model):
     assert config.default_scope == ('mmseg' if segments else 'mmdet')
     expected = 'CityscapesDataset' if segments else 'CocoDataset'
     for loader in ('train_dataloader', 'val_dataloader', 'test_dataloader'):
-        assert all(dataset.type == expected for _, dataset in _datasets(config[loader].dataset, loader))
+        assert all(dataset.type == expected for _, dataset in datasets(config[loader].dataset, loader))
 
 
 @pytest.mark.parametrize('name', [name for name in CONFIGS if name not in FULL_SIZE])

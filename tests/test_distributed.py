@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from mmkd.testing import detectors, segmentors
-from mmkd.testing.runs import distilled, shapes_config, streets_config
+from mmkd.testing.runs import distilled, of_all_sources, shapes_config, streets_config
 
 ROOT = Path(__file__).parents[1]
 METHODS = dict(gid=dict(type='GID'), cwd=dict(type='CWD', layer='neck'))
@@ -169,6 +169,16 @@ def test_both_processes_end_with_the_same_segmentor_and_trained_parts(tmp_path, 
     for name, value in first.items():
         assert torch.isfinite(value).all(), name
         if 'running_' not in name:  # of batch norms: each process has seen other images
+            assert torch.equal(value, second[name]), name
+
+
+@pytest.mark.parametrize(('family', 'make'), [('RetinaNet', shapes_config), ('PSPNet', streets_config)])
+def test_both_processes_have_the_same_average_and_peer(tmp_path, family, make):
+    """Also in steps in which one of them is not read; of the average the statistics of batch norms as well."""
+    first, second = train(make(tmp_path, of_all_sources(tmp_path, family), iterations=6, batch=2), tmp_path / 'two', 2)
+    assert {name.split('.')[1] for name in first if name.startswith('sources.')} == {'mean', 'peer'}
+    for name, value in first.items():
+        if 'running_' not in name or name.startswith('sources.mean'):
             assert torch.equal(value, second[name]), name
 
 

@@ -153,10 +153,18 @@ def test_the_tools_train_and_test(config, tmp_path):
     assert 'was chosen for' not in printed
     (tmp_path / 'teacher.pth').unlink()  # testing needs none
     checkpoint = tmp_path / 'work' / 'iter_4.pth'
-    shown = ('--out', tmp_path / 'out.pkl', '--show-dir', 'pictures')
-    assert 'coco/bbox_mAP' in tool('test', path, checkpoint, *shown)
+    shown = ('--out', tmp_path / 'out.pkl', '--show-dir', tmp_path / 'pictures')
+    printed = tool('test', path, checkpoint, *shown)
+    assert 'coco/bbox_mAP' in printed
+    assert f'8 pictures are in {tmp_path}/pictures' in printed
     assert (tmp_path / 'out.pkl').stat().st_size > 0
-    assert len(list((tmp_path / 'work').rglob('pictures/*.jpg'))) == 8
+    assert len(list((tmp_path / 'pictures').glob('*.jpg'))) == 8
+    models.save_weights(detectors.retinanet(classes=6, channels=8), tmp_path / 'other.pth')
+    line = tool('test', path, tmp_path / 'other.pth', expect=1).splitlines()[-1]
+    assert re.match(
+        r'error: checkpoint .*other.pth does not fit DistilledRetinaNet: \d+ of another shape \(neck.', line
+    )
+    assert line.endswith('give a checkpoint of a training with this config')
 
 
 @pytest.mark.parametrize(
@@ -187,6 +195,11 @@ def test_the_tools_train_and_test(config, tmp_path):
         ({'model.distillers.cwd.layer': 'neckk'}, r"layer 'neckk': RetinaNet has no such module.*'neck'"),
         ({'model.distillers.gid.top': 5}, r"distillers.gid: GID has no option 'top'; the nearest are 'topk'"),
         ({'model.teacher.config': 'mmdet::retinanet/x.py'}, 'mmdet has no such config'),
+        (
+            {'model.student.bbox_head.num_classes': 2},
+            r'model.student.bbox_head.num_classes=2: train_dataloader.dataset has 6',
+        ),
+        ({'load_from': '/nowhere.pth'}, r'^error: load_from /nowhere.pth: no such file \(looked in [^;]*$'),
     ],
 )
 def test_bad_input_is_one_clear_line_before_the_first_iteration(config, tmp_path, change, message):

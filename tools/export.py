@@ -2,8 +2,9 @@
 
     python tools/export.py configs/gid_retinanet.py work_dirs/gid_retinanet/epoch_24.pth student
 
-writes ``student.pth``, weights alone and exactly the plain model's keys, and ``student.py``, the config
-without teacher and distillers.
+writes ``student.pth``, exactly the plain model's weights and what the checkpoint says of the data (class names, palette),
+and ``student.py``, the config without teacher, distillers and what only they need. (mmseg's ``MMSegInferencer`` draws
+Cityscapes' names whatever the checkpoint says, unless it is given ``classes`` and ``palette``.)
 """
 
 import argparse
@@ -16,7 +17,8 @@ from mmengine.registry import MODELS, init_default_scope
 from mmkd import cli
 from mmkd.errors import ConfigError
 from mmkd.hosts.configs import plain_model
-from mmkd.weights import fetch, load_weights, read_checkpoint
+from mmkd.hosts.plain import data_meta, plain_config
+from mmkd.weights import dataset_meta, fetch, load_weights, plain_weights, read_file
 
 
 def main() -> None:
@@ -30,20 +32,23 @@ def main() -> None:
         config = cli.read_config(args)
         if 'student' not in config.model:
             raise ConfigError(f'{args.config}: not a distilled model (model has no student); it can be used as it is')
-        config.model = plain_model(config)
-        weights, plain_config = (args.output.with_name(args.output.name + suffix) for suffix in ('.pth', '.py'))
-        for path in (weights, plain_config):
+        weights, settings = (args.output.with_name(args.output.name + suffix) for suffix in ('.pth', '.py'))
+        for path in (weights, settings):
             if path.exists():
                 raise ConfigError(f'{path} exists; remove it, or choose another name')
         init_default_scope(config.default_scope)
-        # a copy, as mmseg changes what it builds from
-        load_weights(MODELS.build(copy.deepcopy(config.model)), args.checkpoint, 'checkpoint')
+        model = MODELS.build(copy.deepcopy(plain_model(config)))  # a copy, as mmseg changes what it builds from
+        load_weights(model, args.checkpoint, 'checkpoint')
+        checkpoint = fetch(args.checkpoint, 'checkpoint')
+        content = read_file(checkpoint, 'checkpoint')
+        plain, left = plain_config(config, [name for name, _ in model.named_parameters()])
+        state = plain_weights(content, checkpoint, 'checkpoint')
         weights.parent.mkdir(parents=True, exist_ok=True)
-        torch.save({'state_dict': read_checkpoint(fetch(args.checkpoint, 'checkpoint'), 'checkpoint')}, weights)
-        for key in ('launcher', 'work_dir'):
-            config.pop(key)
-        config.dump(plain_config)
-    print(f'{weights} and {plain_config} are a plain {config.model.type}')
+        torch.save({'state_dict': state, 'meta': {'dataset_meta': dataset_meta(content) or data_meta(plain)}}, weights)
+        plain.dump(settings)
+    print(f'{weights} and {settings} are a plain {plain.model.type}')
+    if left:
+        print(f'{", ".join(left)} of {settings} still need mmkd')
 
 
 if __name__ == '__main__':

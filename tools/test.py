@@ -5,7 +5,7 @@ python tools/test.py configs/gid_retinanet.py work_dirs/gid_retinanet/epoch_24.p
 
 import argparse
 
-from mmkd import cli
+from mmkd import checks, cli
 
 
 def main() -> None:
@@ -14,18 +14,22 @@ def main() -> None:
     parser.add_argument('checkpoint', help='weights of the student')
     cli.add_common_options(parser)
     parser.add_argument('--out', metavar='FILE.pkl', help='write the predictions to this file')
-    parser.add_argument('--show-dir', help='write pictures of the predictions to this folder')
+    parser.add_argument('--show-dir', metavar='FOLDER', help='write a picture of each prediction to this folder')
     args = parser.parse_args()
     with cli.clear_errors():
         config = cli.read_config(args)
         config.load_from = args.checkpoint
-        if args.show_dir:
-            cli.draw_predictions(config, args.show_dir)
-        cli.check_data(config, ('test',))
+        cli.join_processes(config)
+        checks.check_data(config, ('test',))
+        checks.check_checkpoint(config)
         runner = cli.build_runner(config)
+        checks.check_fit(config, cli.bare_model(runner))
+        pictures = cli.draw_predictions(runner, args.show_dir) if args.show_dir else None
         if args.out:
             cli.dump_predictions(runner, args.out)
         runner.test()
+        if pictures:
+            print(f'{pictures.written} pictures are in {pictures.folder}')
         cli.end_processes()
 
 

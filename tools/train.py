@@ -7,7 +7,7 @@ import argparse
 
 import torch
 
-from mmkd import cli
+from mmkd import checks, cli
 from mmkd.errors import ConfigError
 
 
@@ -37,11 +37,13 @@ def main() -> None:
         if args.resume:
             config.resume = True
             config.load_from = None if args.resume == 'auto' else args.resume
-        cli.check_data(config, ('train', 'val'))
-        cli.check_teacher(config)
+        cli.join_processes(config)
+        warnings = checks.check_config(config)
         runner = cli.build_runner(config)
-        cli.compare_batch_sizes(runner)
-        cli.compare_clipped_networks(runner)
+        cli.watch(runner)
+        warnings += checks.check_model(config, cli.bare_model(runner))
+        for line in warnings:
+            runner.logger.warning(line)
         runner.train()
         cli.end_processes()
 

@@ -88,7 +88,7 @@ class FeatureDistiller(Distiller):
         super().__init__()
         self.levels = LevelPairs(layer, teacher_layer, adapter, match, self.same_channels)
         self.student_layers, self.teacher_layers = self.levels.student_layers, self.levels.teacher_layers
-        self.loss_weight = Weight(loss_weight)
+        self.loss_weight = Weight(loss_weight, 'loss_weight')
 
     def choose_layers(self, student: nn.Module, teacher: nn.Module) -> None:
         if self.levels.choose(student, teacher):

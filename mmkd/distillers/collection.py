@@ -145,8 +145,7 @@ class Distillers(nn.ModuleDict):
             learner, teacher = self._pair(name, student, knowledge)
             try:
                 _refuse_the_same(distiller, learner, teacher)
-                if hasattr(distiller, 'setup'):
-                    distiller.setup(learner, teacher)
+                getattr(distiller, 'setup', _no_setup)(learner, teacher)
             except ConfigError as error:
                 raise ConfigError(f'distillers.{name}: {error}') from None
             self._weights[name] = [each for each in distiller.modules() if isinstance(each, Weight)]
@@ -224,6 +223,10 @@ def idle_loss(name: str, module: nn.Module | None) -> dict[str, torch.Tensor]:
     """What keeps the trained parts of a module in the graph in a step that does not use them, as DDP asks for."""
     trained = [] if module is None else [each for each in module.parameters() if each.requires_grad]
     return {f'{name}.loss': torch.stack([0 * each.sum() for each in trained]).sum()} if trained else {}
+
+
+def _no_setup(learner: Taps, teacher: Any) -> None:
+    """A distiller that knows nothing of mmkd has nothing to set up."""
 
 
 def _iteration_of_runner() -> int | None:

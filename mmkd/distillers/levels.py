@@ -179,9 +179,10 @@ def maps(taps: Taps, layer: str) -> tuple[torch.Tensor, ...]:
                 f'layer {layer!r} puts out a {type(level).__name__} of several outputs, not a map; name the module '
                 f"that puts out the one to compare, such as 'bbox_head.retina_cls'"
             )
-        if taps.images is not None and level.dim() == 4 and len(level) != taps.images:
+        images = getattr(taps, 'images', None)
+        if images is not None and level.dim() == 4 and len(level) != images:
             raise ConfigError(
-                f'layer {layer!r} of {type(taps.model).__name__} puts out {len(level)} rows for {taps.images} images (regions '
+                f'layer {layer!r} of {type(taps.model).__name__} puts out {len(level)} rows for {images} images (regions '
                 f'or queries, which are others in each network); name a layer that puts out a map of each image'
             )
     return taps[layer]

@@ -1,15 +1,18 @@
-"""Read the configs of mmengine, mmdet and mmseg: which model one trains, and the weights that its metafile lists."""
+"""Read the configs of mmengine, mmdet and mmseg: which model one trains, its teachers, and what is left without them."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 from mmengine.config import Config, ConfigDict
 from mmengine.hub import get_config
 from mmengine.utils import is_installed
 
 from mmkd.errors import ConfigError
+from mmkd.hosts.datasets import class_names, datasets
 from mmkd.hosts.mmengine import config_path
+
+FILES = ('config', 'checkpoint')  # what of a teacher may be a path
 
 
 class TeacherConfig(NamedTuple):
@@ -29,15 +32,85 @@ def read_teacher(teacher: str | Mapping) -> TeacherConfig:
             name, a path or a model dict), ``checkpoint`` (path or URL) and, if wanted, ``dtype``.
     """
     options = {'config': teacher} if isinstance(teacher, str) else dict(teacher)
-    unknown = set(options) - {'config', 'checkpoint', 'dtype'}
-    if unknown or 'config' not in options:
-        raise ConfigError(
-            f"teacher={options!r}: expected a config's name, or a dict with config, checkpoint and, if wanted, dtype"
-        )
+    if 'config' not in options:
+        raise ConfigError(f"teacher={options!r}: expected a config's name, or a dict with config and checkpoint")
     config, published = _read_config(options['config'])
     return TeacherConfig(
         plain_model(config), options.get('checkpoint') or published, options.get('dtype'), config.get('default_scope')
     )
+
+
+def teachers(config: Config) -> Iterator[tuple[str, str | Mapping]]:
+    """The frozen teachers of a distilled config, each with its option's name."""
+    found = (config.get('model') or {}).get('teacher')
+    named: dict[str, Any] = {'model.teacher': found}
+    if isinstance(found, Mapping) and 'config' not in found and 'type' not in found:
+        named = {f'model.teacher.{name}': each for name, each in found.items()}
+    for option, spec in named.items():
+        frozen = isinstance(spec, Mapping) and str(spec.get('type', 'Teacher')).rpartition('.')[2] == 'Teacher'
+        if isinstance(spec, str) or (frozen and 'config' in spec):
+            yield option, spec
+
+
+def teacher_classes(teacher: str | Mapping) -> tuple[str, ...] | None:
+    """The classes of the data that a teacher's config trains on, as the config names them; None where it does not."""
+    config, _ = _read_config(teacher if isinstance(teacher, str) else teacher['config'])
+    loader = config.get('train_dataloader')
+    if not loader:
+        return None
+    option, dataset = next(datasets(loader.dataset, 'train_dataloader.dataset'))
+    return class_names(dataset, f'teacher config: {option}', config.get('default_scope'))
+
+
+def config_folder(config: Config) -> list[Path]:
+    """The folder of a config's file; none for a config without one."""
+    return [Path(config.filename).parent] if config.filename else []
+
+
+def name_classes(value: object) -> object:
+    """Write classes in a config as dotted paths, in place, which is what mmengine can print of a config with ``_base_``.
+
+    New-style configs stay as they are: what they import is no class yet.
+    """
+    if isinstance(value, type):
+        return f'{value.__module__}.{value.__qualname__}'
+    if isinstance(value, dict):
+        for key, each in dict.items(value):  # a ConfigDict's own would import
+            dict.__setitem__(value, key, name_classes(each))
+    elif isinstance(value, (list, tuple)):
+        return type(value)(name_classes(each) for each in value)
+    return value
+
+
+def _local_file(value: object) -> TypeGuard[str]:
+    """Whether a teacher's config or checkpoint is named by a path."""
+    return isinstance(value, str) and '::' not in value and '://' not in value
+
+
+def resolve_teachers(config: Config) -> None:
+    """Let a teacher's relative paths begin at the folder of the config's file, where they are there.
+
+    What is not there stays as it is, and begins at the current folder.
+    """
+    for option, spec in teachers(config):
+        paths = {option: spec} if isinstance(spec, str) else {f'{option}.{key}': spec.get(key) for key in FILES}
+        for key, path in paths.items():
+            for folder in config_folder(config):
+                if _local_file(path) and (folder / path).is_file():
+                    config.merge_from_dict({key: str(folder / path)})
+
+
+def check_teacher_files(config: Config) -> None:
+    """Check that the configs of the teachers are there; their weights are needed for training alone.
+
+    Raises:
+        ConfigError: naming the folders in which it was looked for.
+    """
+    for _, spec in teachers(config):
+        path = spec if isinstance(spec, str) else spec['config']
+        if _local_file(path) and not Path(path).expanduser().is_file():
+            places = ' and '.join(str(folder.absolute()) for folder in [*config_folder(config), Path.cwd()])
+            raise ConfigError(f'teacher config {path}: no such file (looked in {places})')
 
 
 def plain_model(config: Config) -> ConfigDict:

@@ -1,4 +1,4 @@
-"""What mmkd adds to mmengine 0.10: ``mmkd::`` config paths, and resuming on torch >= 2.6."""
+"""What mmkd adds to mmengine 0.10: ``mmkd::`` config paths, resuming on torch >= 2.6, where pretrained weights are."""
 
 from pathlib import Path
 from pickle import UnpicklingError
@@ -12,6 +12,8 @@ from mmengine.utils import digit_version
 
 from mmkd.errors import ConfigError, nearest
 
+# schemes by which mmengine's tables name pretrained weights
+NAMED = ('torchvision://', 'modelzoo://', 'open-mmlab://', 'openmmlab://', 'mmcls://')
 CONFIG_ROOT = Path(__file__).parents[1] / '.mim' / 'configs'
 
 
@@ -43,6 +45,41 @@ def accept_mmkd_configs() -> None:
         return stock(cfg_path, filename)
 
     Config._get_cfg_path = staticmethod(get_cfg_path)
+
+
+def weights_address(name: str) -> str:
+    """The URL or path behind the name of a checkpoint, such as ``torchvision://resnet50``.
+
+    mmengine's own tables are read. What is a URL or a path already, or has a scheme of another program, stays as it is.
+
+    Raises:
+        ConfigError: for a model that the tables do not have, or torchvision's where it cannot be imported.
+    """
+    if not name.startswith(NAMED):
+        return name
+    from mmengine.runner import checkpoint as tables  # a second, which `import mmkd` need not take
+
+    scheme, _, model = name.partition('://')
+    if scheme == 'mmcls':
+        addresses = tables.get_mmcls_models()
+    elif scheme in ('torchvision', 'modelzoo'):
+        try:
+            addresses = tables.get_torchvision_models()
+        except (ImportError, OSError, RuntimeError) as error:  # the last two: a build for another torch
+            reason = str(error).splitlines()[0]
+            raise ConfigError(
+                f'{name}: needs torchvision, which cannot be imported ({reason}); install the release that belongs to torch '
+                f'{torch.__version__}: pip install torchvision'
+            ) from error
+    else:
+        addresses = tables.get_external_models()
+        model = tables.get_deprecated_model_names().get(model, model)
+    if model not in addresses:
+        raise ConfigError(f'{name}: mmengine knows no such model; the nearest are {nearest(model, addresses)}')
+    address = addresses[model]
+    if '://' not in address:  # of a table of the user's own
+        address = str(Path(tables._get_mmengine_home(), address))
+    return address
 
 
 def _history_method(owner: object, name: str) -> object:

@@ -1,0 +1,255 @@
+"""What the tools share: reading configs, the Runner, pictures."""
+
+import argparse
+from pathlib import Path
+
+import pytest
+import torch
+from mmengine.config import Config
+from mmengine.hooks import Hook
+from mmengine.model import BaseModel
+
+from mmkd import cli
+from mmkd.errors import ConfigError
+from mmkd.hosts.hooks import StopAtInvalidLoss
+from mmkd.testing import detectors, models, segmentors
+from mmkd.testing.runs import distilled, shapes_config, streets_config
+
+ROOT = Path(__file__).parents[1]
+
+
+def read(path, **options):
+    return cli.read_config(
+        argparse.Namespace(config=str(path), cfg_options=options, launcher='none', local_rank=0, work_dir=None)
+    )
+
+
+# reading configs
+
+CHILD = """
+model = dict(type='mmkd.Distill', student=dict(), distillers=dict(), teacher={teacher})
+"""
+
+
+@pytest.fixture
+def folders(tmp_path, monkeypatch):
+    """The folder of a config, and the current one."""
+    own, current = tmp_path / 'own', tmp_path / 'current'
+    for folder in (own, current):
+        folder.mkdir()
+    monkeypatch.chdir(current)
+    return own, current
+
+
+@pytest.mark.parametrize(
+    'teacher', ["'teacher.py'", "dict(config='teacher.py')", "dict(one=dict(config='teacher.py'))"]
+)
+def test_a_teachers_config_is_looked_for_beside_the_config_that_names_it_then_in_the_current_folder(folders, teacher):
+    own, current = folders
+    (own / 'student.py').write_text(CHILD.format(teacher=teacher))
+
+    def found():
+        spec = read(own / 'student.py').model.teacher
+        spec = spec if isinstance(spec, str) else spec.get('one', spec)
+        return spec if isinstance(spec, str) else spec.config
+
+    with pytest.raises(ConfigError, match=f'^teacher config teacher.py: no such file .looked in {own} and {current}.$'):
+        found()
+    (current / 'teacher.py').touch()
+    assert found() == 'teacher.py'
+    (own / 'teacher.py').touch()
+    assert found() == str(own / 'teacher.py')
+
+
+def test_a_teachers_checkpoint_is_looked_for_in_the_same_places(folders):
+    own, _ = folders
+    (own / 'teacher.py').touch()
+    (own / 'student.py').write_text(CHILD.format(teacher="dict(config='teacher.py', checkpoint='w/x.pth')"))
+    assert read(own / 'student.py').model.teacher.checkpoint == 'w/x.pth'
+    (own / 'w').mkdir()
+    (own / 'w' / 'x.pth').touch()
+    assert read(own / 'student.py').model.teacher.checkpoint == str(own / 'w' / 'x.pth')
+    # what the command line names begins where the command is given
+    assert read(own / 'student.py', **{'model.teacher.checkpoint': 'w/x.pth'}).model.teacher.checkpoint == 'w/x.pth'
+
+
+def test_options_of_a_teacher_that_is_not_there(tmp_path):
+    (tmp_path / 'plain.py').write_text("model = dict(type='RetinaNet')\n")
+    with pytest.raises(
+        ConfigError,
+        match=r'^--cfg-options model.teacher.checkpoint: .*plain.py trains a plain model, which has no teacher$',
+    ):
+        read(tmp_path / 'plain.py', **{'model.teacher.checkpoint': 'x'})
+    (tmp_path / 'none.py').write_text('a = 1\n')
+    with pytest.raises(ConfigError, match=r'^config .*none.py: it has no model$'):
+        read(tmp_path / 'none.py')
+
+
+def test_a_type_may_be_a_class(tmp_path):
+    """In new-style configs mmengine handles it; in those with ``_base_`` it can not print it."""
+    (tmp_path / 'base.py').write_text('model = dict(parts=[dict(type="X")])\n')
+    use = 'from torch.nn import Linear\nmodel = dict(type=Linear)\n'
+    (tmp_path / 'old.py').write_text("_base_ = 'base.py'\n" + use)
+    (tmp_path / 'new.py').write_text(use)
+    old, new = (read(tmp_path / f'{name}.py') for name in ('old', 'new'))
+    assert old.model == dict(type='torch.nn.modules.linear.Linear', parts=[dict(type='X')])
+    assert "type='torch.nn.modules.linear.Linear'" in old.pretty_text
+    assert new.model.type is torch.nn.Linear
+    assert "type='torch.nn.Linear'" in new.pretty_text
+
+
+# short runs
+
+
+class Line(BaseModel):
+    def __init__(self):
+        super().__init__()
+        self.layer = torch.nn.Linear(1, 1)
+
+    def forward(self, inputs, mode='tensor'):
+        return dict(loss=self.layer(torch.stack(inputs)).square().mean())
+
+
+class Ones(torch.utils.data.Dataset):
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, index):
+        return dict(inputs=torch.ones(1))
+
+
+class Rates(Hook):
+    def __init__(self):
+        self.rates = []
+
+    def before_train_iter(self, runner, batch_idx, data_batch=None):
+        self.rates.append(runner.optim_wrapper.get_lr()['lr'][0])
+
+
+def rates(name, folder, iterations):
+    """The learning rate of each iteration of a run with a config's schedule."""
+    config = Config.fromfile(ROOT / 'configs' / name)
+    for part in ('val', 'test'):
+        for key in ('cfg', 'dataloader', 'evaluator'):
+            config.pop(f'{part}_{key}')
+    config.default_hooks = dict(checkpoint=None, logger=None)
+    config.visualizer = None
+    config.merge_from_dict({'train_cfg.max_iters': iterations, 'work_dir': str(folder), 'launcher': 'none'})
+    config.model = dict(type='test_cli.Line')
+    config.train_dataloader = dict(
+        batch_size=2, dataset=dict(type='test_cli.Ones'), sampler=dict(type='InfiniteSampler')
+    )
+    config.experiment_name = f'{folder.name}_{iterations}'
+    config.custom_hooks = [dict(type='test_cli.Rates')]
+    before = list(config.param_scheduler)
+    runner = cli.build_runner(config)
+    runner.train()
+    (rates,) = (hook.rates for hook in runner.hooks if type(hook).__name__ == 'Rates')
+    return rates, before == config.param_scheduler
+
+
+@pytest.mark.parametrize('name', ['shapes/retinanet_student.py', 'streets/pspnet_student.py'])
+def test_a_run_may_be_shorter_than_its_warm_up(name, tmp_path):
+    stock, unchanged = rates(name, tmp_path, 600)
+    assert unchanged
+    assert stock[0] == pytest.approx(3e-4)
+    assert stock[50] == max(stock) == pytest.approx(3e-3)
+    assert stock[-1] < 1e-4
+    for iterations in (1, 50):
+        short, _ = rates(name, tmp_path, iterations)
+        assert short == stock[:iterations]
+    longer, unchanged = rates(name, tmp_path, 53)
+    assert unchanged
+    assert longer[:50] == stock[:50]
+    assert longer[50] == stock[50] > longer[51] > longer[52]
+
+
+# stopping what cannot work
+
+
+class Broken(Line):
+    def forward(self, inputs, mode='tensor'):
+        loss = super().forward(inputs, mode)['loss']
+        return dict(loss_a=loss, loss_b=loss.detach() * float('nan'), accuracy=loss)
+
+
+@pytest.mark.parametrize(('interval', 'last'), [(2, 2), (50, 3)])
+def test_an_invalid_loss_ends_the_training(tmp_path, interval, last):
+    config = Config(
+        dict(
+            model=dict(type='test_cli.Broken'),
+            train_dataloader=dict(
+                batch_size=2, dataset=dict(type='test_cli.Ones'), sampler=dict(type='InfiniteSampler')
+            ),
+            train_cfg=dict(type='IterBasedTrainLoop', max_iters=3),
+            optim_wrapper=dict(optimizer=dict(type='SGD', lr=0.1)),
+            custom_hooks=[dict(type='mmkd.hosts.hooks.StopAtInvalidLoss', interval=interval)],
+            work_dir=str(tmp_path),
+            launcher='none',
+            experiment_name=f'{tmp_path.name}',
+        )
+    )
+    runner = cli.build_runner(config)
+    cli.watch(runner)
+    assert sum(isinstance(hook, StopAtInvalidLoss) for hook in runner.hooks) == 1
+    with pytest.raises(
+        FloatingPointError, match=f'^iteration {last}: loss is nan, loss_b is nan; the training was stopped$'
+    ):
+        runner.train()
+
+
+def test_what_is_watched_by_default(tmp_path):
+    def hooks(config, **changes):
+        config.merge_from_dict(dict(launcher='none', **changes))
+        config.experiment_name = f'{tmp_path.name}{len(changes)}{config.default_scope}'
+        runner = cli.build_runner(config)
+        cli.watch(runner)
+        return [type(hook).__name__ for hook in runner.hooks]
+
+    plain = shapes_config(tmp_path, detectors.retinanet(classes=6))
+    found = hooks(plain)
+    assert found.count('NumClassCheckHook') == found.count('StopAtInvalidLoss') == 1
+    own = dict(custom_hooks=[dict(type='NumClassCheckHook'), dict(type='CheckInvalidLossHook')])
+    found = hooks(plain, **own)
+    assert found.count('NumClassCheckHook') == found.count('CheckInvalidLossHook') == 1
+    assert 'StopAtInvalidLoss' not in found
+    found = hooks(streets_config(tmp_path, segmentors.pspnet()))
+    assert 'StopAtInvalidLoss' in found
+    assert 'NumClassCheckHook' not in found
+
+
+def test_a_distilled_detector_passes_mmdets_check_of_its_classes(tmp_path):
+    config = shapes_config(tmp_path, distilled(tmp_path, dict(gid=dict(type='GID'))), iterations=1)
+    config.launcher = 'none'
+    runner = cli.build_runner(config)
+    cli.watch(runner)
+    runner.train()
+    assert runner.iter == 1
+
+
+# pictures
+
+
+@pytest.mark.parametrize('task', ['detection', 'segmentation'])
+def test_every_prediction_is_drawn_into_the_folder(task, tmp_path):
+    if task == 'detection':
+        config = shapes_config(tmp_path, detectors.retinanet(classes=6))
+    else:
+        config = streets_config(tmp_path, segmentors.pspnet())
+        config.visualizer = dict(type='SegLocalVisualizer', name=f'{tmp_path.name}')
+    config.load_from = models.save_weights(config.model, tmp_path / 'weights.pth')
+    config.launcher = 'none'
+    runner = cli.build_runner(config)
+    pictures = cli.draw_predictions(runner, str(tmp_path / 'shown'))
+    runner.test()
+    drawn = [path for path in (tmp_path / 'shown').rglob('*') if path.is_file()]
+    assert pictures.written == len(drawn) == 8
+    images = {path.name for path in (tmp_path / ('shapes' if task == 'detection' else 'streets')).rglob('val/**/*')}
+    assert {path.name for path in drawn} <= images
+
+
+def test_a_visualizer_that_draws_nothing(tmp_path):
+    config = streets_config(tmp_path, segmentors.pspnet())
+    config.launcher = 'none'
+    with pytest.raises(ConfigError, match='^--show-dir: visualizer=Visualizer draws no predictions; set visualizer='):
+        cli.draw_predictions(cli.build_runner(config), str(tmp_path))

@@ -1,0 +1,98 @@
+import builtins
+
+import pytest
+import torch
+
+from mmkd.errors import ConfigError
+from mmkd.hosts.mmengine import weights_address
+from mmkd.testing import detectors, models
+from mmkd.weights import dataset_meta, fetch, fetchable, load_weights, read_checkpoint
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """The folder of torch's downloads, from which nothing can be downloaded."""
+    monkeypatch.setenv('TORCH_HOME', str(tmp_path))
+
+    def refuse(url, *_, **__):
+        raise OSError(f'no way to {url}')
+
+    monkeypatch.setattr(torch.hub, 'download_url_to_file', refuse)
+    return tmp_path / 'hub' / 'checkpoints'
+
+
+@pytest.mark.parametrize(
+    ('name', 'file'),
+    [
+        ('torchvision://resnet50', 'resnet50-0676ba61.pth'),
+        ('open-mmlab://resnet18_v1c', 'resnet18_v1c-b5776b93.pth'),
+        ('open-mmlab://detectron2/resnet50_caffe', 'resnet50_msra-5891d200.pth'),
+        ('mmcls://mobilenet_v2', 'mobilenet_v2_batch256_imagenet_20200708-3b2dc3af.pth'),
+        ('https://host/x.pth', 'x.pth'),
+    ],
+)
+def test_named_weights_come_from_the_cache_or_the_error_says_where_to_put_them(cache, name, file):
+    with pytest.raises(
+        ConfigError, match=rf'student {name}: could not .* no way to .*; put the file at {cache / file}, or do'
+    ):
+        fetch(name, 'student', unreachable='do without')
+    (cache / file).write_bytes(b'')
+    assert fetch(name, 'student') == cache / file
+
+
+def test_names_that_mmengine_does_not_know():
+    with pytest.raises(ConfigError, match=r"^x torchvision://resnet5: mmengine knows no such model; .*'resnet50'"):
+        fetch('torchvision://resnet5', 'x')
+    assert fetchable('https://x/y.pth')
+    assert fetchable('mmcls://x')
+    assert fetchable('weights/x.pth')
+    assert not fetchable('s3://bucket/x.pth')
+
+
+def test_torchvision_that_cannot_be_imported_is_one_line(monkeypatch):
+    stock = builtins.__import__
+
+    def refuse(name, *arguments, **options):
+        if name.partition('.')[0] == 'torchvision':
+            raise ModuleNotFoundError("No module named 'torchvision'")
+        return stock(name, *arguments, **options)
+
+    monkeypatch.setattr(builtins, '__import__', refuse)
+    with pytest.raises(ConfigError, match=r'torchvision://resnet50: needs torchvision, .*pip install torchvision'):
+        weights_address('torchvision://resnet50')
+
+
+def test_only_a_teacher_is_told_that_it_needs_trained_weights(tmp_path):
+    with pytest.raises(ConfigError) as error:
+        load_weights(torch.nn.Linear(1, 1), str(tmp_path / 'x.pth'), 'checkpoint')
+    assert str(error.value) == f'checkpoint {tmp_path}/x.pth: no such file (looked in {tmp_path.cwd()})'
+    with pytest.raises(ConfigError, match='no such file .*; a teacher needs trained weights'):
+        load_weights(torch.nn.Linear(1, 1), str(tmp_path / 'x.pth'))
+
+
+def test_what_a_student_has_beside_the_plain_model_is_neither_loaded_nor_missed(tmp_path):
+    model = models.build(detectors.retinanet())
+    state = dict(model.state_dict(), **{'distillers.cwd.x': torch.ones(1), 'sources.mean.y': torch.ones(1)})
+    torch.save(dict(state_dict=state), tmp_path / 'student.pth')
+    assert list(read_checkpoint(tmp_path / 'student.pth')) == list(model.state_dict())
+    load_weights(model, str(tmp_path / 'student.pth'))
+    model.distillers = torch.nn.ModuleDict({'cwd': torch.nn.Linear(1, 1)})
+    load_weights(model, str(tmp_path / 'student.pth'))
+    state.pop('bbox_head.retina_cls.bias')
+    torch.save(dict(state_dict=state), tmp_path / 'student.pth')
+    with pytest.raises(ConfigError, match=r'does not fit RetinaNet: 1 missing \(bbox_head.retina_cls.bias\); x y z'):
+        load_weights(model, str(tmp_path / 'student.pth'), advice='x y z')
+
+
+@pytest.mark.parametrize(
+    ('content', 'expected'),
+    [
+        (dict(meta=dict(dataset_meta=dict(classes=('a', 'b')))), dict(classes=('a', 'b'))),
+        (dict(meta=dict(CLASSES=['a'], PALETTE=[[1, 2, 3]])), dict(classes=['a'], palette=[[1, 2, 3]])),
+        (dict(meta=dict(CLASSES=['a'], PALETTE=None)), dict(classes=['a'])),
+        (dict(state_dict={}), {}),
+        ([], {}),
+    ],
+)
+def test_what_a_checkpoint_says_of_its_data(content, expected):
+    assert dataset_meta(content) == expected
