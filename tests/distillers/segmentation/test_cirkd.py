@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from mmkd.distill import distill
+from mmkd.distillers.memory import ClassMemory
 from mmkd.distillers.segmentation.cirkd import CIRKD, batch_loss, class_means, draw_pixels, memory_loss, pool_labeled
 from mmkd.errors import ConfigError
 from mmkd.hosts.running import probe
@@ -301,8 +302,10 @@ def test_the_memorys_losses_are_of_what_earlier_steps_left(tmp_path):
         region_contrast_size=1,
         pixel_memory_size=1,
         region_memory_size=1,
+        batch_weight=5.0,
         pixel_weight=2.0,
         region_weight=3.0,
+        tau=0.2,
     )
     step(model)
     distiller = model.distillers.cirkd
@@ -316,16 +319,30 @@ def test_the_memorys_losses_are_of_what_earlier_steps_left(tmp_path):
     (s,), (t,) = student[FEATURE], teacher[FEATURE]
     labels = torch.cat([sample.gt_sem_seg.data for sample in data['data_samples']])[:, 8::16, 8::16]
     valid = labels != 255
-    torch.testing.assert_close(losses['cirkd.loss_batch'], batch_loss(s, t, valid))
+    torch.testing.assert_close(losses['cirkd.loss_batch'], 5 * batch_loss(s, t, valid, 0.2))
     for key, weight, (memory, there) in zip(('loss_pixel', 'loss_region'), (2.0, 3.0), kept):
-        expected = weight * memory_loss(distiller.projection(s), t, valid, memory, there)
+        expected = weight * memory_loss(distiller.projection(s), t, valid, memory, there, 0.2)
         assert expected > 0
         torch.testing.assert_close(losses[f'cirkd.{key}'], expected)
 
 
-def test_maps_of_two_sizes(tmp_path):
-    """The student's map, of stride 16, is resized to the teacher's, of stride 8."""
-    model = pair(tmp_path, teacher=segmentors.pspnet(24))
+def test_how_many_pixels_and_regions_are_drawn_of_each_class(tmp_path, monkeypatch):
+    """One more than their part of the whole."""
+    drawn = {}
+    draw = ClassMemory.draw
+    monkeypatch.setattr(
+        ClassMemory, 'draw', lambda self, number: drawn.update({id(self): number}) or draw(self, number)
+    )
+    model = pair(tmp_path, pixel_contrast_size=190, region_contrast_size=38)
+    step(model)
+    cirkd = model.distillers.cirkd
+    assert drawn == {id(cirkd.pixel_queues): 11, id(cirkd.region_queues): 3}
+
+
+@pytest.mark.parametrize('max_positions', [8192, 50])
+def test_maps_of_two_sizes(max_positions, tmp_path):
+    """The student's map, of stride 16, is resized to the teacher's, of stride 8; both are pooled where they are large."""
+    model = pair(tmp_path, teacher=segmentors.pspnet(24), max_positions=max_positions)
     data = model.data_preprocessor(random_batch(model, (2, 3, 64, 96)), True)
     with Taps(model, [FEATURE]) as student:
         loss = model(**data, mode='loss')['cirkd.loss_batch']
@@ -334,7 +351,10 @@ def test_maps_of_two_sizes(tmp_path):
         model.sources['teacher'](data['inputs'], None)[FEATURE],
     )
     valid = torch.cat([sample.gt_sem_seg.data for sample in data['data_samples']])[:, 4::8, 4::8] != 255
-    torch.testing.assert_close(loss, batch_loss(F.interpolate(s, (8, 12), mode='bilinear'), t, valid))
+    s = F.interpolate(s, (8, 12), mode='bilinear')
+    (s, _), (t, valid) = (pool_labeled(each, valid, max_positions // 2) for each in (s, t))
+    assert t.shape[2:] == ((8, 12) if max_positions > 200 else (4, 6))
+    torch.testing.assert_close(loss, batch_loss(s, t, valid))
 
 
 def test_relations_within_the_batch_are_zero_for_equal_networks(tmp_path):

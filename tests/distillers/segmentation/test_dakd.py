@@ -180,17 +180,20 @@ def losses_as_plain_loops(student, teacher, labels, shapes, distiller, upsample,
                     valid[b, y, x] = inside and not ignored
         return valid
 
+    weights = OWN_WEIGHTS
+    divisor = 3 if distiller.reduction == 'element_mean' else 1
     for images, gamma in ((slice(0, 2), 1.0), (slice(2, 3), 0.7)):
         pairs = {}
         for layer in LAYERS:
             valid = counts(*student[layer].shape[2:], True)[images]
             pairs[layer] = pixels(student[layer][images], valid), pixels(teacher[layer][images], valid)
         main, auxiliary = pairs.values()
-        expected['loss_kl'] += gamma * 0.1 * kl(*main) / 3
-        expected['loss_auxiliary_kl'] += gamma * 0.01 * kl(*auxiliary) / 3
-        expected['loss_mse'] += gamma * 0.01 * squares(*auxiliary)
-        expected['loss_pseudo'] += gamma * pseudo(*main, 0.4)
-    for key, layer, critic, weight in zip(KEYS[4:6], LAYERS, distiller.critics.values(), (1e-3, 2e-4)):
+        expected['loss_kl'] += gamma * weights['kl_weight'] * kl(*main) / divisor
+        expected['loss_auxiliary_kl'] += gamma * weights['auxiliary_kl_weight'] * kl(*auxiliary) / divisor
+        expected['loss_mse'] += gamma * weights['mse_weight'] * squares(*auxiliary)
+        expected['loss_pseudo'] += gamma * weights['pseudo_weight'] * pseudo(*main, 0.4)
+    for key, layer, critic in zip(KEYS[4:6], LAYERS, distiller.critics.values()):
+        weight = weights[key.removeprefix('loss_') + '_weight']
         size = (height, width) if upsample else (32, 32)
         decisions = critic(resized(original[layer], size).softmax(1))
         valid = counts(size[0] // 32, size[1] // 32, False)
@@ -200,8 +203,16 @@ def losses_as_plain_loops(student, teacher, labels, shapes, distiller, upsample,
     return expected
 
 
-@pytest.mark.parametrize(('upsample', 'label_size'), [(True, False), (False, False), (True, True)])
-def test_all_losses_as_plain_loops(upsample, label_size):
+OWN_WEIGHTS = {
+    f'{key.removeprefix("loss_")}_weight': weight for key, weight in zip(KEYS, (2.0, 3.0, 5.0, 7.0, 11.0, 13.0))
+}
+
+
+@pytest.mark.parametrize(
+    ('upsample', 'label_size', 'reduction'),
+    [(True, False, 'element_mean'), (False, False, 'pixel_mean'), (True, True, 'element_mean')],
+)
+def test_all_losses_as_plain_loops(upsample, label_size, reduction):
     """Three classes, logits of two sizes, ignored source pixels, and padded images of both domains."""
     size = (64, 96) if not label_size else (32, 64)
     student = taps(*torch.randn(2, 3, 3, 4, 6, dtype=torch.float64))
@@ -210,7 +221,8 @@ def test_all_losses_as_plain_loops(upsample, label_size):
     labels[:2][torch.rand(2, *size) < 0.3] = 255
     labels[2] = 255
     shapes = [size, (size[0], size[1] // 2), (size[0] // 2, size[1] - 32)]
-    distiller = made(student, teacher, target_weight=0.7, threshold=0.4, upsample=upsample, label_size=label_size)
+    options = dict(target_weight=0.7, threshold=0.4, upsample=upsample, label_size=label_size, reduction=reduction)
+    distiller = made(student, teacher, **options, **OWN_WEIGHTS)
     expected = losses_as_plain_loops(student, teacher, labels, shapes, distiller, upsample, label_size)
     with torch.no_grad():
         found = distiller(student, teacher, samples(labels, 'sst', shapes))

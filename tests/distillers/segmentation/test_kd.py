@@ -151,18 +151,19 @@ def tapped(model, objects=4):
     return data, student, teacher, model.distillers.kd(student, teacher, data['data_samples'])['loss']
 
 
-def test_ignored_pixels_are_left_out_unless_labels_are_not_used(tmp_path):
+@pytest.mark.parametrize('reduction', REDUCTIONS)
+def test_ignored_pixels_are_left_out_unless_labels_are_not_used(reduction, tmp_path):
     layer = 'decode_head.conv_seg'
-    model = pair(tmp_path, segmentors.pspnet(24, base=16), tau=2.0, loss_weight=3.0)
+    model = pair(tmp_path, segmentors.pspnet(24, base=16), tau=2.0, loss_weight=3.0, reduction=reduction)
     data, student, teacher, loss = tapped(model, objects=1)
     labels = torch.stack([sample.gt_sem_seg.data[0, 4::8, 4::8] for sample in data['data_samples']])
     valid = labels != 255
     assert 0 < valid.sum() < valid.numel()
-    expected = plain_loops(student[layer][0].double(), teacher[layer][0].double(), 2.0, 'pixel_mean', valid)
+    expected = plain_loops(student[layer][0].double(), teacher[layer][0].double(), 2.0, reduction, valid)
     assert loss.item() == pytest.approx(3 * expected, rel=1e-4)
     model.distillers.kd.use_labels = False
     found = model.distillers.kd(student, teacher, None)['loss']
-    torch.testing.assert_close(found, 3 * pixel_divergence(student[layer][0], teacher[layer][0], 2.0))
+    torch.testing.assert_close(found, 3 * pixel_divergence(student[layer][0], teacher[layer][0], 2.0, reduction))
     assert abs(found.item() - loss.item()) > 1e-3
 
 
