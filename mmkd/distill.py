@@ -138,7 +138,7 @@ def _build_student(student: Any, data_preprocessor: Mapping | None) -> BaseModel
 def _connect(model: BaseModel, sources: Mapping[str, Source], distillers: Distillers) -> None:
     """Find out which layers are read, and how they look, by running all networks over an image."""
     distillers.connect(sources)
-    distillers.check(model, sources)
+    distillers.prepare(model, sources)
     clash = sorted(set(distillers) & set(sources))
     if clash:
         raise ConfigError(f'distillers.{clash[0]}: a teacher has this name, and both start log keys; choose another')
