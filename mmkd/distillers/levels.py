@@ -1,7 +1,7 @@
 """Which levels of two networks' layers belong together, and the student's in the teacher's shape."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -224,7 +224,8 @@ def refuse_other_classes(student: Taps, student_layer: str, teacher: Taps, teach
 
     Layers do so where the nearest module around them has ``num_classes`` and as many channels per class in both networks.
     """
-    heads, channels = [], []
+    heads: list[Any] = []
+    channels: list[int] = []
     for taps, layer in ((student, student_layer), (teacher, teacher_layer)):
         heads.append(head_around(taps.model, layer))
         channels.append(getattr(taps[layer][0], 'shape', (0, 0))[1])
