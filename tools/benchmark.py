@@ -11,7 +11,7 @@ import copy
 import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -20,7 +20,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from mmkd import cli
 from mmkd.hosts.running import run
-from mmkd.sources.teacher import build_teacher
+from mmkd.sources import Teacher, build_sources
 from mmkd.testing.batches import random_batch
 
 
@@ -42,16 +42,17 @@ def training_step(model: torch.nn.Module, data: dict, amp: bool) -> Callable[[],
     return step
 
 
-def teacher_pass(model: torch.nn.Module, layers: tuple[str, ...], data: dict, amp: bool) -> Callable[[], None]:
-    """The forward pass of a stock model in eval mode, as far as the tapped layers, as a function."""
-    model.eval()
-    device = next(model.parameters()).device
+def teacher_pass(
+    models: Sequence[tuple[torch.nn.Module, tuple[str, ...]]], data: dict, amp: bool
+) -> Callable[[], None]:
+    """The forward passes of stock models in eval mode, each as far as its tapped layers, as a function."""
 
     @torch.no_grad()
     def step() -> None:
-        with torch.autocast(device.type, enabled=amp):
-            batch = model.data_preprocessor(data, False)
-            run(model, layers, batch['inputs'], batch['data_samples'])
+        for model, layers in models:
+            with torch.autocast(next(model.parameters()).device.type, enabled=amp):
+                batch = model.eval().data_preprocessor(data, False)
+                run(model, layers, batch['inputs'], batch['data_samples'])
 
     return step
 
@@ -110,19 +111,22 @@ def main() -> None:
         device = torch.device(args.device)
         # a copy, as mmseg changes what it builds from
         plain = MODELS.build(copy.deepcopy(config.model.student)).to(device)
-        stock = build_teacher(config.model.teacher).model.to(device)
+        sources = build_sources(config.model.teacher, plain)
+        stocks = {name: each.model.to(device) for name, each in sources.items() if isinstance(each, Teacher)}
         distilled = MODELS.build(config.model).to(device)
         # the same weights: with others an RPN would propose other regions, of another cost
         distilled.load_state_dict(plain.state_dict(), strict=False)
-        distilled._teacher.speed_up(device)  # with random weights, as all models here
-        for model in (plain, stock, distilled):
+        teachers = {name: distilled.sources[name] for name in stocks}
+        for teacher in teachers.values():
+            teacher.accept_current_weights(device)  # random ones, as all models here have
+        for model in (plain, *stocks.values(), distilled):
             if getattr(model.data_preprocessor, 'size', None):  # mmseg pads to the size of the config's crops
                 model.data_preprocessor.size = tuple(args.shape[2:])
         data = random_batch(plain, tuple(args.shape), args.objects)
 
     steps = {
         'plain student': training_step(plain.train(), data, args.amp),
-        'stock teacher': teacher_pass(stock, distilled._teacher.layers, data, args.amp),
+        'stock teacher': teacher_pass([(stocks[name], each.layers) for name, each in teachers.items()], data, args.amp),
         'distilled': training_step(distilled.train(), data, args.amp),
     }
     for step in steps.values():
@@ -135,8 +139,8 @@ def main() -> None:
     # weights, gradients and momentum stay between steps
     resident = {
         'plain student': 3 * weights(plain),
-        'stock teacher': weights(stock),
-        'distilled': 3 * weights(distilled) + weights(distilled._teacher.model),
+        'stock teacher': sum(map(weights, stocks.values())),
+        'distilled': 3 * weights(distilled) + sum(weights(each.model) for each in teachers.values()),
     }
     on = torch.cuda.get_device_name() if device.type == 'cuda' else f'CPU, {torch.get_num_threads()} threads'
     shape = 'x'.join(map(str, args.shape))

@@ -12,7 +12,7 @@ from typing import IO
 from mmengine.config import Config
 from tqdm import tqdm
 
-from mmkd import cli
+from mmkd import checks
 from mmkd.errors import ConfigError, nearest
 from mmkd.experiments import suites
 from mmkd.experiments.report import write_comparison
@@ -193,14 +193,14 @@ class Comparison:
         """Raise ConfigError if data, or weights of a teacher that is not trained here, are not there."""
         for run in [*self.teachers.values(), *(of_seed[self.seeds[0]] for of_seed in self.runs.values())]:
             try:
-                cli.check_data(run.read(), ('train', 'val'))
+                checks.check_data(run.read(), ('train', 'val'))
             except ConfigError as error:
                 raise ConfigError(f'{run.config}: {error}') from None
         for method in self.methods:
             if method.given and not method.teachers:
                 run = self.runs[method.name][self.seeds[0]]
                 try:
-                    cli.check_teacher(Config(dict(model=run.read().model, launcher='none')))
+                    checks.check_teachers(Config(dict(model=run.read().model, launcher='none')))
                 except ConfigError as error:
                     raise ConfigError(
                         f'{run.config}: {error}; a teacher whose config lies in {self.suite.configs} is trained first'

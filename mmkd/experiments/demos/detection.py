@@ -53,12 +53,12 @@ def selected_instances(of: Run, samples: list[dict]) -> list[InstanceData]:
     model = MODELS.build(of.read().model).eval()
     weights = torch.load(of.checkpoint, map_location='cpu', weights_only=True)['state_dict']
     model.load_state_dict(weights)
-    model._teacher.load()
+    model.sources['teacher'].load()
     gid = model.distillers['gid']
     selected = []
     for sample in samples:
         batch = model.data_preprocessor({'inputs': [sample['inputs']], 'data_samples': [sample['data_samples']]})
-        teacher = model._teacher(batch['inputs'], batch['data_samples'])
+        teacher = model.sources['teacher'](batch['inputs'], batch['data_samples'])
         with Taps(model, gid.student_layers) as student:
             run(model, gid.student_layers, batch['inputs'], batch['data_samples'])
         boxes, scores, valid = gid.select(student, teacher, [batch['data_samples'][0].metainfo])
