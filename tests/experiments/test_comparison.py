@@ -183,7 +183,7 @@ def test_data_and_a_given_teachers_weights_are_looked_for_before_training(
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit, match='retinanet_teacher.py: train_dataloader.dataset.data_root: .* does not exist'):
         compare(configs)
-    monkeypatch.setattr('mmkd.cli.check_data', lambda *_: None)
+    monkeypatch.setattr('mmkd.checks.check_data', lambda *_: None)
     (tmp_path / 'elsewhere').mkdir()
     (configs / 'retinanet_teacher.py').rename(configs / '_base_' / 'teacher.py')
     edit(configs / '_base_' / 'teacher.py', '_base_/', '')
