@@ -1,7 +1,7 @@
 # make demo   set up, then train teacher and students on generated data and write a report
 # make demo-seg   the same for segmentation
 # make test   set up, then run the tests (make test-fast: those that take no longer than seconds)
-# make lint   check format and style (make format applies them); needs nothing but Python
+# make lint   check format, style and the types of the core (make format applies them); needs nothing but Python
 .PHONY: setup demo demo-seg test test-fast lint format clean
 
 VENV := .venv
@@ -27,12 +27,13 @@ test-fast: setup
 
 $(LINT)/ready: requirements.txt
 	$(PYTHON) -m venv $(LINT)
-	$(LINT)/bin/python -m pip --disable-pip-version-check install --quiet "$$(grep '^ruff==' requirements.txt)"
+	$(LINT)/bin/python -m pip --disable-pip-version-check install --quiet $$(grep -E '^(ruff|mypy)==' requirements.txt)
 	touch $@
 
 lint: $(LINT)/ready
 	$(LINT)/bin/ruff check .
 	$(LINT)/bin/ruff format --check .
+	$(LINT)/bin/mypy
 
 format: $(LINT)/ready
 	$(LINT)/bin/ruff format .

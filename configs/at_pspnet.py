@@ -5,5 +5,5 @@ model = dict(
     student=_base_.model,
     teacher='mmseg::pspnet/pspnet_r101-d8_4xb2-80k_cityscapes-512x1024.py',
     distillers=dict(
-        at=dict(type='AT', layer=[f'backbone.layer{i}' for i in (1, 2, 3, 4)], weight=10000.0)))
+        at=dict(type='AT', layer=[f'backbone.layer{i}' for i in (1, 2, 3, 4)], loss_weight=10000.0)))
 auto_scale_lr = dict(enable=False, base_batch_size=8)

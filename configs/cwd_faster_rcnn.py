@@ -4,4 +4,4 @@ model = dict(
     type='mmkd.Distill',
     student=_base_.model,
     teacher='mmdet::faster_rcnn/faster-rcnn_r101_fpn_2x_coco.py',
-    distillers=dict(cwd=dict(type='CWD', layer='neck', tau=1, weight=10)))
+    distillers=dict(cwd=dict(type='CWD', layer='neck', tau=1, loss_weight=10)))

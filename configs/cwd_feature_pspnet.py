@@ -6,6 +6,6 @@ model = dict(
     teacher='mmseg::pspnet/pspnet_r101-d8_4xb2-80k_cityscapes-512x1024.py',
     distillers=dict(
         cwd=dict(
-            type='CWD', layer='decode_head.bottleneck', tau=4.0, weight=50.0,
+            type='CWD', layer='decode_head.bottleneck', tau=4.0, loss_weight=50.0,
             adapter=dict(type='ConvAdapter', bias=False, norm=True, relu=True))))
 auto_scale_lr = dict(enable=False, base_batch_size=8)

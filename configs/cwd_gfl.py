@@ -4,4 +4,4 @@ model = dict(
     type='mmkd.Distill',
     student=_base_.model,
     teacher='mmdet::gfl/gfl_r101_fpn_ms-2x_coco.py',
-    distillers=dict(cwd=dict(type='CWD', layer='bbox_head.gfl_cls', tau=1, weight=5)))
+    distillers=dict(cwd=dict(type='CWD', layer='bbox_head.gfl_cls', tau=1, loss_weight=5)))

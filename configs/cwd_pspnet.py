@@ -4,5 +4,5 @@ model = dict(
     type='mmkd.Distill',
     student=_base_.model,
     teacher='mmseg::pspnet/pspnet_r101-d8_4xb2-80k_cityscapes-512x1024.py',
-    distillers=dict(cwd=dict(type='CWD', layer='decode_head.conv_seg', tau=4.0, weight=3.0)))
+    distillers=dict(cwd=dict(type='CWD', layer='decode_head.conv_seg', tau=4.0, loss_weight=3.0)))
 auto_scale_lr = dict(enable=False, base_batch_size=8)

@@ -8,4 +8,4 @@ model = dict(
         pkd=dict(
             type='PKD',
             layer=['neck.fpn_convs.0', 'neck.fpn_convs.1', 'neck.fpn_convs.2', 'neck.fpn_convs.3'],
-            weight=6)))
+            loss_weight=6)))

@@ -2,7 +2,10 @@
 
 from mmkd.hosts.mmengine import accept_mmkd_configs, accept_training_checkpoints
 
-__version__ = '0.1.0'
-
 accept_mmkd_configs()
 accept_training_checkpoints()
+
+from mmkd.distill import distill  # noqa: E402  (configs and checkpoints are read with what is done above)
+
+__all__ = ['distill']
+__version__ = '0.1.0'

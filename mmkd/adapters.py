@@ -42,7 +42,7 @@ class ConvAdapter(nn.Module):
         self.relu = relu
         if init_std is not None:
             nn.init.trunc_normal_(self.conv.weight, std=init_std, a=-2 * init_std, b=2 * init_std)
-            if bias:
+            if self.conv.bias is not None:
                 nn.init.zeros_(self.conv.bias)
 
     def forward(self, feature: torch.Tensor) -> torch.Tensor:
@@ -89,7 +89,7 @@ class Adapters(nn.ModuleList):
                 )
             if spec is None:
                 adapter: nn.Module = nn.Identity()
-            elif spec != 'auto':
+            elif isinstance(spec, Mapping):
                 adapter = build(ADAPTERS, 'adapter', spec, in_channels=s.shape[1], out_channels=t.shape[1])
             elif same_channels and s.shape[1] != t.shape[1]:
                 adapter = ConvAdapter(s.shape[1], t.shape[1])
@@ -110,6 +110,14 @@ class Adapters(nn.ModuleList):
                 )
             self.append(adapter)
             self.resize.append(s.shape[2:] != t.shape[2:])
+
+    @classmethod
+    def of_regions(
+        cls, spec: str | Mapping | None, in_channels: int, out_channels: int, names: tuple[str, str]
+    ) -> 'Adapters':
+        """One adapter for features that are pooled to one size, from whatever level: ``adapters([student], [teacher])``."""
+        student, teacher = torch.zeros(1, in_channels, 7, 7), torch.zeros(1, out_channels, 7, 7)
+        return cls(spec, [student], [teacher], names)
 
     def forward(self, student: Sequence[torch.Tensor], teacher: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """The student's levels in the teacher's shapes."""

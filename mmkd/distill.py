@@ -1,72 +1,98 @@
-"""Make a plain mmdet or mmseg model the student of another one.
+"""Make a plain mmdet or mmseg model the student of other ones.
 
 :func:`distill` builds the student and puts :class:`Distilled` in front of its own class: a ``RetinaNet`` becomes a
 ``DistilledRetinaNet`` that still is a ``RetinaNet``, with its parameter names, checkpoints, hooks and optimizer rules.
 """
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from mmengine.model import BaseModel
-from mmengine.registry import MODELS as MMENGINE_MODELS
 from torch import nn
 
-from mmkd.distillers.base import Distillers
+from mmkd.distillers.collection import Distillers, idle_loss
 from mmkd.errors import ConfigError
-from mmkd.hosts.running import probe
+from mmkd.hosts.configs import build_model, read_model
+from mmkd.hosts.running import at_first_size, probe, sizes_to_probe
+from mmkd.inherit import check_inheritance, inherit_weights, parts_by_teacher
 from mmkd.registry import MODELS
-from mmkd.sources.teacher import build_teacher
+from mmkd.sources import Own, Source, Sources, build_sources
 from mmkd.taps import Taps, find_layer
 
 
-class Distilled:
+class Distilled(BaseModel if TYPE_CHECKING else object):  # type: ignore[misc]
     """What distillation adds to a student's class."""
 
+    distillers: Distillers
+    sources: Sources
+    _inherit: dict[str, Sequence[str]]
+
     def forward(self, inputs, data_samples=None, mode: str = 'tensor'):
-        # Not `loss` or `train_step`: DDP calls `forward` alone, and synchronises what is computed in it.
+        # Not `loss` or `train_step`: DDP calls `forward` alone, and synchronizes what is computed in it.
         if mode != 'loss':
             return super().forward(inputs, data_samples, mode)
-        teacher = self._teacher(inputs, data_samples)
-        with Taps(self, self.distillers.student_layers) as student:
-            losses = super().forward(inputs, data_samples, mode)
-        losses.update(self.distillers(student, teacher, data_samples))
+        iteration = self.distillers.start_step(counts=self.training)
+        knowledge, losses = {}, {}
+        for name, source in self.sources.items():
+            if source.due(iteration) and self.distillers.wants(name):
+                knowledge[name], own = source.read(self, inputs, data_samples)
+                losses.update({f'{name}.{key}': value for key, value in own.items()})
+            else:
+                losses.update(idle_loss(name, source.kept))
+        with Taps(self, self.distillers.student_layers, images=len(inputs)) as student:
+            losses.update(super().forward(inputs, data_samples, mode))
+        losses.update(self.distillers(student, knowledge, data_samples))
         return losses
 
     def init_weights(self) -> None:
-        """Initialise the student and load the teacher; ``Runner.train`` calls it, ``Runner.test`` does not."""
-        super().init_weights()
-        device = next(self.parameters()).device
-        # after `init_weights`, which would overwrite it; before the teacher's batch norms are folded
-        self._teacher.load(device, then=functools.partial(inherit_weights, self, parts=self._inherit))
+        """Initialize the student, unless it was given as a built model, and load what it learns from.
 
-    def _apply(self, fn: Callable, *args, **kwargs):
-        self._teacher.apply(fn)  # `.to()`, `.cuda()`, `.half()` take the teacher along
-        return super()._apply(fn, *args, **kwargs)
+        ``Runner.train`` calls it, ``Runner.test`` does not.
+        """
+        if not self.is_init:
+            super().init_weights()
+        # after `init_weights`, which would overwrite what is inherited; before the teacher's batch norms are folded
+        device = next(self.parameters()).device
+        self.sources.load(device, lambda name, model: inherit_weights(self, model, self._inherit.get(name, ())))
+
+    def plain(self) -> BaseModel:
+        """The student as the plain model again, in place: without distillers and without what it learnt from."""
+        del self.distillers, self.sources, self._inherit
+        self.__class__ = type(self).__mro__[2]
+        return self
+
+    def __reduce_ex__(self, protocol):
+        return _restore, (type(self).__mro__[2],), self.__dict__
 
 
 @MODELS.register_module('Distill')
 def distill(
-    student: Mapping | BaseModel,
-    teacher: str | Mapping,
-    distillers: Mapping[str, Mapping],
+    student: str | Mapping | BaseModel,
+    teacher: str | Mapping | nn.Module | Source,
+    distillers: Mapping[str, Mapping | nn.Module],
     data_preprocessor: Mapping | None = None,
-    inherit: Sequence[str] = (),
+    inherit: Sequence[str] | Mapping[str, Sequence[str]] = (),
 ) -> BaseModel:
-    """Build a student that learns from a teacher; in a config, ``model = dict(type='mmkd.Distill', ...)``.
+    """Build a student that learns from others; in a config, ``model = dict(type='mmkd.Distill', ...)``.
 
     Args:
-        student: The config of a plain mmdet or mmseg model, or such a model.
+        student: The config of a plain mmdet or mmseg model, a config's name or path, or such a model, which keeps its
+            weights.
         teacher: A config's name (``'mmdet::retinanet/retinanet_r101_fpn_2x_coco.py'``), whose metafile names the
-            weights, or ``dict(config=..., checkpoint=...)``; see :func:`mmkd.sources.teacher.build_teacher`.
-        distillers: Name to config of each method; losses are logged as ``<name>.<key>``.
+            weights, ``dict(config=..., checkpoint=...)``, or a built model; see :class:`mmkd.sources.Teacher`. Several
+            by name: ``dict(large=dict(config=...), mean=dict(type='Average'))``, see :mod:`mmkd.sources`.
+        distillers: Name to config of each method, or to a distiller; losses are logged as ``<name>.<key>``. With several
+            teachers each entry names its own, ``teacher='large'``.
         data_preprocessor: Given by mmengine's Runner where a config has one at its top level; for the student.
         inherit: The student's parts that start from the teacher's weights, such as ``['neck', 'bbox_head']`` (the
-            "inheriting strategy"); ``init_weights`` copies them.
+            "inheriting strategy"); ``init_weights`` copies them. With several teachers ``dict(large=['neck'])``.
 
     Returns:
-        The student. Its ``state_dict`` holds the plain model's keys and, where a method has trainable parts,
-        ``distillers.<name>.*``; nothing of the teacher.
+        The student, in place where it was given as a model. Its ``state_dict`` holds the plain model's keys and, where a
+        method has trainable parts, ``distillers.<name>.*``; of teachers only what is trained or averaged along, as
+        ``sources.<name>.*``.
 
     Raises:
         ConfigError: for layers, options or shapes that cannot work, with what to do.
@@ -77,62 +103,85 @@ def distill(
         ...     teacher='mmdet::retinanet/retinanet_r101_fpn_2x_coco.py',
         ...     distillers=dict(gid=dict(type='GID')))
     """
-    if isinstance(student, Mapping):
-        if data_preprocessor is not None and student.get('data_preprocessor') is None:
-            student = {**student, 'data_preprocessor': data_preprocessor}
-        model = MMENGINE_MODELS.build(student)
-    else:
-        model = student
+    model = _build_student(student, data_preprocessor)
     device = next(model.parameters()).device
     with torch.random.fork_rng([]):  # the student's initial weights do not depend on who teaches it
-        teacher = build_teacher(teacher)
+        sources = build_sources(teacher, model)
         collection = Distillers(distillers)
-        taps = probe(teacher.model, collection.teacher_layers)
-        two_images = probe(teacher.model, collection.teacher_layers, batch=2)
-        collection.setup(probe(model, collection.probed_layers), taps)
-    for layer in collection.student_layers:
-        find_layer(model, layer)
-    check_inheritance(model, teacher.model, inherit)
-    teacher.layers = collection.teacher_layers
-    # a layer that is called once per image has no fixed number of calls after which the teacher could stop
-    teacher.calls = taps.calls if taps.calls == two_images.calls else None
-    teacher.follow(model.data_preprocessor)
-    model.__class__ = distilled_class(type(model))
-    model._teacher = teacher
-    model._inherit = tuple(inherit)
+        _connect(model, sources, collection)
+    parts = parts_by_teacher(inherit, sources)
+    for name, each in parts.items():
+        check_inheritance(model, sources[name].model, each)
+    model.__class__ = distilled_class(model.__class__)
+    model._inherit = parts
     model.distillers = collection.to(device)
+    model.sources = Sources(sources)
     return model
 
 
-def check_inheritance(student: nn.Module, teacher: nn.Module, parts: Sequence[str]) -> None:
-    """Raise ConfigError unless each of the student's parts can take the teacher's weights."""
-    if isinstance(parts, str):
-        raise ConfigError(f'inherit={parts!r}: expected a list of parts, such as [{parts!r}]')
-    for part in parts:
-        try:
-            shapes = [
-                {name: tuple(value.shape) for name, value in find_layer(model, part).state_dict().items()}
-                for model in (student, teacher)
-            ]
-        except ConfigError as error:
-            raise ConfigError(f'inherit: {error}') from None
-        for name in [*shapes[0], *shapes[1]]:
-            own, other = (each.get(name, 'not there') for each in shapes)
-            if own != other:
-                raise ConfigError(
-                    f'inherit: {part}.{name} is {own} in the student and {other} in the teacher; give both the same shapes, or '
-                    f'inherit other parts'
-                )
+def _build_student(student: Any, data_preprocessor: Mapping | None) -> BaseModel:
+    if isinstance(student, Distilled):
+        student = student.plain()
+    if isinstance(student, nn.Module):
+        model: BaseModel = student
+        model.is_init = True  # it keeps its weights
+        return model
+    if isinstance(student, str) or 'model' in student:
+        student = read_model(student, 'student')
+    if data_preprocessor is not None and student.get('data_preprocessor') is None:
+        student = {**student, 'data_preprocessor': data_preprocessor}
+    return build_model(student)
 
 
-@torch.no_grad()
-def inherit_weights(student: nn.Module, teacher: nn.Module, parts: Sequence[str]) -> None:
-    """Copy the teacher's weights into the student's parts."""
-    for part in parts:
-        student.get_submodule(part).load_state_dict(teacher.get_submodule(part).state_dict())
+def _connect(model: BaseModel, sources: Mapping[str, Source], distillers: Distillers) -> None:
+    """Find out which layers are read, and how they look, by running all networks over an image."""
+    distillers.connect(sources)
+    distillers.prepare(model, sources)
+    clash = sorted(set(distillers) & set(sources))
+    if clash:
+        raise ConfigError(f'distillers.{clash[0]}: a teacher has this name, and both start log keys; choose another')
+    for name, source in sources.items():
+        taught = distillers.layers('teacher_layers', name, distillers.taught_by(name))
+        learnt = distillers.layers('student_layers', name, distillers.learnt_by(name))
+        source.layers = tuple(dict.fromkeys(taught + learnt))
+    own = [layer for source in sources.values() if isinstance(source, Own) for layer in source.layers]
+    probed = tuple(dict.fromkeys((*distillers.layers('student_layers', None, distillers.learnt_by(None)), *own)))
+    others = {name: source for name, source in sources.items() if not isinstance(source, Own)}
+
+    def attempt(size: tuple[int, int]) -> tuple[tuple[int, int], Taps, dict[str, Taps], dict[str, Taps]]:
+        student = probe(model, probed, size=size, trains=True, name='student')
+        found = [
+            {
+                name: probe(source.model, source.layers, batch, size, trains=source.has_gradient, name=source.name)
+                for name, source in others.items()
+            }
+            for batch in (1, 2)
+        ]
+        return size, student, found[0], found[1]
+
+    sizes = sizes_to_probe([model, *(source.model for source in others.values())])
+    size, student, found, of_two = at_first_size(sizes, attempt)
+    for name, source in others.items():
+        # a layer that is called once per image has no fixed number of calls after which the pass could stop
+        source.calls = found[name].calls if found[name].calls == of_two[name].calls else None
+        source.follow(model.data_preprocessor)
+        source.size = size
+    distillers.setup(student, {name: found.get(name, student) for name in sources})
+    training = distillers.layers('training_layers', None, distillers.learnt_by(None))
+    for layer in training:
+        find_layer(model, layer)
+    distillers.student_layers = tuple(dict.fromkeys(probed + training))
+    for name, source in sources.items():
+        of_learner = distillers.layers('training_layers', name, distillers.learnt_by(name))
+        source.layers = tuple(dict.fromkeys(source.layers + of_learner))
 
 
 @functools.cache
-def distilled_class(plain: type) -> type:
+def distilled_class(plain: Any) -> Any:
     """``DistilledX`` for a model class ``X``."""
     return type(f'Distilled{plain.__name__}', (Distilled, plain), {'__module__': plain.__module__})
+
+
+def _restore(plain: type) -> nn.Module:
+    """An empty student, for pickle and copy."""
+    return object.__new__(distilled_class(plain))

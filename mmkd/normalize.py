@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 import torch
+from mmengine.model import BaseDataPreprocessor
 from torch import nn
 
 
@@ -18,7 +19,9 @@ class Renormalize:
 
     @classmethod
     def between(cls, source: nn.Module, target: nn.Module) -> 'Renormalize | None':
-        """None where both normalize alike."""
+        """None where both normalize alike; a target without normalization of its own takes the source's."""
+        if type(target) is BaseDataPreprocessor:
+            return None
         (mean_s, std_s, swap_s), (mean_t, std_t, swap_t) = _normalization(source), _normalization(target)
         swap = swap_s != swap_t
         if swap:  # the source's values, in the target's channel order
@@ -44,7 +47,7 @@ class Renormalize:
         return inputs
 
 
-def _normalization(preprocessor: nn.Module) -> tuple[torch.Tensor, torch.Tensor, bool]:
+def _normalization(preprocessor: BaseDataPreprocessor) -> tuple[torch.Tensor, torch.Tensor, bool]:
     """Mean and standard deviation, (3, 1, 1), and whether the channels of the loaded image are swapped."""
     # mmengine and mmdet keep the flag private, mmseg does not
     swap = getattr(preprocessor, '_channel_conversion', getattr(preprocessor, 'channel_conversion', False))

@@ -18,6 +18,7 @@ from mmengine.registry import Registry
 from mmkd.errors import ConfigError, nearest
 
 MODELS = Registry('model', parent=MMENGINE_MODELS, scope='mmkd', locations=['mmkd.distill'])
+SOURCES = Registry('source', scope='mmkd', locations=['mmkd.sources'])
 DATA_SAMPLERS = Registry('data sampler', parent=MMENGINE_DATA_SAMPLERS, scope='mmkd', locations=['mmkd.data.domains'])
 TRANSFORMS = Registry('transform', parent=MMENGINE_TRANSFORMS, scope='mmkd', locations=['mmkd.data.domains'])
 DISTILLERS = Registry('distiller', scope='mmkd', locations=['mmkd.distillers'])
@@ -31,7 +32,7 @@ def build(registry: Registry, option: str, spec: Mapping, **given: Any) -> Any:
         registry: Where names are looked up.
         option: What the spec is called in the config, for error messages.
         spec: The config dict.
-        given: Options that the caller fills in.
+        given: Options that the caller fills in, where the type has them.
 
     Raises:
         ConfigError: for a type that does not exist or cannot be imported, or options that it does not have or misses.
@@ -41,9 +42,20 @@ def build(registry: Registry, option: str, spec: Mapping, **given: Any) -> Any:
     kind = spec['type']
     if isinstance(kind, str):
         kind = _find(registry, option, kind)
-    options = {key: value for key, value in spec.items() if key not in ('type', '_scope_')} | given
+    elif not callable(kind):
+        raise ConfigError(f'{option}: type={kind!r}: expected a name, a dotted path or a class')
+    options = {key: value for key, value in spec.items() if key not in ('type', '_scope_')}
     parameters = inspect.signature(kind).parameters
-    if not any(each.kind is each.VAR_KEYWORD for each in parameters.values()):
+    takes_all = any(each.kind is each.VAR_KEYWORD for each in parameters.values())
+    for key, value in given.items():
+        if key in options:
+            raise ConfigError(f'{option}: {key} is filled in, found {key}={options[key]!r}; leave it out')
+        if key in parameters or takes_all:
+            options[key] = value
+    for old, new in getattr(kind, 'renamed', {}).items():
+        if old in options and old not in parameters:
+            raise ConfigError(f'{option}: {kind.__name__} calls {old!r} {new!r} now')
+    if not takes_all:
         for key in options:
             if key not in parameters:
                 known = nearest(key, parameters)
@@ -56,7 +68,7 @@ def build(registry: Registry, option: str, spec: Mapping, **given: Any) -> Any:
     if missing:
         raise ConfigError(f'{option}: {kind.__name__} needs {", ".join(missing)}')
     try:
-        return registry.build(dict(options, type=kind, _scope_='mmkd'))
+        return kind(**options)
     except ConfigError as error:
         raise ConfigError(f'{option}: {error}') from None
 

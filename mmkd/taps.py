@@ -1,6 +1,7 @@
 """Read what named layers of a model took in and put out during one forward pass."""
 
-from collections.abc import Iterable, Mapping
+import copy
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torch import nn
 from mmkd.errors import ConfigError, nearest
 
 INPUT = ':input'
+KWARGS = ':kwargs'
 
 
 class _Reached(BaseException):
@@ -16,16 +18,16 @@ class _Reached(BaseException):
 
 
 def find_layer(model: nn.Module, layer: str) -> nn.Module:
-    """The module that ``layer`` names, a dotted name with an optional ``:input`` at its end.
+    """The module that ``layer`` names, a dotted name with an optional ``:input`` or ``:kwargs`` at its end.
 
     Raises:
         ConfigError: if the model has no such module; the message has the nearest existing names.
     """
-    name = layer.removesuffix(INPUT)
+    name = layer.removesuffix(INPUT).removesuffix(KWARGS)
     try:
         return model.get_submodule(name)
     except AttributeError:
-        known = [each for each, _ in model.named_modules() if each and not each.startswith('distillers')]
+        known = [each for each, _ in model.named_modules() if each and not each.startswith(('distillers', 'sources'))]
         raise ConfigError(
             f'layer {name!r}: {type(model).__name__} has no such module; the nearest are {nearest(name, known)}'
         ) from None
@@ -36,15 +38,18 @@ class Taps(Mapping):
 
     ``taps[layer]`` is always a tuple: the layer's output where that is a tuple or list already (an FPN's levels), a
     single output in a tuple of one, or one entry per call where the layer was called several times (a convolution that
-    a head shares between levels). ``taps['name:input']`` holds the positional inputs of a layer in the same form.
-    Half-precision tensors are handed out as float32, so that losses are computed in float32 whatever the autocast
-    state.
+    a head shares between levels). ``taps['name:input']`` holds what a layer takes in, in the same form: its one
+    positional input, or a tuple of them. ``taps['name:kwargs']`` holds its keyword inputs, a dict for each call.
+    :meth:`per_call` gives one entry per call, however many there were. Half-precision tensors are handed out as float32,
+    so that losses are computed in float32 whatever the autocast state.
 
     Args:
         model: The model to read from; also ``taps.model``, for its prior generator, coder or assigner.
-        layers: Dotted names, as in ``model.get_submodule``, with ``:input`` appended for a layer's inputs.
+        layers: Dotted names, as in ``model.get_submodule``, with ``:input`` or ``:kwargs`` appended for what a layer
+            takes in.
         stop_after: How often each layer is called in a full forward pass. If given, the forward pass ends
             as soon as all layers have been called as often, and what comes after them is never run.
+        images: How many images the forward pass is over, if that is known; also ``taps.images``.
 
     Raises:
         ConfigError: if a layer does not exist, or on reading one that was never called or whose tensor
@@ -56,8 +61,15 @@ class Taps(Mapping):
         >>> p3, p4, p5, p6, p7 = taps['neck']
     """
 
-    def __init__(self, model: nn.Module, layers: Iterable[str], stop_after: Mapping[str, int] | None = None):
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Iterable[str],
+        stop_after: Mapping[str, int] | None = None,
+        images: int | None = None,
+    ):
         self.model = model
+        self.images = images
         self._modules = {layer: find_layer(model, layer) for layer in layers}
         self._records: dict[str, list[tuple[Any, list[tuple[torch.Tensor, int]]]]] = {}
         self._read: dict[str, tuple] = {}
@@ -67,7 +79,9 @@ class Taps(Mapping):
     def __enter__(self) -> 'Taps':
         self._records = {layer: [] for layer in self._modules}
         self._read = {}
-        self._handles = [module.register_forward_hook(self._hook(layer)) for layer, module in self._modules.items()]
+        self._handles = [
+            module.register_forward_hook(self._hook(layer), with_kwargs=True) for layer, module in self._modules.items()
+        ]
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: Any) -> bool:
@@ -77,10 +91,12 @@ class Taps(Mapping):
         return kind is _Reached
 
     def _hook(self, layer: str):
-        read_input = layer.endswith(INPUT)
-
-        def hook(module: nn.Module, inputs: tuple, output: Any) -> None:
-            value = inputs if read_input else output
+        def hook(module: nn.Module, inputs: tuple, kwargs: dict, output: Any) -> None:
+            value = output
+            if layer.endswith(INPUT):
+                value = inputs[0] if len(inputs) == 1 else inputs
+            elif layer.endswith(KWARGS):
+                value = kwargs
             self._records[layer].append((value, [(each, each._version) for each in tensors(value)]))
             if self._stop_after is not None and self.calls == self._stop_after:
                 raise _Reached
@@ -92,7 +108,8 @@ class Taps(Mapping):
         """How often each layer was called."""
         return {layer: len(records) for layer, records in self._records.items()}
 
-    def __getitem__(self, layer: str) -> tuple:
+    def per_call(self, layer: str) -> tuple:
+        """What a layer put out (or took in, with ``:input`` and ``:kwargs``), one entry for each call."""
         if layer not in self._modules:
             raise ConfigError(f'layer {layer!r} is not tapped; tapped are {sorted(self._modules)}')
         records = self._records.get(layer, [])
@@ -107,9 +124,22 @@ class Taps(Mapping):
                 f'activation with inplace=True, most likely); tap that module instead'
             )
         if layer not in self._read:
-            values = tuple(_float32(value) for value, _ in records)
-            self._read[layer] = values[0] if len(values) == 1 and isinstance(values[0], tuple) else values
+            self._read[layer] = tuple(_map(_float32, value) for value, _ in records)
         return self._read[layer]
+
+    def __getitem__(self, layer: str) -> tuple:
+        values = self.per_call(layer)
+        return values[0] if len(values) == 1 and isinstance(values[0], tuple) else values
+
+    def detach(self) -> 'Taps':
+        """The same taps without gradient."""
+        other = copy.copy(self)
+        other._read = {}
+        other._records = {
+            layer: [(_map(torch.Tensor.detach, value), versions) for value, versions in records]
+            for layer, records in self._records.items()
+        }
+        return other
 
     def __iter__(self):
         return iter(self._modules)
@@ -129,11 +159,16 @@ def tensors(value: Any) -> Iterable[torch.Tensor]:
         yield from tensors(list(value.values()))
 
 
-def _float32(value: Any) -> Any:
+def _map(function: Callable[[torch.Tensor], torch.Tensor], value: Any) -> Any:
+    """A nest with ``function`` applied to its tensors; lists become tuples."""
     if isinstance(value, torch.Tensor):
-        return value.float() if value.dtype in (torch.float16, torch.bfloat16) else value
+        return function(value)
     if isinstance(value, (tuple, list)):
-        return tuple(_float32(each) for each in value)
+        return tuple(_map(function, each) for each in value)
     if isinstance(value, dict):
-        return {key: _float32(each) for key, each in value.items()}
+        return {key: _map(function, each) for key, each in value.items()}
     return value
+
+
+def _float32(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from http.client import HTTPException
 from pathlib import Path
 from pickle import UnpicklingError
+from typing import Any
 from urllib.parse import urlparse
 
 import torch
@@ -115,7 +116,7 @@ def plain_weights(content: object, path: Path, what: str = 'teacher checkpoint')
     state = content.get('state_dict', content) if isinstance(content, dict) else content
     if not isinstance(state, dict) or not state or not all(isinstance(each, torch.Tensor) for each in state.values()):
         raise ConfigError(f"{what} {path}: holds no weights (expected a dict of tensors, or 'state_dict')")
-    weights = OrderedDict((name, tensor) for name, tensor in state.items() if not name.startswith(BESIDE))
+    weights: Any = OrderedDict((name, tensor) for name, tensor in state.items() if not name.startswith(BESIDE))
     if hasattr(state, '_metadata'):  # each module's version, by which it converts older weights
         weights._metadata = state._metadata
     return weights

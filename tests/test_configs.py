@@ -50,14 +50,14 @@ def test_a_full_size_config_builds_is_short_and_its_student_is_plain(name):
     keys = [key for key in model.state_dict() if not key.startswith('distillers.')]
     student = Config.fromfile(ROOT / name).model.student  # anew: mmseg's EncoderDecoder changes what it is built from
     assert keys == list(build(student, config.default_scope).state_dict())
-    assert model._teacher.checkpoint.startswith('https://')
+    assert model.sources['teacher'].checkpoint.startswith('https://')
     if name in COCO:
         assert config.train_cfg.max_epochs in (12, 24)
         assert config.auto_scale_lr.base_batch_size == 16
     else:
         assert config.train_cfg.max_iters in (80000, 160000)
         assert config.auto_scale_lr.base_batch_size == 8
-        assert model._teacher.model.decode_head.num_classes == model.decode_head.num_classes == 19
+        assert model.sources['teacher'].model.decode_head.num_classes == model.decode_head.num_classes == 19
     if name in ('gid_retinanet.py', 'cwd_retinanet.py'):  # nothing is trained beside the student
         assert not list(model.distillers.parameters())
 

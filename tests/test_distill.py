@@ -51,42 +51,46 @@ def test_adapters_stand_beside_the_plain_keys(teacher_options):
     plain = set(models.build(detectors.retinanet()).state_dict())
     own = set(build(teacher_options, load=False).state_dict()) - plain
     adapters = {f'distillers.gid.adapters.0.conv.{name}' for name in ('weight', 'bias')}
-    adapters |= {f'distillers.cwd.adapters.{level}.conv.{name}' for level in range(3) for name in ('weight', 'bias')}
+    adapters |= {
+        f'distillers.cwd.levels.adapters.{level}.conv.{name}' for level in range(3) for name in ('weight', 'bias')
+    }
     assert own == adapters
 
 
 def test_nothing_of_the_teacher_is_found_in_the_student(teacher_options):
     model = build(teacher_options)
-    teachers = {id(each) for each in (*model._teacher.model.parameters(), *model._teacher.model.buffers())}
+    teachers = {
+        id(each) for each in (*model.sources['teacher'].model.parameters(), *model.sources['teacher'].model.buffers())
+    }
     assert teachers
     assert not teachers & {id(each) for each in (*model.parameters(), *model.buffers())}
-    assert not {id(each) for each in model._teacher.model.modules()} & {id(each) for each in model.modules()}
+    assert not {id(each) for each in model.sources['teacher'].model.modules()} & {id(each) for each in model.modules()}
     optimizer = build_optim_wrapper(model, dict(type='OptimWrapper', optimizer=dict(type='SGD', lr=0.1)))
     optimised = [each for group in optimizer.optimizer.param_groups for each in group['params']]
     assert not teachers & {id(each) for each in optimised}
     average = ExponentialMovingAverage(model)
-    assert average.module._teacher is model._teacher
+    assert average.module.sources['teacher'] is model.sources['teacher']
     assert set(average.module.state_dict()) == set(model.state_dict())
 
 
 def test_a_run_leaves_the_teachers_weights_bit_identical(teacher_options):
     model = build(teacher_options).train()
-    before = copy.deepcopy(model._teacher.model.state_dict())
+    before = copy.deepcopy(model.sources['teacher'].model.state_dict())
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     for _ in range(3):
         optimizer.zero_grad()
         model.parse_losses(losses(model))[0].backward()
         optimizer.step()
         model.train()
-    after = model._teacher.model.state_dict()
+    after = model.sources['teacher'].model.state_dict()
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
-    assert not any(module.training for module in model._teacher.model.modules())
+    assert not any(module.training for module in model.sources['teacher'].model.modules())
 
 
 def test_moving_the_student_moves_the_teacher(teacher_options):
     model = build(teacher_options).double()
-    assert next(model._teacher.model.parameters()).dtype is torch.float64
+    assert next(model.sources['teacher'].model.parameters()).dtype is torch.float64
 
 
 def test_losses_are_logged_by_name_and_added_to_the_students(teacher_options):
@@ -97,8 +101,8 @@ def test_losses_are_logged_by_name_and_added_to_the_students(teacher_options):
         'loss_bbox',
         'gid.loss_feature',
         'gid.loss_relation',
-        'gid.loss_class',
-        'gid.loss_box',
+        'gid.loss_cls',
+        'gid.loss_bbox',
         'gid.instances',
         'cwd.loss',
     ]
@@ -123,9 +127,11 @@ def test_losses_are_float32_under_autocast(teacher_options):
     expected = losses(model)
     with torch.autocast('cpu', torch.bfloat16):
         found = losses(model)
-    for name in ('gid.loss_relation', 'cwd.loss'):
-        assert found[name].dtype is torch.float32
-        torch.testing.assert_close(found[name], expected[name], rtol=0.1, atol=0.01)
+    methods = [name for name in found if name.startswith(('gid.loss', 'cwd.loss'))]
+    assert len(methods) == 5
+    assert all(found[name].dtype is torch.float32 for name in methods)
+    # GID selects instances by scores, and rounding them in bf16 selects others
+    torch.testing.assert_close(found['cwd.loss'], expected['cwd.loss'], rtol=0.1, atol=0.01)
 
 
 class Gram(nn.Module):
@@ -162,7 +168,7 @@ def test_testing_needs_no_teacher_weights(teacher_options):
 
 def test_testing_leaves_the_teacher_off_the_device(teacher_options):
     model = build(teacher_options, load=False).double()
-    assert next(model._teacher.model.parameters()).dtype is torch.float32
+    assert next(model.sources['teacher'].model.parameters()).dtype is torch.float32
 
 
 @MODELS.register_module()
@@ -183,8 +189,8 @@ class OnBackbone(Distiller):
 
 def test_a_layer_that_is_called_once_per_image_does_not_end_the_pass_early(teacher_options):
     model = distill(PerImage(), dict(config=dict(type='PerImage')), dict(own=dict(type=f'{__name__}.OnBackbone')))
-    assert model._teacher.calls is None
-    assert build(teacher_options, load=False)._teacher.calls == {'neck': 1, 'bbox_head': 1}
+    assert model.sources['teacher'].calls is None
+    assert build(teacher_options, load=False).sources['teacher'].calls == {'neck': 1, 'bbox_head': 1}
 
 
 def test_a_segmentor_learns_as_a_detector_does(tmp_path):
@@ -200,7 +206,9 @@ def test_a_segmentor_learns_as_a_detector_does(tmp_path):
         plain = MODELS.build(student)
         torch.save(plain.state_dict(), tmp_path / 'teacher.pth')
         teacher = dict(config=student, checkpoint=str(tmp_path / 'teacher.pth'))
-        model = distill(student, teacher, dict(cwd=dict(type='CWD', layer='decode_head.conv_seg', tau=4, weight=3)))
+        model = distill(
+            student, teacher, dict(cwd=dict(type='CWD', layer='decode_head.conv_seg', tau=4, loss_weight=3))
+        )
         model.init_weights()
         with pytest.raises(ConfigError, match="'decode_head' .*never called.*decode_head.conv_seg"):
             distill(student, teacher, dict(cwd=dict(type='CWD', layer='decode_head')))
@@ -229,7 +237,7 @@ def test_a_top_level_data_preprocessor_goes_to_the_student(teacher_options):
     preprocessor = student.pop('data_preprocessor')
     model = distill(student, teacher_options, METHODS, data_preprocessor=dict(preprocessor, mean=[1.0, 2.0, 3.0]))
     assert model.data_preprocessor.mean.flatten().tolist() == [1.0, 2.0, 3.0]
-    assert model._teacher._renormalize is not None
+    assert model.sources['teacher']._renormalize is not None
 
 
 def test_it_is_built_from_a_config_by_its_name(teacher_options):
@@ -272,7 +280,7 @@ def test_a_frozen_layer_is_not_distilled_silently(teacher_options):
     model = build(
         dict(config=detectors.retinanet()), dict(cwd=dict(type='CWD', layer='backbone.layer1')), student, load=False
     )
-    model._teacher.loaded = True  # with random weights
+    model.sources['teacher'].loaded = True  # with random weights
     with pytest.raises(ConfigError, match='no gradient'):
         losses(model.train())
 

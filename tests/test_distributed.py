@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from mmkd.testing import detectors, segmentors
-from mmkd.testing.runs import distilled, shapes_config, streets_config
+from mmkd.testing.runs import distilled, of_all_sources, shapes_config, streets_config
 
 ROOT = Path(__file__).parents[1]
 METHODS = dict(gid=dict(type='GID'), cwd=dict(type='CWD', layer='neck'))
@@ -30,8 +30,8 @@ PAIRS = {
             fgd=dict(type='FGD'),
             mgd=dict(type='MGD', layer='neck'),
             pkd=dict(type='PKD', layer='neck'),
-            fgfi=dict(type='FGFI', head='bbox_head', weight=0.01),
-            frs=dict(type='FRS', feature_weight=0.005, class_weight=0.02),
+            fgfi=dict(type='FGFI', head='bbox_head', loss_weight=0.01),
+            frs=dict(type='FRS', feature_weight=0.005, cls_weight=0.02),
         ),
     ),
     'GFL': (
@@ -44,12 +44,12 @@ PAIRS = {
         detectors.faster_rcnn,
         detectors.faster_rcnn,
         dict(
-            mimic=dict(type='Mimic', class_weight=1.0, box_weight=1.0),
+            mimic=dict(type='Mimic', cls_weight=1.0, bbox_weight=1.0),
             gid=dict(type='GID', head='rpn_head'),
             quantization_mimic=dict(type='QuantizationMimic'),
             chen=dict(type='Chen'),
-            fgfi=dict(type='FGFI', weight=0.01),
-            gdetkd=dict(type='GDetKD', class_weight=1.0, box_weight=1.0, memory=64, keys_per_step=16),
+            fgfi=dict(type='FGFI', loss_weight=0.01),
+            gdetkd=dict(type='GDetKD', cls_weight=1.0, bbox_weight=1.0, memory=64, keys_per_step=16),
         ),
     ),
     'RetinaNet of Faster R-CNN': (
@@ -69,7 +69,13 @@ SEGMENTATION = {
             ),
             skd=dict(type='SKD'),
             ifvd=dict(type='IFVD'),
-            cirkd=dict(type='CIRKD', pixels=64, regions=64, pixel_memory=20, region_memory=20),
+            cirkd=dict(
+                type='CIRKD',
+                pixel_contrast_size=64,
+                region_contrast_size=64,
+                pixel_memory_size=20,
+                region_memory_size=20,
+            ),
             dist=dict(type='DIST'),
             mgd=dict(type='MGD', layer='backbone.layer4'),
             at=dict(type='AT', layer=['backbone.layer3', 'backbone.layer4']),
@@ -163,6 +169,16 @@ def test_both_processes_end_with_the_same_segmentor_and_trained_parts(tmp_path, 
     for name, value in first.items():
         assert torch.isfinite(value).all(), name
         if 'running_' not in name:  # of batch norms: each process has seen other images
+            assert torch.equal(value, second[name]), name
+
+
+@pytest.mark.parametrize(('family', 'make'), [('RetinaNet', shapes_config), ('PSPNet', streets_config)])
+def test_both_processes_have_the_same_average_and_peer(tmp_path, family, make):
+    """Also in steps in which one of them is not read; of the average the statistics of batch norms as well."""
+    first, second = train(make(tmp_path, of_all_sources(tmp_path, family), iterations=6, batch=2), tmp_path / 'two', 2)
+    assert {name.split('.')[1] for name in first if name.startswith('sources.')} == {'mean', 'peer'}
+    for name, value in first.items():
+        if 'running_' not in name or name.startswith('sources.mean'):
             assert torch.equal(value, second[name]), name
 
 

@@ -206,7 +206,7 @@ def test_a_cascade_learns_from_a_cascade(tmp_path):
         dict(config=teacher, checkpoint=models.save_weights(teacher, tmp_path / 'teacher.pth')),
         {name: dict(type='KD', layer=layer) for name, layer in layers.items()},
     )
-    model._teacher.load()
+    model.sources['teacher'].load()
     losses = model.train()(**segmentor_batch(model), mode='loss')
     for index, name in enumerate(('first', 'last')):
         assert losses[f'{name}.loss'] > 0

@@ -52,7 +52,7 @@ def test_training_changes_student_and_adapters(config):
     for name in (
         'neck.fpn_convs.0.conv.weight',
         'distillers.gid.adapters.0.conv.weight',
-        'distillers.cwd.adapters.2.conv.weight',
+        'distillers.cwd.levels.adapters.2.conv.weight',
     ):
         assert not torch.equal(before[name], after[name]), name
     history = runner.message_hub.get_scalar('train/gid.loss_relation')
@@ -114,7 +114,7 @@ def test_resume_continues_as_if_never_stopped(tmp_path):
 
 def test_schedules_follow_the_runners_iteration(tmp_path):
     weight = dict(type='constant', value=5.0, begin=2)
-    config = shapes_config(tmp_path, distilled(tmp_path, dict(cwd=dict(type='CWD', layer='neck', weight=weight))))
+    config = shapes_config(tmp_path, distilled(tmp_path, dict(cwd=dict(type='CWD', layer='neck', loss_weight=weight))))
     runner = Runner.from_cfg(config)
     runner.train()
     values = runner.message_hub.get_scalar('train/cwd.loss').data[0]

@@ -46,8 +46,9 @@ pin() {
 $PIP --upgrade pip "$(pin setuptools)" wheel ninja psutil
 say 2 "PyTorch (up to a few minutes, by your connection)"
 $PIP "$(pin torch)" "$(pin torchvision)"
-say 3 "mmcv, compiled from source: about 6 minutes on 2 cores, once; pip keeps the result"
+say 3 "mmcv, compiled from source: about 12 minutes on 2 cores, once; pip keeps the result"
 $PIP "$(pin mmengine)"
+export MMCV_CXX="$compiler" CXX="$PWD/tools/cxx20.sh" NVCC_APPEND_FLAGS=-std=c++20
 $PIP --no-build-isolation "$(pin mmcv)"
 reason=$("$VENV/bin/python" -c 'import cv2' 2>&1) ||
     fail "OpenCV does not load (${reason##*: }); on Debian and Ubuntu: apt-get install libgl1 libglib2.0-0"

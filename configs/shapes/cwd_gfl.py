@@ -4,4 +4,4 @@ model = dict(
     type='mmkd.Distill',
     student=_base_.model,
     teacher=dict(config='mmkd::shapes/gfl_teacher.py', checkpoint='work_dirs/gfl_teacher/iter_1500.pth'),
-    distillers=dict(cwd=dict(type='CWD', layer='bbox_head.gfl_cls', weight=5)))
+    distillers=dict(cwd=dict(type='CWD', layer='bbox_head.gfl_cls', loss_weight=5)))

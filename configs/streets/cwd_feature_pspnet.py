@@ -9,5 +9,5 @@ model = dict(
             type='CWD',
             layer='decode_head.bottleneck',
             tau=4.0,
-            weight=50.0,
+            loss_weight=50.0,
             adapter=dict(type='ConvAdapter', bias=False, norm=True, relu=True))))

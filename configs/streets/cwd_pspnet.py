@@ -4,4 +4,4 @@ model = dict(
     type='mmkd.Distill',
     student=_base_.model,
     teacher=dict(config='mmkd::streets/pspnet_teacher.py', checkpoint='work_dirs/pspnet_teacher/iter_1500.pth'),
-    distillers=dict(cwd=dict(type='CWD', layer='decode_head.conv_seg', tau=4.0, weight=3.0)))
+    distillers=dict(cwd=dict(type='CWD', layer='decode_head.conv_seg', tau=4.0, loss_weight=3.0)))

@@ -4,4 +4,4 @@ model = dict(
     type='mmkd.Distill',
     student=_base_.model,
     teacher=dict(config='mmkd::streets/pspnet_teacher.py', checkpoint='work_dirs/pspnet_teacher/iter_1500.pth'),
-    distillers=dict(kd=dict(type='KD', weight=10.0, reduction='element_mean'), ifvd=dict(type='IFVD')))
+    distillers=dict(kd=dict(type='KD', loss_weight=10.0, reduction='element_mean'), ifvd=dict(type='IFVD')))

@@ -2,11 +2,13 @@
 
 from importlib.util import find_spec
 
-from mmkd.distillers.base import Distiller, Distillers, FeatureDistiller
+from mmkd.distillers.base import Distiller, FeatureDistiller
+from mmkd.distillers.collection import Distillers
 from mmkd.distillers.generic.at import AT
 from mmkd.distillers.generic.cwd import CWD
 from mmkd.distillers.generic.mgd import MGD
 from mmkd.distillers.generic.pkd import PKD
+from mmkd.distillers.levels import LevelPair, LevelPairs
 from mmkd.distillers.segmentation.cirkd import CIRKD
 from mmkd.distillers.segmentation.dakd import DAKD
 from mmkd.distillers.segmentation.dist import DIST
@@ -28,6 +30,8 @@ __all__ = [
     'Distiller',
     'Distillers',
     'FeatureDistiller',
+    'LevelPair',
+    'LevelPairs',
 ]
 
 if find_spec('mmdet') is not None:  # segmentation needs no mmdet

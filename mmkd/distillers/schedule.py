@@ -1,9 +1,9 @@
 """Loss weights that change with the training iteration."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
-from mmengine.logging import MessageHub
+from torch import nn
 
 from mmkd.errors import ConfigError, nearest
 
@@ -15,8 +15,8 @@ OPTIONS = {
 }
 
 
-class Weight:
-    """A loss weight: a number, or a schedule over the runner's iterations.
+class Weight(nn.Module):
+    """A loss weight: a number, or a schedule over the training steps.
 
     ==========  ==========================================================================================
     type        weight at iteration i
@@ -29,36 +29,44 @@ class Weight:
 
     Args:
         spec: The number, or a dict with ``type``, ``value`` and the options above.
+        option: What it is called in the config, for errors. Default ``'weight'``.
+
+    Raises:
+        ConfigError: for an unknown type or option, and for values that are no finite numbers.
 
     Example:
         >>> Weight(dict(type='linear', value=10.0, begin=0, end=500)).at(250)
         5.0
     """
 
-    def __init__(self, spec: float | Mapping):
+    def __init__(self, spec: float | Mapping, option: str = 'weight'):
+        super().__init__()
+        self.iteration = 0
+        """The training step, counted from 0; the student sets it before each step."""
         if isinstance(spec, Mapping):
             self.spec = dict(spec)
         else:
             self.spec = {'type': 'constant', 'value': spec}
         kind = self.spec.get('type')
         if kind not in OPTIONS:
-            raise ConfigError(f'weight {spec!r}: type {kind!r} is unknown; expected one of {sorted(OPTIONS)}')
-        for option in set(self.spec) - OPTIONS[kind] - {'type'}:
-            raise ConfigError(
-                f'weight {spec!r}: {kind} has no option {option!r}; nearest {nearest(option, OPTIONS[kind])}'
-            )
+            raise ConfigError(f'{option}={spec!r}: type {kind!r} is unknown; expected one of {sorted(OPTIONS)}')
+        for key in set(self.spec) - OPTIONS[kind] - {'type'}:
+            raise ConfigError(f'{option}={spec!r}: {kind} has no option {key!r}; nearest {nearest(key, OPTIONS[kind])}')
         required = {'value'} | ({'end'} if kind in ('linear', 'cosine') else set())
         required |= {'milestones'} if kind == 'step' else set()
         if required - set(self.spec):
-            raise ConfigError(f'weight {spec!r}: {kind} needs {sorted(required - set(self.spec))}')
+            raise ConfigError(f'{option}={spec!r}: {kind} needs {sorted(required - set(self.spec))}')
         value = self.spec['value']
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-            raise ConfigError(f'weight {spec!r}: expected a finite number, found {value!r}')
-        for option in {'start', 'begin', 'end', 'gamma'} & set(self.spec):
-            if not isinstance(self.spec[option], (int, float)):
-                raise ConfigError(f'weight {spec!r}: {option} has to be a number')
+            raise ConfigError(f'{option}={spec!r}: expected a finite number, found {value!r}')
+        for key in {'start', 'begin', 'end', 'gamma'} & set(self.spec):
+            if isinstance(self.spec[key], bool) or not isinstance(self.spec[key], (int, float)):
+                raise ConfigError(f'{option}={spec!r}: {key} has to be a number')
+        milestones = self.spec.get('milestones', ())
+        if isinstance(milestones, str) or not isinstance(milestones, Sequence):
+            raise ConfigError(f'{option}={spec!r}: milestones has to be a list of iterations, such as [8000, 11000]')
         if kind in ('linear', 'cosine') and self.spec['end'] <= self.spec.get('begin', 0):
-            raise ConfigError(f'weight {spec!r}: end has to come after begin')
+            raise ConfigError(f'{option}={spec!r}: end has to come after begin')
 
     def at(self, iteration: int) -> float:
         """The weight at an iteration."""
@@ -74,8 +82,6 @@ class Weight:
         start = spec.get('start', 0.0)
         return start + (value - start) * progress
 
-    def __call__(self) -> float:
-        """The weight at the runner's current iteration."""
-        if self.spec['type'] == 'constant' and len(self.spec) == 2:
-            return self.spec['value']
-        return self.at(MessageHub.get_current_instance().get_info('iter', 0))
+    def forward(self) -> float:
+        """The weight in the current training step."""
+        return self.at(self.iteration)

@@ -1,11 +1,15 @@
 """Read the configs of mmengine, mmdet and mmseg: which model one trains, its teachers, and what is left without them."""
 
+import copy
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 from mmengine.config import Config, ConfigDict
+from mmengine.dist import is_distributed
 from mmengine.hub import get_config
+from mmengine.model import BaseModel
+from mmengine.registry import MODELS, DefaultScope
 from mmengine.utils import is_installed
 
 from mmkd.errors import ConfigError
@@ -32,11 +36,8 @@ def read_teacher(teacher: str | Mapping) -> TeacherConfig:
             name, a path or a model dict), ``checkpoint`` (path or URL) and, if wanted, ``dtype``.
     """
     options = {'config': teacher} if isinstance(teacher, str) else dict(teacher)
-    unknown = set(options) - {'config', 'checkpoint', 'dtype'}
-    if unknown or 'config' not in options:
-        raise ConfigError(
-            f"teacher={options!r}: expected a config's name, or a dict with config, checkpoint and, if wanted, dtype"
-        )
+    if 'config' not in options:
+        raise ConfigError(f"teacher={options!r}: expected a config's name, or a dict with config and checkpoint")
     config, published = _read_config(options['config'])
     return TeacherConfig(
         plain_model(config), options.get('checkpoint') or published, options.get('dtype'), config.get('default_scope')
@@ -44,13 +45,14 @@ def read_teacher(teacher: str | Mapping) -> TeacherConfig:
 
 
 def teachers(config: Config) -> Iterator[tuple[str, str | Mapping]]:
-    """The teachers of a distilled config that have a config of their own, each with its option's name."""
+    """The frozen teachers of a distilled config, each with its option's name."""
     found = (config.get('model') or {}).get('teacher')
-    named = {'model.teacher': found}
+    named: dict[str, Any] = {'model.teacher': found}
     if isinstance(found, Mapping) and 'config' not in found and 'type' not in found:
         named = {f'model.teacher.{name}': each for name, each in found.items()}
     for option, spec in named.items():
-        if isinstance(spec, str) or (isinstance(spec, Mapping) and 'config' in spec):
+        frozen = isinstance(spec, Mapping) and str(spec.get('type', 'Teacher')).rpartition('.')[2] == 'Teacher'
+        if isinstance(spec, str) or (frozen and 'config' in spec):
             yield option, spec
 
 
@@ -84,7 +86,7 @@ def name_classes(value: object) -> object:
     return value
 
 
-def _local_file(value: object) -> bool:
+def _local_file(value: object) -> TypeGuard[str]:
     """Whether a teacher's config or checkpoint is named by a path."""
     return isinstance(value, str) and '::' not in value and '://' not in value
 
@@ -144,3 +146,37 @@ def _read_config(config: str | Mapping) -> tuple[Config, str | None]:
     if not Path(config).expanduser().is_file():
         raise ConfigError(f'teacher config {config}: no such file (looked in {Path.cwd()})')
     return Config.fromfile(Path(config).expanduser()), None
+
+
+def read_model(config: str | Mapping, what: str = 'config') -> ConfigDict:
+    """The plain model of a config: its name, its path, or a whole config."""
+    if isinstance(config, str):
+        config, _ = _read_config(config)
+    return plain_model(config)
+
+
+def build_model(config: Mapping, scope: str | None = None) -> BaseModel:
+    """Build a model from a copy of its config, as some models change what they are built from.
+
+    Without a process group mmcv's synchronized batch norm (``MMSyncBN``) cannot be built. In one process it computes what
+    a batch norm does, and has the same weights: that takes its place.
+
+    Args:
+        config: The model's config.
+        scope: The default scope of its types; None for the current one.
+    """
+    config = copy.deepcopy(config)
+    if not is_distributed():
+        _without_synchronization(config)
+    with DefaultScope.overwrite_default_scope(scope):
+        return MODELS.build(config)
+
+
+def _without_synchronization(node: Any) -> None:
+    if isinstance(node, dict):
+        kind = node.get('type')
+        if kind == 'MMSyncBN' or getattr(kind, '__module__', None) == 'mmcv.ops.sync_bn':
+            node['type'] = 'BN'
+    if isinstance(node, (dict, list, tuple)):
+        for each in node.values() if isinstance(node, dict) else node:
+            _without_synchronization(each)

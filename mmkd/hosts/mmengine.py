@@ -2,6 +2,7 @@
 
 from pathlib import Path
 from pickle import UnpicklingError
+from typing import Any
 
 import numpy as np
 import torch
@@ -96,7 +97,8 @@ def accept_training_checkpoints() -> None:
     """
     if digit_version(torch.__version__) < digit_version('2.6'):  # loads them unchecked, as mmengine expects
         return
-    multiarray = np._core.multiarray if hasattr(np, '_core') else np.core.multiarray
+    core: Any = np._core if hasattr(np, '_core') else np.core
+    multiarray = core.multiarray
     numpy_data = [np.ndarray, np.dtype, multiarray.scalar, multiarray._reconstruct]
     numpy_data += [type(np.dtype(code)) for code in '?bBhHiIlLqQefd']
     # numpy 1 and numpy 2 write different module names for the same functions

@@ -1,20 +1,45 @@
 """Run a model of mmdet or mmseg no further than needed."""
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Callable, Iterable, Sequence
+from typing import TypeVar
 
 import torch
+from mmengine.model import BaseModel
 from mmengine.structures import BaseDataElement
 from torch import nn
 
-from mmkd.taps import INPUT, Taps
+from mmkd.errors import ConfigError
+from mmkd.taps import Taps
+
+Found = TypeVar('Found')
 
 
-def run(model: nn.Module, layers: Sequence[str], inputs: torch.Tensor, data_samples: list | None) -> None:
-    """One forward pass of a mmdet or mmseg model, no further than needed for ``layers``; no loss, no assignment."""
-    roots = dict.fromkeys(layer.removesuffix(INPUT).partition('.')[0] for layer in layers)
-    heads = [root for root in roots if root not in ('backbone', 'neck')]
-    if hasattr(model, 'decode_head'):
-        run_segmentor(model, heads, inputs)
+class CannotRun(ConfigError):
+    """A network does not run over an image of this size, or not as far as a layer."""
+
+
+class Probe(Taps):
+    """The taps of :func:`probe`."""
+
+    random: bool = False
+    """Whether the forward pass drew random numbers, so that no two passes are alike."""
+
+
+def run(
+    model: BaseModel, layers: Sequence[str], inputs: torch.Tensor, data_samples: list | None, trains: bool = False
+) -> None:
+    """One forward pass of a mmdet or mmseg model, no further than needed for ``layers``; no loss, no assignment.
+
+    With ``trains`` its modules are called as often as when it is trained.
+    """
+    names = [layer.partition(':')[0] for layer in layers]
+    heads = list(dict.fromkeys(name.partition('.')[0] for name in names))
+    heads = [head for head in heads if head not in ('backbone', 'neck')]
+    if not heads:
+        model.extract_feat(inputs)
+    elif hasattr(model, 'decode_head'):
+        _run_segmentor(model, heads, names, inputs, data_samples, trains)
     elif set(heads) <= {'rpn_head', 'bbox_head'} and not hasattr(model, 'forward_transformer'):
         # called as in training, as modules: mmdet's tensor mode calls `head.forward`, past the hooks
         features = model.extract_feat(inputs)
@@ -24,43 +49,121 @@ def run(model: nn.Module, layers: Sequence[str], inputs: torch.Tensor, data_samp
         model(inputs, data_samples, mode='tensor')
 
 
-def run_segmentor(model: nn.Module, heads: Sequence[str], inputs: torch.Tensor) -> None:
-    """The backbone and neck of a mmseg model, and those of its heads that are wanted, auxiliary ones too.
+def _run_segmentor(
+    model: BaseModel,
+    heads: Sequence[str],
+    names: Sequence[str],
+    inputs: torch.Tensor,
+    data_samples: list | None,
+    trains: bool,
+) -> None:
+    """The backbone and neck of a mmseg model, and those of its heads and their stages that are wanted.
 
     mmseg's own tensor mode never runs an auxiliary head. Heads are called as in training, by their ``forward``: a hook
-    on a head itself would not fire there either.
+    on a head itself would not fire there either. Of a cascade mmseg calls each head but the last once more in training,
+    for what the next one takes in.
     """
     features = model.extract_feat(inputs)
     for name in heads:
         head = getattr(model, name)
-        stages = head if isinstance(head, nn.ModuleList) else [head]
+        if not isinstance(head, nn.ModuleList):
+            _run_head(head, features, data_samples)
+            continue
+        wanted = [each.split('.')[1:2] for each in names if each.partition('.')[0] == name]
+        last = max(int(stage[0]) if stage else len(head) - 1 for stage in wanted)
         output = None
-        for stage in stages:
-            if name == 'decode_head' and output is not None:  # a cascade: each head refines the one before
-                output = stage.forward(features, output)
-            else:
-                output = stage.forward(features)
+        for index, stage in enumerate(head[: last + 1]):
+            if name != 'decode_head':
+                stage.forward(features)
+                continue
+            for _ in range(2 if trains and index < len(head) - 1 else 1):
+                following = stage.forward(features) if output is None else stage.forward(features, output)
+            output = following
+
+
+def _run_head(head: BaseModel, features: Sequence[torch.Tensor], data_samples: list | None) -> None:
+    if 'batch_data_samples' in inspect.signature(head.forward).parameters:  # MaskFormer and its kin
+        # mmseg writes this size into the samples in the head's own loss and prediction
+        metas = [
+            {**sample.metainfo, 'batch_input_shape': sample.metainfo['img_shape']} for sample in data_samples or ()
+        ]
+        head(features, [BaseDataElement(metainfo=meta) for meta in metas])
+    else:
+        head.forward(features)
 
 
 @torch.no_grad()
-def probe(model: nn.Module, layers: Sequence[str], batch: int = 1, size: int = 256) -> Taps:
-    """Taps of one forward pass over random images, (batch, 3, size, size), for shapes and checks at build time.
+def probe(
+    model: nn.Module,
+    layers: Sequence[str],
+    batch: int = 1,
+    size: tuple[int, int] = (256, 256),
+    trains: bool = False,
+    memory_format: torch.memory_format = torch.contiguous_format,
+    name: str = 'model',
+) -> Probe:
+    """Taps of one forward pass over random images, (batch, 3, H, W), for shapes and checks at build time.
 
     Batch-norm statistics, training modes and random states stay as they were.
+
+    Raises:
+        CannotRun: with the model's own error.
     """
-    shape = (size, size)
     sample = BaseDataElement(
-        metainfo=dict(
-            img_shape=shape, ori_shape=shape, pad_shape=shape, batch_input_shape=shape, scale_factor=(1.0, 1.0)
-        )
+        metainfo=dict(img_shape=size, ori_shape=size, pad_shape=size, batch_input_shape=size, scale_factor=(1.0, 1.0))
     )
     modes = {module: module.training for module in model.modules()}
     device = next(model.parameters()).device
-    with torch.random.fork_rng([device] if device.type == 'cuda' else []), Taps(model, layers) as taps:
-        model.eval()
-        if layers:
-            images = torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(0))
-            run(model, layers, images.to(device), [sample] * batch)
-    for module, mode in modes.items():
-        module.training = mode
+    try:
+        with (
+            torch.random.fork_rng([device] if device.type == 'cuda' else []),
+            Probe(model, layers, images=batch) as taps,
+        ):
+            model.eval()
+            if layers:
+                images = torch.randn(batch, 3, *size, generator=torch.Generator().manual_seed(0))
+                images = images.to(device, memory_format=memory_format)
+                before = _random_state(device)
+                run(model, layers, images, [sample] * batch, trains)
+                taps.random = not torch.equal(before, _random_state(device))
+    except ConfigError:
+        raise
+    except Exception as error:  # whatever a model of somebody else's raises
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise CannotRun(
+            f'{name}: {type(model).__name__} cannot be run as far as {", ".join(map(repr, layers))} over images of '
+            f'{size[0]}x{size[1]} ({type(error).__name__}: {reason}); tap other layers'
+        ) from error
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
     return taps
+
+
+def _random_state(device: torch.device) -> torch.Tensor:
+    own = [torch.cuda.get_rng_state(device)] if device.type == 'cuda' else []
+    return torch.cat([torch.get_rng_state(), *own])
+
+
+def sizes_to_probe(models: Iterable[nn.Module]) -> list[tuple[int, int]]:
+    """Heights and widths to try, smallest first: some models run over large images alone, or over those of one size."""
+    sizes = [(256, 256)]
+    for model in models:
+        own = getattr(model.data_preprocessor, 'size', None)
+        if own is not None:
+            sizes.append((own, own) if isinstance(own, int) else tuple(own))
+    return list(dict.fromkeys([*sizes, (512, 512)]))
+
+
+def at_first_size(sizes: Sequence[tuple[int, int]], attempt: Callable[[tuple[int, int]], Found]) -> Found:
+    """What ``attempt`` returns for the first size at which all models run.
+
+    Raises:
+        CannotRun: of the last size, if there is none.
+    """
+    for size in sizes[:-1]:
+        try:
+            return attempt(size)
+        except CannotRun:
+            continue
+    return attempt(sizes[-1])

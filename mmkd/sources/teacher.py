@@ -1,58 +1,77 @@
 """The teacher: a frozen model, built, loaded, fed with its own normalization and run as far as its taps reach."""
 
+import copy
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 
 import torch
 from mmengine.logging import print_log
-from mmengine.registry import MODELS, DefaultScope
 from torch import nn
 
 from mmkd.errors import ConfigError
-from mmkd.fold import fold_batch_norm
-from mmkd.hosts.configs import read_teacher
+from mmkd.fold import accelerate
+from mmkd.hosts.configs import build_model, read_teacher
 from mmkd.hosts.running import run
 from mmkd.normalize import Renormalize
+from mmkd.registry import SOURCES
+from mmkd.sources.source import Source
 from mmkd.taps import Taps
 from mmkd.weights import NO_WEIGHTS, load_weights
 
 
-class Teacher:
+@SOURCES.register_module()
+class Teacher(Source):
     """A frozen model that is learnt from.
 
     It is no ``nn.Module``, so nothing that walks over the student's modules finds it: it is in no ``parameters()``,
     ``state_dict()``, optimizer, DDP bucket or ``train()`` call. It is always in eval mode and never needs a gradient.
 
     Args:
-        model: The model, without weights yet.
-        checkpoint: File or URL of its weights. None is an error as soon as weights are needed, by :meth:`load`.
+        config: The name of a config whose metafile lists weights (``'mmdet::...'``), a path, a model's config, or a built
+            model, which is copied and whose weights are taken as they are.
+        checkpoint: File or URL of its weights. Default None: those of the metafile. No weights at all are an error as
+            soon as they are needed, by :meth:`load`.
         dtype: ``'float16'`` or ``'bfloat16'`` to run it under autocast; None leaves that to the caller.
+        interval: See :class:`mmkd.sources.source.Source`, as ``begin`` and ``end``.
+        begin: Default 0.
+        end: Default None.
 
-    Attributes:
-        layers: What :meth:`__call__` taps.
-        calls: How often a forward pass calls each layer; with it the pass ends at the last tapped one.
+    Raises:
+        ConfigError: for a config that is not there, or another dtype.
     """
 
-    def __init__(self, model: nn.Module, checkpoint: str | None = None, dtype: str | None = None):
+    def __init__(
+        self,
+        config: str | Mapping | nn.Module,
+        checkpoint: str | None = None,
+        dtype: str | None = None,
+        interval: int = 1,
+        begin: int = 0,
+        end: int | None = None,
+    ):
+        super().__init__(interval, begin, end)
         if dtype not in (None, 'float16', 'bfloat16'):
-            raise ConfigError(f"teacher.dtype={dtype!r}: expected 'float16', 'bfloat16' or None")
+            raise ConfigError(f"dtype={dtype!r}: expected 'float16', 'bfloat16' or None")
+        self.loaded = self._has_weights = False
+        if isinstance(config, nn.Module):
+            model, self._has_weights = copy.deepcopy(config), checkpoint is None
+        else:
+            read = read_teacher(dict(config=config, checkpoint=checkpoint))
+            checkpoint = read.checkpoint
+            model = build_model(read.model, read.scope)
         self.model = model.eval().requires_grad_(False)
         self.checkpoint = checkpoint
         self.dtype = getattr(torch, dtype) if dtype else None
-        self.layers: tuple[str, ...] = ()
-        self.calls: dict[str, int] | None = None
-        self.loaded = False
+        self._channels_last = False
         self._renormalize: Renormalize | None = None
 
     def __deepcopy__(self, memo: dict) -> 'Teacher':
         return self  # an averaged copy of the student (EMA) learns from the same teacher
 
-    def follow(self, student_preprocessor: nn.Module) -> None:
-        """From now on the inputs are batches that the student's data preprocessor has normalised."""
-        self._renormalize = Renormalize.between(student_preprocessor, self.model.data_preprocessor)
+    def follow(self, preprocessor: nn.Module) -> None:
+        self._renormalize = Renormalize.between(preprocessor, self.model.data_preprocessor)
 
     def apply(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        """Move or convert all tensors, as ``nn.Module._apply`` does; called with the student's."""
         if not self.loaded:  # testing needs no teacher, on its device least of all
             return
         self.model._apply(function)
@@ -61,18 +80,23 @@ class Teacher:
 
     @torch.no_grad()
     def __call__(self, inputs: torch.Tensor, data_samples: list | None) -> Taps:
-        """Taps of one forward pass over a batch that is normalised for the student, (B, 3, H, W)."""
+        """Taps of one forward pass over a batch that is normalized for the student, (B, 3, H, W)."""
         if not self.loaded:
             raise ConfigError(
-                'teacher: its weights are not loaded yet; call init_weights() of the student before training'
+                f'{self.name}: its weights are not loaded yet; call init_weights() of the student, or load() of the '
+                f'teacher, before training'
             )
         if self._renormalize is not None:
             inputs = self._renormalize(inputs, data_samples)
-        inputs = inputs.contiguous(memory_format=torch.channels_last)
+        if self._channels_last:
+            inputs = inputs.contiguous(memory_format=torch.channels_last)
         autocast = torch.autocast(inputs.device.type, self.dtype) if self.dtype else nullcontext()
-        with autocast, Taps(self.model, self.layers, self.calls) as taps:
+        with autocast, Taps(self.model, self.layers, self.calls, images=len(inputs)) as taps:
             run(self.model, self.layers, inputs, data_samples)
         return taps
+
+    def read(self, student: nn.Module, inputs: torch.Tensor, data_samples: list | None) -> tuple[Taps, dict]:
+        return self(inputs, data_samples), {}
 
     def load(self, device: torch.device | str = 'cpu', then: Callable[[nn.Module], None] | None = None) -> None:
         """Load the weights, strictly, speed the model up and move it to the device.
@@ -86,34 +110,27 @@ class Teacher:
         """
         if self.loaded:
             return
-        if self.checkpoint is None:
-            raise ConfigError(f'teacher: no checkpoint for {type(self.model).__name__}; {NO_WEIGHTS}')
-        load_weights(self.model, self.checkpoint)
+        if self.checkpoint is not None:
+            load_weights(self.model, self.checkpoint)
+        elif not self._has_weights:
+            raise ConfigError(f'{self.name}: no checkpoint for {type(self.model).__name__}; {NO_WEIGHTS}')
         if then is not None:
             then(self.model)
-        folded = self.speed_up(device)
-        print_log(
-            f'Teacher {type(self.model).__name__}: loaded {self.checkpoint}; it runs as far as {list(self.layers)}, '
-            f'with {folded} batch norms folded into convolutions.',
-            logger='current',
+        self._accelerate(
+            device, f'loaded {self.checkpoint}' if self.checkpoint else 'its weights are those it came with'
         )
 
-    def speed_up(self, device: torch.device | str = 'cpu') -> int:
-        """Make ready to run with the weights as they are: the exact speed-ups that a frozen model allows.
+    def accept_current_weights(self, device: torch.device | str = 'cpu') -> None:
+        """Take the weights as they are for the trained ones, random ones too: for measurements and tests."""
+        self._accelerate(device, 'its weights are taken as they are')
 
-        Returns:
-            The number of batch norms folded.
-        """
-        folded = fold_batch_norm(self.model, self.layers)
+    def _accelerate(self, device: torch.device | str, weights: str) -> None:
+        folded, self._channels_last = accelerate(self.model, self.layers, self.size)
         self.loaded = True
-        self.model.to(memory_format=torch.channels_last)
         self.apply(lambda tensor: tensor.to(device))
-        return folded
-
-
-def build_teacher(teacher: str | Mapping) -> Teacher:
-    """Build a teacher, without weights; see :func:`read_teacher`."""
-    config = read_teacher(teacher)
-    with DefaultScope.overwrite_default_scope(config.scope):
-        module = MODELS.build(config.model)
-    return Teacher(module, config.checkpoint, config.dtype)
+        layout = '' if self._channels_last else ', in the layout of NCHW as channels_last would change its outputs'
+        print_log(
+            f'{self.name.capitalize()} {type(self.model).__name__}: {weights}; it runs as far as {list(self.layers)}, '
+            f'with {folded} batch norms folded into convolutions{layout}.',
+            logger='current',
+        )

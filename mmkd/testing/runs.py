@@ -11,7 +11,7 @@ from mmengine.hooks import Hook
 from mmengine.runner import Runner
 
 from mmkd.data import shapes, streets
-from mmkd.testing import detectors, models
+from mmkd.testing import detectors, models, segmentors
 
 
 def shapes_config(folder: str | Path, model: dict, iterations: int = 4, batch: int = 4, images: int = 24) -> Config:
@@ -148,6 +148,42 @@ def distilled(folder: str | Path, distillers: dict, student: dict | None = None,
     )
 
 
+def of_all_sources(folder: str | Path, family: str) -> dict:
+    """The config of a ``'RetinaNet'`` or ``'PSPNet'`` that learns from all kinds of sources at once, one of them now and then.
+
+    Without dropout, whose random numbers no checkpoint of mmengine holds.
+    """
+    student: dict[str, Any]
+    wide: dict[str, Any]
+    if family == 'RetinaNet':
+        student, wide = detectors.retinanet(classes=6), detectors.retinanet(classes=6, channels=24, base=12)
+        entry, own = dict(type='AT', layer='neck'), dict(layer='backbone.layer3', teacher_layer='backbone.layer4')
+    else:
+        student, wide = segmentors.pspnet(), segmentors.pspnet(24)
+        entry = dict(type='KD')
+        own = dict(layer='auxiliary_head.conv_seg', teacher_layer='decode_head.conv_seg')
+        for config in (student, wide):
+            for head in ('decode_head', 'auxiliary_head'):
+                config[head]['dropout_ratio'] = 0.0
+    return dict(
+        type='mmkd.Distill',
+        student=student,
+        teacher=dict(
+            large=dict(config=wide, checkpoint=models.save_weights(wide, Path(folder) / 'teacher.pth')),
+            mean=dict(type='Average', momentum=0.9, begin=1),
+            peer=dict(type='Peer', config=wide, interval=2),
+            own=dict(type='Own'),
+        ),
+        distillers=dict(
+            frozen=dict(entry, teacher='large'),
+            temporal=dict(entry, teacher='mean'),
+            down=dict(entry, teacher='peer'),
+            up=dict(entry, teacher='own', learner='peer'),
+            deeper=dict(entry, teacher='own', **own),
+        ),
+    )
+
+
 def two_steps(config: Config, folder: str | Path) -> list[dict]:
     """Train a distilled config for two steps, with random weights in both networks; what each step logged."""
     loader = config.train_dataloader
@@ -168,7 +204,7 @@ def two_steps(config: Config, folder: str | Path) -> list[dict]:
     config.work_dir = str(folder)
     config.experiment_name = config.visualizer.name = Path(folder).name  # mmengine keeps both by name
     runner = Runner.from_cfg(config)
-    runner.model._teacher.speed_up()  # with random weights
+    runner.model.sources['teacher'].accept_current_weights()  # with random weights
     runner.train()
     (scalars,) = Path(folder).glob('*/vis_data/scalars.json')
     return [json.loads(line) for line in scalars.read_text().splitlines()]

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from mmkd.distillers.base import match_levels
+from mmkd.distillers.levels import match_levels
 from mmkd.errors import ConfigError
 
 

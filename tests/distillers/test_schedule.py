@@ -3,8 +3,12 @@ import math
 import pytest
 from mmengine.logging import MessageHub
 
+from mmkd.distillers.collection import Distillers
 from mmkd.distillers.schedule import Weight
 from mmkd.errors import ConfigError
+from mmkd.hosts.running import probe
+from mmkd.sources import Source
+from mmkd.testing import detectors, models
 
 
 @pytest.mark.parametrize(
@@ -23,10 +27,21 @@ def test_weight_at_an_iteration(spec, expected):
     assert {iteration: pytest.approx(weight.at(iteration)) for iteration in expected} == expected
 
 
-def test_the_iteration_is_the_runners():
-    weight = Weight(dict(type='linear', value=1.0, end=100))
-    MessageHub.get_instance('schedule test').update_info('iter', 40)
-    assert weight() == pytest.approx(0.4)
+def test_the_iteration_is_the_runners(teacher_options):
+    """Of a Runner that runs, and not of one that ran before."""
+    ramp = dict(type='linear', value=1.0, end=100)
+    hub = MessageHub.get_instance('schedule test')
+    hub.update_info('iter', 40)
+    distillers = Distillers(dict(cwd=dict(type='CWD', layer='neck', loss_weight=ramp)))
+    student, teacher = (probe(models.build(detectors.retinanet()), ['neck']) for _ in range(2))
+    distillers.connect({'teacher': Source()})
+    distillers.setup(student, {'teacher': teacher})
+    for expected in (0, 1):
+        assert distillers.start_step() == expected
+    for iteration in (50, 51):
+        hub.update_info('iter', iteration)
+        assert distillers.start_step() == iteration
+        assert distillers['cwd'].loss_weight() == pytest.approx(iteration / 100)
 
 
 @pytest.mark.parametrize(
@@ -36,6 +51,7 @@ def test_the_iteration_is_the_runners():
         (dict(type='linear', value=1), "linear needs \\['end'\\]"),
         (dict(type='linear', value=1, end=9, stop=3), "no option 'stop'"),
         (dict(type='cosine', value=1, begin=9, end=9), 'end has to come after begin'),
+        (dict(type='step', value=1, milestones=8000), r'weight=.*milestones has to be a list'),
         ('10', 'expected a finite number'),
         (float('nan'), 'expected a finite number'),
     ],

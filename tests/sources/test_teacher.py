@@ -13,13 +13,17 @@ from mmkd.errors import ConfigError
 from mmkd.fold import fold_batch_norm
 from mmkd.hosts.running import run
 from mmkd.normalize import Renormalize
-from mmkd.sources.teacher import build_teacher
+from mmkd.sources import Teacher, build_sources
 from mmkd.taps import Taps
 from mmkd.testing import detectors, models, segmentors
 from mmkd.testing.batches import random_batch
 from mmkd.weights import load_weights, read_checkpoint
 
 LAYERS = ('backbone', 'neck', 'bbox_head')
+
+
+def build_teacher(options) -> Teacher:
+    return build_sources(options, None)['teacher']
 
 
 def ready(options, layers=LAYERS):
@@ -208,7 +212,7 @@ def test_a_segmentor_with_its_own_normalisation_sees_what_it_would_have_made_its
     student = models.build(segmentors.pspnet(data_preprocessor=dict(pad_val=1.0, **padding)), seed=0)
     layer = 'decode_head.conv_seg'
     model = distill(student, options, dict(kd=dict(type='KD')))
-    model._teacher.load()
+    model.sources['teacher'].load()
 
     def batch():
         parts = [random_batch(model, (1, 3, *size), seed=seed) for seed, size in enumerate([(50, 120), (90, 70)])]
@@ -220,7 +224,7 @@ def test_a_segmentor_with_its_own_normalisation_sees_what_it_would_have_made_its
     (expected,) = outputs(own, (layer,), images)[layer]
     data = model.data_preprocessor(batch(), True)
     given = data['inputs'].clone()
-    (found,) = model._teacher(data['inputs'], data['data_samples'])[layer]
+    (found,) = model.sources['teacher'](data['inputs'], data['data_samples'])[layer]
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))
     assert torch.equal(data['inputs'], given)  # the student's own images stay as they are
 
@@ -320,8 +324,15 @@ def test_a_teacher_without_weights_is_an_error(teacher_options):
         ('mmkd::gid_retinane.py', "nearest are 'gid_retinanet.py'"),
         ('nowhere/teacher.py', 'no such file'),
         ('nopackage::teacher/x.py', "'nopackage' is not installed"),
-        (dict(checkpoint='x.pth'), "expected a config's name, or a dict"),
-        (dict(config='x.py', checkpiont='x.pth'), "expected a config's name, or a dict"),
+        (dict(checkpoint='x.pth'), 'teacher: Teacher needs config'),
+        (dict(config='x.py', checkpiont='x.pth'), "no option 'checkpiont'; the nearest are 'checkpoint'"),
+        (3, "expected a config's name, a dict with config, or a built model"),
+        ({}, "expected a config's name"),
+        (dict(type='Techer', config='x.py'), "no source 'Techer'; the nearest are 'Teacher'"),
+        (dict(type='Average', momentum=1), 'momentum=1: expected a number'),
+        (dict(type='Average', interval=0), 'interval=0: expected a whole number of at least 1'),
+        (dict(type='Average', begin=5, end=5), 'end=5: expected a whole number of at least 6'),
+        (dict(loss=dict(config='x.py')), "teacher.loss: a name .* must not contain 'loss'"),
     ],
 )
 def test_a_teacher_that_cannot_be_found_is_an_error(teacher, message):
@@ -342,4 +353,4 @@ def test_a_download_that_fails_says_where_the_file_goes(tmp_path, monkeypatch):
 
 def test_layers_are_the_union_over_distillers(teacher_options):
     collection = Distillers(dict(a=dict(type='CWD', layer='neck'), b=dict(type='GID')))
-    assert collection.teacher_layers == ('neck', 'bbox_head')
+    assert collection.layers('teacher_layers') == ('neck', 'bbox_head')

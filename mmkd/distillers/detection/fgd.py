@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import nn
 
-from mmkd.distillers.base import FeatureDistiller
+from mmkd.distillers.base import Distiller
+from mmkd.distillers.levels import LevelPairs
 from mmkd.distillers.schedule import Weight
 from mmkd.errors import ConfigError
 from mmkd.hosts.detection.ground_truth import covered_cells, ground_truth, padded_shape
@@ -16,7 +17,7 @@ from mmkd.registry import DISTILLERS
 from mmkd.taps import Taps
 
 
-def attention(feature: torch.Tensor, temperature: float = 0.5) -> tuple[torch.Tensor, torch.Tensor]:
+def attention(feature: torch.Tensor, tau: float = 0.5) -> tuple[torch.Tensor, torch.Tensor]:
     r"""Where, and in which channels, a feature is large.
 
     .. math::
@@ -25,15 +26,15 @@ def attention(feature: torch.Tensor, temperature: float = 0.5) -> tuple[torch.Te
 
     Args:
         feature: (B, C, H, W).
-        temperature: T.
+        tau: T.
 
     Returns:
         The spatial attention, (B, H, W), and that of the channels, (B, C); the mean of both is 1 in each image.
     """
     size = feature.abs()
     channels, positions = size.shape[1], size[0, 0].numel()
-    spatial = positions * (size.mean(1).flatten(1) / temperature).softmax(1)
-    channel = channels * (size.mean((2, 3)) / temperature).softmax(1)
+    spatial = positions * (size.mean(1).flatten(1) / tau).softmax(1)
+    channel = channels * (size.mean((2, 3)) / tau).softmax(1)
     return spatial.view_as(size[:, 0]), channel
 
 
@@ -66,7 +67,7 @@ def focal_losses(
     teacher: torch.Tensor,
     foreground: torch.Tensor,
     background: torch.Tensor,
-    temperature: float = 0.5,
+    tau: float = 0.5,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     r"""Squared distances on foreground and background, weighted by the teacher's attention.
 
@@ -77,18 +78,18 @@ def focal_losses(
         teacher: The same shape; no gradient flows into it.
         foreground: (B, H, W), M of the first loss, see :func:`scale_masks`.
         background: (B, H, W), M of the second.
-        temperature: Of :func:`attention`.
+        tau: Of :func:`attention`.
 
     Returns:
         Two scalars.
     """
     teacher = teacher.detach()
-    spatial, channel = attention(teacher, temperature)
+    spatial, channel = attention(teacher, tau)
     distance = spatial * ((teacher - student).square() * channel[:, :, None, None]).sum(1)
     return (distance * foreground).sum() / len(student), (distance * background).sum() / len(student)
 
 
-def attention_loss(student: torch.Tensor, teacher: torch.Tensor, temperature: float = 0.5) -> torch.Tensor:
+def attention_loss(student: torch.Tensor, teacher: torch.Tensor, tau: float = 0.5) -> torch.Tensor:
     r"""Difference of the two networks' attention.
 
     .. math:: L = \frac{1}{B} \big( \lVert A^S_T - A^S_S \rVert_1 + \lVert A^C_T - A^C_S \rVert_1 \big)
@@ -96,12 +97,12 @@ def attention_loss(student: torch.Tensor, teacher: torch.Tensor, temperature: fl
     Args:
         student: (B, C, H, W), adapted.
         teacher: The same shape; no gradient flows into it.
-        temperature: Of :func:`attention`.
+        tau: Of :func:`attention`.
 
     Returns:
         A scalar.
     """
-    pairs = zip(attention(student, temperature), attention(teacher.detach(), temperature))
+    pairs = zip(attention(student, tau), attention(teacher.detach(), tau))
     return sum((t - s).abs().sum() for s, t in pairs) / len(student)
 
 
@@ -151,49 +152,37 @@ def global_loss(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
 
 
 @DISTILLERS.register_module()
-class FGD(FeatureDistiller):
+class FGD(Distiller):
     """Focal and global distillation: the feature where the teacher looks, and the relation of all its positions.
 
-    Logs, each summed over levels, ``loss_foreground`` and ``loss_background`` (:func:`focal_losses` with
-    :func:`scale_masks` of the ground truth), ``loss_attention`` (:func:`attention_loss`) and ``loss_global``
-    (:func:`global_loss` between two :class:`GlobalContext` blocks per level, one of the student and one of the
-    teacher, both trained). All are 0 at first for equal networks.
+    Four terms, each added over levels; all are 0 at first for equal networks:
 
-    The defaults are the paper's for RetinaNet and 800x1333 images, where it names alpha, beta, gamma, lambda and T. For
-    other detectors, and where the authors' configs differ from the paper:
+    - ``loss_foreground`` and ``loss_background``: :func:`focal_losses` with the :func:`scale_masks` of the ground truth.
+    - ``loss_attention``: :func:`attention_loss`.
+    - ``loss_global``: :func:`global_loss` between two :class:`GlobalContext` blocks per level, one of the student and one of
+      the teacher. Both are trained.
 
-    ===================  ======  ======  ================  ======  =============
-    detectors            alpha   beta    gamma (configs)   lambda  T (configs)
-    ===================  ======  ======  ================  ======  =============
-    RetinaNet, GFL       1e-3    5e-4    1e-3 (5e-4)       5e-6    0.5
-    FCOS                 1.6e-3  8e-4    8e-3 (8e-4)       8e-6    0.5 (0.8)
-    RepPoints            1.6e-3  8e-4    8e-3 (8e-4)       8e-6    0.5
-    two-stage            5e-5    2.5e-5  5e-5              5e-7    0.5
-    ===================  ======  ======  ================  ======  =============
-
-    Two-stage detectors are compared on P2 to P5 there, which are ``layer=['neck.fpn_convs.0', ...,
-    'neck.fpn_convs.3']``; a FPN's ``'neck'`` has P6 as well. The losses are sums: the attention of positions grows with
-    their number, the global loss with that of positions and channels, the focal ones with that of channels, so the weights
-    have to follow the size of images and features.
-
-    The ground truth lies on the padded input, to which the maps belong (the authors' code: on the unpadded image), and a
-    box covers the cells that it touches (the code: and one row and column more).
+    The defaults are the paper's for RetinaNet and images of 800x1333. The losses are sums, so the weights have to follow the
+    size of images and features. Weights for other detectors, and differences from the authors' code:
+    ``docs/methods/fgd.md``.
 
     Args:
-        layer: The student's layer, or a list. Default ``'neck'``.
-        foreground_weight: alpha, a number or a schedule, as all weights. Default 1e-3.
+        layer: The student's layer, or a list of layers. Default ``'neck'``.
+        foreground_weight: alpha in the paper, a number or a schedule, as all weights. Default 1e-3.
         background_weight: beta. Default 5e-4.
         attention_weight: gamma. Default 1e-3.
         global_weight: lambda. Default 5e-6.
-        temperature: T, positive. Default 0.5.
+        tau: Temperature of the attention, T in the paper, positive. Default 0.5.
         teacher_layer: The teacher's layer, where its name differs.
         adapter: ``'auto'`` (1x1 convolution exactly where channels differ), None or a dict.
         match: ``'stride'`` or ``'index'``: which levels belong together, see
-            :class:`mmkd.distillers.base.FeatureDistiller`.
+            :class:`mmkd.distillers.levels.LevelPairs`.
 
     Example:
         >>> distillers = dict(fgd=dict(type='FGD'))
     """
+
+    renamed = {'temperature': 'tau'}
 
     def __init__(
         self,
@@ -202,21 +191,23 @@ class FGD(FeatureDistiller):
         background_weight: float | Mapping = 5e-4,
         attention_weight: float | Mapping = 1e-3,
         global_weight: float | Mapping = 5e-6,
-        temperature: float = 0.5,
+        tau: float = 0.5,
         teacher_layer: str | Sequence[str] | None = None,
         adapter: str | Mapping | None = 'auto',
         match: str = 'stride',
     ):
-        super().__init__(layer, teacher_layer=teacher_layer, adapter=adapter, match=match)
-        if not isinstance(temperature, (int, float)) or temperature <= 0:
-            raise ConfigError(f'temperature={temperature!r}: expected a positive number')
-        self.temperature = temperature
+        super().__init__()
+        self.levels = LevelPairs(layer, teacher_layer, adapter, match)
+        self.student_layers, self.teacher_layers = self.levels.student_layers, self.levels.teacher_layers
+        if not isinstance(tau, (int, float)) or tau <= 0:
+            raise ConfigError(f'tau={tau!r}: expected a positive number')
+        self.tau = tau
         self.foreground_weight, self.background_weight = Weight(foreground_weight), Weight(background_weight)
         self.attention_weight, self.global_weight = Weight(attention_weight), Weight(global_weight)
 
     def setup(self, student: Taps, teacher: Taps) -> None:
-        super().setup(student, teacher)
-        channels = [level.shape[1] for level in self._levels(student, teacher)[1]]
+        self.levels.setup(student, teacher)
+        channels = [level.shape[1] for level in self.levels.unadapted(student, teacher)[1]]
         self.student_contexts = nn.ModuleList(GlobalContext(each) for each in channels)
         self.teacher_contexts = nn.ModuleList(GlobalContext(each) for each in channels)
 
@@ -224,13 +215,13 @@ class FGD(FeatureDistiller):
         boxes, valid = ground_truth(data_samples)
         shape = padded_shape(data_samples)
         levels = []
-        pairs = self.adapted(student, teacher)
-        for (s, t), s_context, t_context in zip(pairs, self.student_contexts, self.teacher_contexts, strict=True):
+        pairs = self.levels(student, teacher)
+        for (s, t, *_), s_context, t_context in zip(pairs, self.student_contexts, self.teacher_contexts, strict=True):
             masks = scale_masks(boxes, valid, s.shape[2:], shape)
             levels.append(
                 (
-                    *focal_losses(s, t, *masks, self.temperature),
-                    attention_loss(s, t, self.temperature),
+                    *focal_losses(s, t, *masks, self.tau),
+                    attention_loss(s, t, self.tau),
                     global_loss(s_context(s), t_context(t.detach())),
                 )
             )

@@ -3,6 +3,7 @@
 Zagoruyko, Komodakis, "Paying More Attention to Attention", ICLR 2017, arXiv 1612.03928.
 """
 
+import functools
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -11,7 +12,6 @@ import torch.nn.functional as F
 from mmkd.distillers.base import FeatureDistiller
 from mmkd.errors import ConfigError
 from mmkd.registry import DISTILLERS
-from mmkd.taps import Taps
 
 FORMS = ('mean', 'sum', 'norm')
 
@@ -67,7 +67,7 @@ def attention_distance(student: torch.Tensor, teacher: torch.Tensor, form: str =
 class AT(FeatureDistiller):
     """Attention transfer: where a feature is strong, whatever its channels; summed over levels.
 
-    ``loss = weight * sum over levels of attention_distance(attention_map(student), attention_map(teacher))``, see
+    ``loss = loss_weight * sum over levels of attention_distance(attention_map(student), attention_map(teacher))``, see
     :func:`attention_map` and :func:`attention_distance`. Numbers of channels may differ, and nothing is trained beside
     the student. Where strides differ the student's map is resized (bilinear) to the teacher's.
 
@@ -79,13 +79,13 @@ class AT(FeatureDistiller):
         layer: The student's layer, or a list, such as the stages of a backbone.
         form: ``'mean'`` (default), ``'sum'`` or ``'norm'``.
         power: p, at least 1. Default 2.
-        weight: A number or a schedule. Default 1000, for ``'mean'``.
+        loss_weight: A number or a schedule. Default 1000, for ``'mean'``.
         teacher_layer: The teacher's layer, where its name differs.
         match: ``'stride'`` or ``'index'``: which levels belong together, see
-            :class:`mmkd.distillers.base.FeatureDistiller`.
+            :class:`mmkd.distillers.levels.LevelPairs`.
 
     Example:
-        >>> distillers = dict(at=dict(type='AT', layer=['backbone.layer3', 'backbone.layer4'], weight=10000.0))
+        >>> distillers = dict(at=dict(type='AT', layer=['backbone.layer3', 'backbone.layer4'], loss_weight=10000.0))
     """
 
     def __init__(
@@ -93,24 +93,19 @@ class AT(FeatureDistiller):
         layer: str | Sequence[str],
         form: str = 'mean',
         power: float = 2.0,
-        weight: float | Mapping = 1000.0,
+        loss_weight: float | Mapping = 1000.0,
         teacher_layer: str | Sequence[str] | None = None,
         match: str = 'stride',
     ):
-        super().__init__(layer, weight, teacher_layer, match=match)
+        super().__init__(layer, loss_weight, teacher_layer, match=match)
         if form not in FORMS:
             raise ConfigError(f'form={form!r}: expected one of {", ".join(FORMS)}')
         if not isinstance(power, (int, float)) or power < 1:
             raise ConfigError(f'power={power!r}: expected a number of at least 1')
         self.form = form
         self.power = power
-
-    def _levels(self, student: Taps, teacher: Taps) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """The attention maps, of one channel, so that no adapter is made and they are what is resized."""
-        features, targets = super()._levels(student, teacher)
-        return [attention_map(each, self.power) for each in features], [
-            attention_map(each, self.power) for each in targets
-        ]
+        # maps of one channel, so that no adapter is made and they are what is resized
+        self.levels.reduce = functools.partial(attention_map, power=power)
 
     def compare(self, student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
         return attention_distance(student, teacher, self.form)

@@ -62,11 +62,11 @@ class CWD(FeatureDistiller):
     Args:
         layer: The student's layer, or a list.
         tau: Temperature, positive. Default 1.
-        weight: A number or a schedule. Default 10.
+        loss_weight: A number or a schedule. Default 10.
         teacher_layer: The teacher's layer, where its name differs.
         adapter: ``'auto'`` (1x1 convolution exactly where channels differ), None or a dict.
         match: ``'stride'`` or ``'index'``: which levels belong together, see
-            :class:`mmkd.distillers.base.FeatureDistiller`.
+            :class:`mmkd.distillers.levels.LevelPairs`.
 
     Example:
         >>> distillers = dict(cwd=dict(type='CWD', layer='neck'))
@@ -76,12 +76,12 @@ class CWD(FeatureDistiller):
         self,
         layer: str | Sequence[str],
         tau: float = 1.0,
-        weight: float | Mapping = 10.0,
+        loss_weight: float | Mapping = 10.0,
         teacher_layer: str | Sequence[str] | None = None,
         adapter: str | Mapping | None = 'auto',
         match: str = 'stride',
     ):
-        super().__init__(layer, weight, teacher_layer, adapter, match)
+        super().__init__(layer, loss_weight, teacher_layer, adapter, match)
         if not isinstance(tau, (int, float)) or tau <= 0:
             raise ConfigError(f'tau={tau!r}: expected a positive temperature')
         self.tau = tau

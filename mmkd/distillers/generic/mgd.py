@@ -62,21 +62,21 @@ class MGD(FeatureDistiller):
     learn the identity first.
 
     The defaults are the paper's alpha and lambda for one-stage detectors, all levels of the neck, 800x1333 images; for
-    two-stage ones ``weight=5e-7, mask_ratio=0.45``. The loss is a sum, so the weight has to follow the number of
+    two-stage ones ``loss_weight=5e-7, mask_ratio=0.45``. The loss is a sum, so the weight has to follow the number of
     channels and positions: times 4 for images of half the height and width.
 
     For segmentation the authors' code takes the last stage of the backbone alone, ``layer='backbone.layer4',
-    mask_ratio=0.75, weight=2e-5``, for crops of 512x512, and by default adds CWD on the class logits, an entry of its own:
-    ``dict(type='CWD', layer='decode_head.conv_seg', tau=4.0, weight=3.0)``.
+    mask_ratio=0.75, loss_weight=2e-5``, for crops of 512x512, and by default adds CWD on the class logits, an entry of its own:
+    ``dict(type='CWD', layer='decode_head.conv_seg', tau=4.0, loss_weight=3.0)``.
 
     Args:
         layer: The student's layer, or a list.
         mask_ratio: The probability that a position is masked, lambda in the paper. Default 0.65.
-        weight: alpha, a number or a schedule. Default 2e-5.
+        loss_weight: alpha, a number or a schedule. Default 2e-5.
         teacher_layer: The teacher's layer, where its name differs.
         adapter: ``'auto'`` (1x1 convolution exactly where channels differ), None or a dict; before the mask.
         match: ``'stride'`` or ``'index'``: which levels belong together, see
-            :class:`mmkd.distillers.base.FeatureDistiller`.
+            :class:`mmkd.distillers.levels.LevelPairs`.
 
     Example:
         >>> distillers = dict(mgd=dict(type='MGD', layer='neck'))
@@ -86,27 +86,27 @@ class MGD(FeatureDistiller):
         self,
         layer: str | Sequence[str],
         mask_ratio: float = 0.65,
-        weight: float | Mapping = 2e-5,
+        loss_weight: float | Mapping = 2e-5,
         teacher_layer: str | Sequence[str] | None = None,
         adapter: str | Mapping | None = 'auto',
         match: str = 'stride',
     ):
-        super().__init__(layer, weight, teacher_layer, adapter, match)
+        super().__init__(layer, loss_weight, teacher_layer, adapter, match)
         if not isinstance(mask_ratio, (int, float)) or not 0 <= mask_ratio < 1:
             raise ConfigError(f'mask_ratio={mask_ratio!r}: expected a probability of at least 0 and below 1')
         self.mask_ratio = mask_ratio
 
     def setup(self, student: Taps, teacher: Taps) -> None:
         super().setup(student, teacher)
-        _, targets = self._levels(student, teacher)
+        _, targets = self.levels.unadapted(student, teacher)
         self.generators = nn.ModuleList(generator(target.shape[1]) for target in targets)
 
     def forward(self, student: Taps, teacher: Taps, data_samples: list | None) -> dict[str, torch.Tensor]:
         levels = [
-            generation_loss(feature, target, random_mask(feature, self.mask_ratio), generate)
-            for (feature, target), generate in zip(self.adapted(student, teacher), self.generators, strict=True)
+            generation_loss(pair.student, pair.teacher, random_mask(pair.student, self.mask_ratio), generate)
+            for pair, generate in zip(self.levels(student, teacher), self.generators, strict=True)
         ]
-        return {'loss': self.weight() * sum(levels)}
+        return {'loss': self.loss_weight() * sum(levels)}
 
 
 def generator(channels: int) -> nn.Sequential:

@@ -13,7 +13,7 @@ from mmkd.errors import ConfigError
 from mmkd.registry import DISTILLERS
 
 
-def standardise(feature: torch.Tensor, eps: float = 1e-6) -> torch.Tensor:
+def standardize(feature: torch.Tensor, eps: float = 1e-6) -> torch.Tensor:
     r"""Each channel with mean 0 and standard deviation 1 over all images and positions.
 
     .. math:: \tilde x_{bci} = \frac{x_{bci} - \mu_c}{\sigma_c + \epsilon}
@@ -37,14 +37,14 @@ def standardise(feature: torch.Tensor, eps: float = 1e-6) -> torch.Tensor:
 
 
 def pearson_loss(student: torch.Tensor, teacher: torch.Tensor, eps: float = 1e-6) -> torch.Tensor:
-    r"""Half the mean square of the difference of the standardised features.
+    r"""Half the mean square of the difference of the standardized features.
 
     .. math:: L = \frac{1}{2} \cdot \frac{1}{B C H W} \sum_{b, c, i} (\tilde s_{bci} - \tilde t_{bci})^2 \approx
         \frac{1}{C} \sum_c (1 - r_c)
 
     with r the Pearson correlation coefficient of a channel of both; equal but for eps and the factor (n - 1) / n of
     the unbiased deviation, n = B*H*W. Zero for equal inputs; unchanged when a channel of either is scaled by a positive
-    number or gets a constant added. See :func:`standardise`.
+    number or gets a constant added. See :func:`standardize`.
 
     Args:
         student: (B, C, H, W).
@@ -54,7 +54,7 @@ def pearson_loss(student: torch.Tensor, teacher: torch.Tensor, eps: float = 1e-6
     Returns:
         A scalar.
     """
-    return 0.5 * (standardise(student, eps) - standardise(teacher.detach(), eps)).square().mean()
+    return 0.5 * (standardize(student, eps) - standardize(teacher.detach(), eps)).square().mean()
 
 
 @DISTILLERS.register_module()
@@ -72,12 +72,12 @@ class PKD(FeatureDistiller):
 
     Args:
         layer: The student's layer, or a list.
-        weight: A number or a schedule. Default 10.
+        loss_weight: A number or a schedule. Default 10.
         eps: Added to the standard deviations. Default 1e-6.
         teacher_layer: The teacher's layer, where its name differs.
         adapter: ``'auto'`` (1x1 convolution exactly where channels differ), None or a dict.
         match: ``'stride'`` or ``'index'``: which levels belong together, see
-            :class:`mmkd.distillers.base.FeatureDistiller`.
+            :class:`mmkd.distillers.levels.LevelPairs`.
 
     Example:
         >>> distillers = dict(pkd=dict(type='PKD', layer='neck'))
@@ -86,13 +86,13 @@ class PKD(FeatureDistiller):
     def __init__(
         self,
         layer: str | Sequence[str],
-        weight: float | Mapping = 10.0,
+        loss_weight: float | Mapping = 10.0,
         eps: float = 1e-6,
         teacher_layer: str | Sequence[str] | None = None,
         adapter: str | Mapping | None = 'auto',
         match: str = 'stride',
     ):
-        super().__init__(layer, weight, teacher_layer, adapter, match)
+        super().__init__(layer, loss_weight, teacher_layer, adapter, match)
         if not isinstance(eps, (int, float)) or eps < 0:
             raise ConfigError(f'eps={eps!r}: expected a number of at least 0')
         self.eps = eps

@@ -1,0 +1,253 @@
+"""The distillers that a student trains with: who learns from whom, and when."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from mmengine.logging import MessageHub, print_log
+from torch import nn
+
+from mmkd.distillers.levels import LevelPairs
+from mmkd.distillers.schedule import Weight
+from mmkd.errors import ConfigError
+from mmkd.registry import DISTILLERS, build
+from mmkd.sources.source import Source
+from mmkd.taps import Taps
+
+
+class Distillers(nn.ModuleDict):
+    """The distillers of one student, by name.
+
+    Args:
+        specs: Name to config dict, as in a config file, or to a distiller. Beside a method's own options a dict may have
+            ``teacher``, the name of the source it learns from or a list of names, and ``learner``, that of the source that
+            learns instead of the student.
+
+    Attributes:
+        iteration: The training step, counted from 0: that of mmengine's Runner, or without one that of the calls of
+            :meth:`start_step`.
+
+    Raises:
+        ConfigError: for a name that cannot be logged, a distiller that does not exist, or an option it does not have.
+    """
+
+    def __init__(self, specs: Mapping[str, Mapping | nn.Module]):
+        super().__init__()
+        if not isinstance(specs, Mapping) or not specs:
+            raise ConfigError(f"distillers={specs!r}: expected a dict such as dict(gid=dict(type='GID'))")
+        self.teacher_of: dict[str, tuple[str, ...]] = {}
+        self.learner_of: dict[str, str | None] = {}
+        self._named: dict[str, Any] = {}
+        for name, spec in specs.items():
+            if 'loss' in name or '.' in name or hasattr(self, name):
+                raise ConfigError(
+                    f"distillers.{name}: a name starts the log keys and must not contain 'loss' or a dot, nor be a method of "
+                    f'nn.ModuleDict; choose another'
+                )
+            options = dict(spec) if isinstance(spec, Mapping) else {}
+            self._named[name] = options.pop('teacher', None)
+            self.learner_of[name] = options.pop('learner', None)
+            made = spec if isinstance(spec, nn.Module) else build(DISTILLERS, f'distillers.{name}', options or spec)
+            for attribute in ('student_layers', 'teacher_layers'):
+                if not hasattr(made, attribute):
+                    raise ConfigError(f'distillers.{name}: {type(made).__name__} has no attribute {attribute!r}')
+            self[name] = made
+        self.iteration = -1
+        self._seen = _iteration_of_runner()
+        self.student_layers: tuple[str, ...] = ()
+        """What is tapped of the student in training."""
+        self._weights: dict[str, list[Weight]] = {}
+        self.register_load_state_dict_pre_hook(_adapters_of_0_1)
+
+    def connect(self, sources: Mapping[str, Source]) -> None:
+        """Find the sources that the distillers name.
+
+        Raises:
+            ConfigError: for a name that no source has, or none where there are several.
+        """
+        self._with_gradient = {name for name, source in sources.items() if source.has_gradient}
+        for name, distiller in self.items():
+            named = self._named[name]
+            if named is None:
+                if len(sources) > 1 and 'teacher' not in sources:
+                    raise ConfigError(
+                        f'distillers.{name}: there are several teachers, {", ".join(sources)}; name one, as in '
+                        f'teacher={next(iter(sources))!r}'
+                    )
+                named = 'teacher' if 'teacher' in sources else next(iter(sources))
+            several = not isinstance(named, str)
+            if several and not getattr(distiller, 'several_teachers', False):
+                raise ConfigError(
+                    f'distillers.{name}: {type(distiller).__name__} learns from one teacher, found teacher={named!r}; give each '
+                    f'teacher an entry of its own'
+                )
+            self.teacher_of[name] = tuple(named) if several else (named,)
+            learner = self.learner_of[name]
+            wanted = [
+                *(('teacher', each) for each in self.teacher_of[name]),
+                *([('learner', learner)] if learner else []),
+            ]
+            for option, each in wanted:
+                if each not in sources:
+                    raise ConfigError(
+                        f'distillers.{name}: {option}={each!r}: there is none; there are {", ".join(sources)}'
+                    )
+            if learner and not (sources[learner].has_gradient and sources[learner].kept is not None):
+                raise ConfigError(f'distillers.{name}: learner={learner!r} is not trained; a Peer is')
+
+    def prepare(self, student: nn.Module, sources: Mapping[str, Source]) -> None:
+        """Let each distiller name its layers and refuse networks that it cannot read, before any of them is run."""
+        for name, distiller in self.items():
+            learner = self.learner_of[name]
+            teachers = {each: sources[each].model for each in self.teacher_of[name]}
+            several = not isinstance(self._named[name], (str, type(None)))
+            try:
+                getattr(distiller, 'prepare', _nothing)(
+                    sources[learner].model if learner else student,
+                    teachers if several else teachers[self.teacher_of[name][0]],
+                )
+            except ConfigError as error:
+                raise ConfigError(f'distillers.{name}: {error}') from None
+
+    def layers(
+        self, attribute: str, of: str | None = None, by: Callable[[str], bool] = lambda name: True
+    ) -> tuple[str, ...]:
+        """All distillers' layers for which ``by`` holds, each once; ``of`` picks one teacher's where they differ."""
+        found: dict[str, None] = {}
+        for name, distiller in self.items():
+            if not by(name):
+                continue
+            layers = getattr(distiller, attribute, ())
+            if isinstance(layers, Mapping):
+                layers = layers.get(of, ())
+            found.update(dict.fromkeys((layers,) if isinstance(layers, str) else layers))
+        return tuple(found)
+
+    def taught_by(self, source: str) -> Callable[[str], bool]:
+        return lambda name: source in self.teacher_of[name]
+
+    def learnt_by(self, learner: str | None) -> Callable[[str], bool]:
+        return lambda name: self.learner_of[name] == learner
+
+    def setup(self, student: Taps, knowledge: Mapping[str, Taps]) -> None:
+        """Let each distiller make its adapters from probed shapes, and check each tapped layer.
+
+        Args:
+            student: The student's taps of an image.
+            knowledge: Each source's taps of the same image.
+        """
+        for taps in (student, *knowledge.values()):
+            for layer in taps:
+                taps.per_call(layer)  # raises if it was never called or changed in place
+        for name, distiller in self.items():
+            learner, teacher = self._pair(name, student, knowledge)
+            try:
+                _refuse_the_same(distiller, learner, teacher)
+                getattr(distiller, 'setup', _nothing)(learner, teacher)
+            except ConfigError as error:
+                raise ConfigError(f'distillers.{name}: {error}') from None
+            self._weights[name] = [each for each in distiller.modules() if isinstance(each, Weight)]
+            for levels in distiller.modules():
+                if isinstance(levels, LevelPairs):
+                    print_log(f'distillers.{name}: {levels.describe()}', logger='current')
+
+    def start_step(self, counts: bool = True) -> int:
+        """Count a training step and set the schedules; its number."""
+        of_runner = _iteration_of_runner()
+        if of_runner is not None and of_runner != self._seen:
+            self.iteration = self._seen = of_runner
+        elif counts:
+            self.iteration += 1
+        for weights in self._weights.values():
+            for weight in weights:
+                weight.iteration = max(self.iteration, 0)
+        return max(self.iteration, 0)
+
+    def active(self, name: str) -> bool:
+        """Whether a distiller's loss can be anything but 0 in this step."""
+        weights = self._weights[name]
+        always = bool(getattr(self[name], 'unweighted', False))
+        return always or not weights or any(weight() for weight in weights)
+
+    def wants(self, source: str) -> bool:
+        """Whether any distiller reads a source in this step."""
+        return any(
+            self.active(name) for name in self if source in self.teacher_of[name] or source == self.learner_of[name]
+        )
+
+    def _pair(
+        self, name: str, student: Taps, knowledge: Mapping[str, Taps | None]
+    ) -> tuple[Taps, Taps | dict[str, Taps]]:
+        """Who learns, with gradient, and who is learnt from, without."""
+
+        def taps_of(source: str) -> Taps:
+            found = knowledge[source]
+            return student if found is None else found
+
+        learner = self.learner_of[name]
+        teachers = {
+            each: taps_of(each).detach() if each in self._with_gradient else taps_of(each)
+            for each in self.teacher_of[name]
+        }
+        several = not isinstance(self._named[name], (str, type(None)))
+        return taps_of(learner) if learner else student, teachers if several else teachers[self.teacher_of[name][0]]
+
+    def forward(
+        self, student: Taps, knowledge: Mapping[str, Taps | None], data_samples: list | None
+    ) -> dict[str, torch.Tensor]:
+        """All losses, each under ``<name>.<key>``, computed in float32.
+
+        Args:
+            student: The student's taps.
+            knowledge: The taps of each source that was read in this step; None for the student's own.
+            data_samples: The batch's.
+        """
+        results = {}
+        device = next(student.model.parameters()).device
+        with torch.autocast(device.type, enabled=False):
+            for name, distiller in self.items():
+                needed = {*self.teacher_of[name], self.learner_of[name]} - {None}
+                if not needed <= knowledge.keys() or not self.active(name):
+                    results.update(idle_loss(name, distiller))
+                    continue
+                for key, value in distiller(*self._pair(name, student, knowledge), data_samples).items():
+                    if 'loss' in key and not key.startswith('loss'):
+                        raise ConfigError(f"distillers.{name}: key {key!r} contains 'loss' but does not start with it")
+                    results[f'{name}.{key}'] = value
+        return results
+
+
+def idle_loss(name: str, module: nn.Module | None) -> dict[str, torch.Tensor]:
+    """What keeps the trained parts of a module in the graph in a step that does not use them, as DDP asks for."""
+    trained = [] if module is None else [each for each in module.parameters() if each.requires_grad]
+    return {f'{name}.loss': torch.stack([0 * each.sum() for each in trained]).sum()} if trained else {}
+
+
+def _nothing(learner: Any, teacher: Any) -> None:
+    """What a distiller that knows nothing of mmkd has to prepare or set up."""
+
+
+def _iteration_of_runner() -> int | None:
+    return MessageHub.get_current_instance().get_info('iter')
+
+
+def _refuse_the_same(distiller: Any, learner: Taps, teachers: Taps | dict[str, Taps]) -> None:
+    """Raise ConfigError if a network would learn a layer from that layer."""
+    for teacher in teachers.values() if isinstance(teachers, dict) else [teachers]:
+        if teacher.model is not learner.model:
+            continue
+        pairs = zip(distiller.student_layers, distiller.teacher_layers)
+        same = [s for s, t in pairs if s == t]
+        if same:
+            raise ConfigError(
+                f'layer {same[0]!r} would be compared with itself; name the layer to learn from, teacher_layer'
+            )
+
+
+def _adapters_of_0_1(module: Distillers, state: dict, prefix: str, *_) -> None:
+    """Checkpoints of 0.1 have ``<name>.adapters.*`` where ``<name>.levels.adapters.*`` is now."""
+    for name, distiller in module.items():
+        old = f'{prefix}{name}.adapters.'
+        if isinstance(getattr(distiller, 'levels', None), LevelPairs):
+            for key in [each for each in state if each.startswith(old)]:
+                state[f'{prefix}{name}.levels.adapters.{key.removeprefix(old)}'] = state.pop(key)

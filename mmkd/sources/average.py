@@ -1,0 +1,86 @@
+"""The student's average over its steps as a source: a mean teacher."""
+
+import copy
+
+import torch
+from mmengine.dist import all_reduce, get_world_size
+from torch import nn
+
+from mmkd.errors import ConfigError
+from mmkd.hosts.running import run
+from mmkd.registry import SOURCES
+from mmkd.sources.source import Kept, Source
+from mmkd.taps import Taps
+
+
+@SOURCES.register_module()
+class Average(Source):
+    r"""The student's weights, averaged over its steps: a mean teacher.
+
+    .. math:: \theta'_n = \alpha_n \theta'_{n-1} + (1 - \alpha_n) \theta_n, \qquad \alpha_n = \min(\alpha, n / (n + 1))
+
+    with n = 0 where it is first read, so that it begins as the student and is a plain mean at first. It is averaged
+    where it is read, and only if the student's weights have changed since, so that gradient accumulation changes nothing.
+    Buffers, such as the statistics of batch norms, are averaged as well, over all processes. It runs in eval mode and
+    without gradient, is in the checkpoint as ``sources.<name>.*``, and ``tools/export.py`` leaves it out.
+
+    Tarvainen, Valpola, "Mean teachers are better role models", NeurIPS 2017, arXiv 1703.01780.
+
+    Args:
+        student: The student; filled in.
+        momentum: alpha, at least 0 and below 1. Default 0.999.
+        interval: See :class:`mmkd.sources.source.Source`, as ``begin`` and ``end``.
+        begin: Default 0.
+        end: Default None.
+
+    Raises:
+        ConfigError: for a momentum that is none.
+    """
+
+    def __init__(
+        self, student: nn.Module, momentum: float = 0.999, interval: int = 1, begin: int = 0, end: int | None = None
+    ):
+        super().__init__(interval, begin, end)
+        if isinstance(momentum, bool) or not isinstance(momentum, (int, float)) or not 0 <= momentum < 1:
+            raise ConfigError(f'momentum={momentum!r}: expected a number of at least 0 and below 1')
+        self.momentum = momentum
+        self.model = copy.deepcopy(student)
+        self.kept: Kept = Kept(self.model, trained=False)
+        self.kept.register_buffer('steps', torch.zeros(()))
+        self._seen: int | None = None
+
+    def read(self, student: nn.Module, inputs: torch.Tensor, data_samples: list | None) -> tuple[Taps, dict]:
+        with torch.no_grad():
+            self._follow(student)
+            with Taps(self.model, self.layers, self.calls, images=len(inputs)) as taps:
+                run(self.model, self.layers, inputs, data_samples)
+        return taps, {}
+
+    def _follow(self, student: nn.Module) -> None:
+        own = dict(student.named_parameters()) | dict(student.named_buffers())
+        names = [name for name, _ in self.model.named_parameters()]
+        # each optimizer changes weights in place, which their versions count
+        versions = sum(own[name]._version for name in names)
+        if versions == self._seen:
+            return
+        self._seen = versions
+        buffers = dict(self.model.named_buffers())
+        floating = [name for name, value in buffers.items() if value.is_floating_point()]
+        values = [own[name] for name in floating]
+        if values and get_world_size() > 1:
+            values = _mean_of_processes(values)
+        averages = [*self.model.parameters(), *(buffers[name] for name in floating)]
+        steps = self.kept.get_buffer('steps')
+        momentum = (steps / (steps + 1)).clamp(max=self.momentum)
+        torch._foreach_mul_(averages, momentum)
+        torch._foreach_add_(averages, torch._foreach_mul([*(own[name] for name in names), *values], 1 - momentum))
+        for name in buffers.keys() - set(floating):
+            buffers[name].copy_(own[name])
+        steps += 1
+
+
+def _mean_of_processes(values: list[torch.Tensor]) -> list[torch.Tensor]:
+    packed = torch.cat([each.float().flatten() for each in values])
+    all_reduce(packed, 'mean')
+    parts = packed.split([each.numel() for each in values])
+    return [part.view_as(each).to(each.dtype) for part, each in zip(parts, values, strict=True)]
