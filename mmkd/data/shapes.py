@@ -53,7 +53,8 @@ def generate(
                 f'{annotation_file}: made from {found}, not from {made_from}; remove {root} to make it anew'
             )
         (root / name).mkdir(parents=True, exist_ok=True)
-        images, annotations = [], []
+        images: list[dict] = []
+        annotations: list[dict] = []
         for index in range(number):
             image, objects = draw(np.random.default_rng((seed, split, index)), size, most_objects)
             file_name = f'{index:06d}.jpg'
@@ -79,9 +80,7 @@ def generate(
     return root
 
 
-def draw(
-    rng: np.random.Generator, size: int, most_objects: int
-) -> tuple[np.ndarray, list[tuple[int, list[float], int]]]:
+def draw(rng: np.random.Generator, size: int, most_objects: int) -> tuple[np.ndarray, list[tuple[int, list[int], int]]]:
     """One image, (size, size, 3) uint8, and its objects: label, box as x, y, width, height, visible area."""
     image = texture(rng, size)
     owner = np.full((size, size), -1)

@@ -174,8 +174,10 @@ class Scene:
 
     def facade(self, kind: str, direction: int, far: float, near: float) -> None:
         """One stretch of what borders the street."""
-        up = {'building': (1.2, 2.6), 'vegetation': (0.9, 1.6), 'wall': (0.5, 0.75), 'fence': (0.4, 0.6)}[kind]
-        up = self.rng.uniform(*up)
+        lowest, highest = {'building': (1.2, 2.6), 'vegetation': (0.9, 1.6), 'wall': (0.5, 0.75), 'fence': (0.4, 0.6)}[
+            kind
+        ]
+        up = self.rng.uniform(lowest, highest)
         side = direction * self.rng.uniform(1.75, 2.1)
         beyond = direction * 40.0  # a side that is out of the picture at any depth
         if kind in ('wall', 'fence') and self.rng.random() < 0.7:  # something higher behind it

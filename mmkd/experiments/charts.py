@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from mmkd.experiments.runs import Run
@@ -59,7 +60,8 @@ def chart(results: Mapping) -> Figure:
         ]
         axis.set_yticks(range(len(labels)), labels)
         axis.set_ylim(len(labels) - 0.4, -0.6)
-        axis.set_title(f'{family(student)} student', loc='left', fontsize=11, pad=20)  # the legend goes below it
+        title = f'{family(student)} student' if methods else student
+        axis.set_title(title, loc='left', fontsize=11, pad=20)  # the legend goes below it
         axis.legend(loc='lower left', bbox_to_anchor=(0, 1), ncols=4, fontsize=8, frameon=False, borderaxespad=0.2)
         axis.grid(axis='x', alpha=0.3)
         axis.set_axisbelow(True)
@@ -67,12 +69,23 @@ def chart(results: Mapping) -> Figure:
     models = [*results['students'].values(), *results['methods'].values()]
     seen = [score for each in models for score in each['scores'].values()]
     seen += [score for score in results['teachers'].values() if score is not None]
-    axes[-1, 0].set_xlim(0, 1.04 * max([*seen, 0.01]))
+    axes[-1, 0].set_xlim(min([*seen, 0]), 1.04 * max([*seen, 0.01]))
     axes[-1, 0].set_xlabel(
         f'{results["score"]["name"]} on the validation images: mean, standard deviation, and a dot per seed.\n'
         'After the name: gain over the student alone; grey: no more than two standard errors.'
     )
+    _widen(figure)
     return figure
+
+
+def _widen(figure: Figure) -> None:
+    """Make room for long names: a legend that is wider than its panel would leave no room for the bars."""
+    renderer = FigureCanvasAgg(figure).get_renderer()
+    for axis in figure.axes:
+        labels = [label.get_window_extent(renderer).width for label in axis.get_yticklabels()]
+        legend = axis.get_legend().get_window_extent(renderer).width
+        needed = (max(labels, default=0) + legend) / figure.dpi + 0.4
+        figure.set_figwidth(max(figure.get_figwidth(), needed))
 
 
 def short(method: str, student: str) -> str:

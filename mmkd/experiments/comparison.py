@@ -267,12 +267,13 @@ class Comparison:
             own, alone = finished(self.runs[method.name]), finished(self.runs[method.student])
             common = [seed for seed in own if seed in alone]
             taught_by = [teachers[name] for name in method.teachers.values()]
-            known = bool(taught_by) and not method.given and None not in taught_by
+            known = [score for score in taught_by if score is not None]
+            all_known = bool(known) and len(known) == len(taught_by) and not method.given
             methods[method.name] = {
                 'student': method.student,
                 'teachers': [*method.teachers.values(), *method.given.values()],
                 **summary(scores(own)),
-                **compare(scores(alone), scores(own), max(taught_by) if known else None),
+                **compare(scores(alone), scores(own), max(known) if all_known else None),
                 'step_time': ratio_of_medians(times(own, common), times(alone, common)),
             }
         found = [score for score in teachers.values() if score is not None]

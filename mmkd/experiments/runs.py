@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 from mmengine.config import Config, ConfigDict
+from mmengine.model import BaseModel
 from mmengine.registry import MODELS
 from tqdm import tqdm
 
@@ -329,7 +330,7 @@ def reason_of_failure(status: int, output: str) -> str:
 
 
 def train_all(
-    runs: Sequence[Run], jobs: int = 1, threads: int | None = None, done: Callable[[Run], None] = lambda run: None
+    runs: Sequence[Run], jobs: int = 1, threads: int | None = None, done: Callable[[Run], object] = lambda run: None
 ) -> dict[str, str]:
     """Train runs in their order, ``jobs`` at the same time; one that fails does not stop the others.
 
@@ -372,7 +373,7 @@ def train_all(
     return failed
 
 
-def trained_model(of: Run) -> torch.nn.Module:
+def trained_model(of: Run) -> BaseModel:
     """The model that a run trained, as plain mmdet or mmseg builds it."""
     config = of.read()
     config.model = plain_model(config)

@@ -56,12 +56,9 @@ def compare(alone: Mapping[int, float], distilled: Mapping[int, float], teacher:
 
 
 def _error(gain: float | None, error: float | None) -> dict:
-    known = gain is not None and error is not None
-    return {
-        'error': error,
-        'ratio': gain / error if known and error else None,
-        'significant': gain > 2 * error if known else None,
-    }
+    if gain is None or error is None:
+        return {'error': error, 'ratio': None, 'significant': None}
+    return {'error': error, 'ratio': gain / error if error else None, 'significant': gain > 2 * error}
 
 
 def ratio_of_medians(own: Sequence[float], base: Sequence[float]) -> float | None:

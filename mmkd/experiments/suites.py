@@ -65,9 +65,7 @@ def named(key: str) -> Score:
 
 def description(key: str) -> str:
     name = named(key).name
-    return (
-        f'{name} is {key} at the end of the training' if name != key else f'{name} is that at the end of the training'
-    )
+    return f'{name} is {"that" if name == key else key} on the validation data, at the end of the training'
 
 
 def of_folder(folder: Path, configs: Mapping[str, Config], key: str | None = None) -> Suite:

@@ -106,6 +106,22 @@ def test_the_chart_has_a_panel_per_student_with_bars_and_lines(tmp_path, fabrica
     assert of_retinanet.get_xlim()[1] > 0.38
 
 
+def test_the_chart_is_wide_enough_for_long_names_and_there_may_be_nothing_to_show(tmp_path, fabricate, gid):
+    made = fabricate(tmp_path, (gid,))
+    results = made.results()
+    assert chart(results).get_figwidth() == 9
+    long = 'a_method_with_a_name_' * 5
+    results['methods'] = {long: results['methods']['gid_retinanet']}
+    figure = chart(results)
+    figure.draw_without_rendering()
+    width = figure.axes[0].get_window_extent().width / figure.dpi
+    assert width > 3
+    for of_seed in made.runs.values():
+        for run in of_seed.values():
+            run.checkpoint.unlink()
+    assert [axis.get_title(loc='left') for axis in chart(made.results()).axes] == ['no finished run']
+
+
 def test_a_methods_label_does_not_repeat_its_student():
     assert short('gid_retinanet', 'retinanet_student') == short('retinanet_gid', 'retinanet_student') == 'gid'
     assert short('gid', 'small') == 'gid'

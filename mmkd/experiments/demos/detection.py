@@ -37,7 +37,7 @@ def show(axis: Axes, image: np.ndarray, instances: InstanceData, labels: bool = 
     axis.imshow(image)
     axis.set(xticks=[], yticks=[])
     for index, (left, top, right, bottom) in enumerate(get_box_tensor(instances.bboxes).tolist()):
-        label = int(instances.labels[index]) if labels else None
+        label = int(instances.labels[index]) if labels else 0
         color = OF_CLASS[label] if labels else 'white'
         axis.add_patch(Rectangle((left, top), right - left, bottom - top, fill=False, ec=color, lw=1.4))
         text = CLASSES[label] if labels else ''
