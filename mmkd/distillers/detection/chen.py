@@ -64,7 +64,7 @@ def bounded_error(
         student: Deltas, (..., 4).
         teacher: The same shape; no gradient flows into it. It is a bound, never a target.
         target: The same shape, the deltas of the ground truth.
-        margin: m.
+        margin: m, how much smaller than the teacher's error the student's has to be.
 
     Returns:
         One value for each row, (...).
@@ -92,14 +92,14 @@ class Chen(Distiller):
 
     Args:
         layer: The layer that RoIs are pooled from.
-        rpn_head: The RPN.
-        roi_head: The RoI head.
+        rpn_head: The RPN's name, in both networks.
+        roi_head: The RoI head's name, in both networks.
         stage: The student's stage, where its RoI head is a cascade.
-        rpn_cls_weight: A number or a schedule, as all weights. Default 1.
-        rpn_bbox_weight: Default 0.5.
-        cls_weight: Default 1.
-        bbox_weight: Default 0.5.
-        hint_weight: Default 0.5.
+        rpn_cls_weight: Weight of ``loss_rpn_cls``, a number or a schedule, as all weights. Default 1.
+        rpn_bbox_weight: Weight of ``loss_rpn_bbox``. Default 0.5.
+        cls_weight: Weight of ``loss_cls``. Default 1.
+        bbox_weight: Weight of ``loss_bbox``. Default 0.5.
+        hint_weight: Weight of ``loss_hint``. Default 0.5.
         margin: The teacher bounds the student until it is better by this much, in squared deltas. Default 0.
         bg_cls_weight: Weight of the background in the class losses. Default 1.5.
         tau: Temperature of the class losses. Default 1.

@@ -26,7 +26,7 @@ def attention(feature: torch.Tensor, tau: float = 0.5) -> tuple[torch.Tensor, to
 
     Args:
         feature: (B, C, H, W).
-        tau: T.
+        tau: Temperature, T.
 
     Returns:
         The spatial attention, (B, H, W), and that of the channels, (B, C); the mean of both is 1 in each image.
@@ -43,8 +43,8 @@ def scale_masks(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """How much each cell of a map counts, so that objects of all sizes and the background weigh alike.
 
-    A cell that objects cover counts 1 / area of the smallest of them, the area in cells; one of the background 1 / the
-    number of the image's background cells. See :func:`mmkd.hosts.detection.ground_truth.covered_cells`.
+    A cell that objects cover counts 1 / area of the smallest of them, the area in cells. A cell of the background counts
+    1 / number of the image's background cells. See :func:`mmkd.hosts.detection.ground_truth.covered_cells`.
 
     Args:
         boxes: (B, K, 4), xyxy in pixels of the padded input.
@@ -53,7 +53,7 @@ def scale_masks(
         shape: Height and width of the padded input.
 
     Returns:
-        Of the foreground and of the background, each (B, H, W) and 0 on the other.
+        The foreground's mask and the background's, each (B, H, W) and 0 on the other's cells.
     """
     covered = covered_cells(boxes, valid, size, shape)
     areas = covered.sum((2, 3)).clamp(min=1)
@@ -76,12 +76,12 @@ def focal_losses(
     Args:
         student: (B, C, H, W), adapted.
         teacher: The same shape; no gradient flows into it.
-        foreground: (B, H, W), M of the first loss, see :func:`scale_masks`.
-        background: (B, H, W), M of the second.
-        tau: Of :func:`attention`.
+        foreground: (B, H, W), M of the foreground's loss, see :func:`scale_masks`.
+        background: (B, H, W), M of the background's loss.
+        tau: Temperature of the :func:`attention`.
 
     Returns:
-        Two scalars.
+        The foreground's loss and the background's, scalars.
     """
     teacher = teacher.detach()
     spatial, channel = attention(teacher, tau)
@@ -97,7 +97,7 @@ def attention_loss(student: torch.Tensor, teacher: torch.Tensor, tau: float = 0.
     Args:
         student: (B, C, H, W), adapted.
         teacher: The same shape; no gradient flows into it.
-        tau: Of :func:`attention`.
+        tau: Temperature of the :func:`attention`.
 
     Returns:
         A scalar.
@@ -168,10 +168,11 @@ class FGD(Distiller):
 
     Args:
         layer: The student's layer, or a list of layers. Default ``'neck'``.
-        foreground_weight: alpha in the paper, a number or a schedule, as all weights. Default 1e-3.
-        background_weight: beta. Default 5e-4.
-        attention_weight: gamma. Default 1e-3.
-        global_weight: lambda. Default 5e-6.
+        foreground_weight: Weight of ``loss_foreground``, alpha in the paper; a number or a schedule, as all
+            weights. Default 1e-3.
+        background_weight: Weight of ``loss_background``, beta. Default 5e-4.
+        attention_weight: Weight of ``loss_attention``, gamma. Default 1e-3.
+        global_weight: Weight of ``loss_global``, lambda. Default 5e-6.
         tau: Temperature of the attention, T in the paper, positive. Default 0.5.
         teacher_layer: The teacher's layer, where its name differs.
         adapter: ``'auto'`` (1x1 convolution exactly where channels differ), None or a dict.

@@ -22,8 +22,8 @@ ADAPTER = dict(type='ConvAdapter', kernel_size=3, relu=True, init_std=1e-4)
 def grid_iou(boxes: torch.Tensor, anchors: torch.Tensor) -> torch.Tensor:
     """Intersection over union of each box with each anchor of a regular grid.
 
-    The overlap of a box and an anchor is a product of an overlap along x, the same in all rows, and one along y, the same in
-    all columns, so that few tensors of the result's size are made.
+    The overlap of a box and an anchor is a product of one along x, the same in all rows, and one along y, the same in all
+    columns. So few tensors of the result's size are made.
 
     Args:
         boxes: (B, K, 4), xyxy in pixels.
@@ -101,8 +101,8 @@ def imitation_loss(student: torch.Tensor, teacher: torch.Tensor, mask: torch.Ten
 class FGFI(FeatureDistiller):
     """Fine-grained feature imitation: the student's features equal the teacher's near objects.
 
-    Near an object is where an anchor of the student's head overlaps it by more than ``psi`` times the largest IoU that
-    the object has with any anchor, see :func:`imitation_masks`. ``loss`` is :func:`imitation_loss` within these masks,
+    Near an object is where an anchor of the student's head overlaps it by more than ``psi`` times the largest IoU of that
+    object with any anchor, see :func:`imitation_masks`. ``loss`` is :func:`imitation_loss` within these masks,
     added over levels. Heads without anchors are refused.
 
     The student's features pass a 3x3 convolution and a ReLU first, for equal channels too. After a ReLU no feature is

@@ -95,9 +95,10 @@ class FRS(Distiller):
     Args:
         layer: The layer whose levels are compared, the one that the head reads.
         head: The dense head, ``'bbox_head'`` (default) or, of a two-stage detector, ``'rpn_head'``.
-        feature_weight: A number or a schedule. A number has no warm-up. Default ``dict(type='linear', value=0.005, end=500)``.
-        cls_weight: A number or a schedule. Default ``dict(type='linear', value=0.02, end=500)``. With 0 the student's head
-            is not read, so that it may differ from the teacher's.
+        feature_weight: Weight of ``loss_feature``, a schedule or a number, which has no warm-up. Default
+            ``dict(type='linear', value=0.005, end=500)``.
+        cls_weight: Weight of ``loss_cls``, a schedule or a number. Default ``dict(type='linear', value=0.02, end=500)``. With
+            0 the student's head is not read, so that it may differ from the teacher's.
         adapter: A dict; ``'auto'`` (1x1 convolution exactly where channels differ) or None. By default a 3x3 convolution
             for each level, for equal channels too.
         teacher_layer: The teacher's layer, where its name differs.

@@ -170,10 +170,10 @@ class GDetKD(Distiller):
         stage: The student's stage, where its RoI head is a cascade.
         embedding_layer: The layer that a one-stage student's embeddings are averaged from, such as
             ``'bbox_head.cls_convs.3'``, the last of its classification tower. Default: ``layer``.
-        sgfi_weight: A number or a schedule, as all weights. Default 1.
-        ckd_weight: Default 0.5.
-        cls_weight: Default 0; for two-stage students.
-        bbox_weight: Default 0; for two-stage students.
+        sgfi_weight: Weight of ``loss_sgfi``, a number or a schedule, as all weights. Default 1.
+        ckd_weight: Weight of ``loss_ckd``. Default 0.5.
+        cls_weight: Weight of ``loss_cls``. Default 0; for two-stage students.
+        bbox_weight: Weight of ``loss_bbox``. Default 0; for two-stage students.
         tau: Temperature of SGFI at the start. Default 16.
         hidden_channels: Channels between the two convolutions of the keys. Default 128.
         key_channels: Channels of a key. Default 64.

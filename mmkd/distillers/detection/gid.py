@@ -192,10 +192,10 @@ class GID(Distiller):
         nms_iou: A box that overlaps a better one by more is dropped. Default 0.3.
         nms_pre: Slots per image that enter the NMS, best first. Default 3000.
         min_box_side: Boxes with a side of at most this many pixels, after clipping to the image, are not selected. Default 0.
-        feature_weight: A number or a schedule, as all weights. Default 5e-4.
-        relation_weight: Default 40.
-        cls_weight: Default 0.1.
-        bbox_weight: Default 1.
+        feature_weight: Weight of ``loss_feature``, a number or a schedule, as all weights. Default 5e-4.
+        relation_weight: Weight of ``loss_relation``. Default 40.
+        cls_weight: Weight of ``loss_cls``. Default 0.1.
+        bbox_weight: Weight of ``loss_bbox``. Default 1.
         relation: Whether relations are taken within each ``'image'`` (default) or over the ``'batch'``.
         feature_distance: ``'squared_l2'`` (default) or ``'l2'``, see :func:`feature_loss`.
         pooled_size: Cells along each side of a pooled box. Default 10.

@@ -61,8 +61,8 @@ def valuable_region(
 
     .. math:: w_i = \max_k \mathbf{1}[\gamma t_k \le \operatorname{DIoU}(a_i, b_k) < t_k] \operatorname{IoU}(a_i, b_k)
 
-    Slots of all levels take part, wherever their center is. A slot that is positive for an object may also be in the
-    region of that object, as its threshold t is one of the IoU and not of the DIoU, or in that of another.
+    Slots of all levels take part, wherever their center is. A slot that is positive for an object may also be in a region:
+    in that of another object, or in its own, as the threshold t is one of the IoU and not of the DIoU.
 
     This is the paper's DIoU. The authors' code divides the intersection by the anchor's area instead of the union, which
     gives another region, see ``docs/methods/ld.md``.
@@ -144,10 +144,9 @@ class LD(Distiller):
     The paper does not say what the first two are divided by. ``normalize`` chooses:
 
     =============  ==========================================================================================
-    ``'images'``   (default) twice the mean over images: the authors' value with 2 images per process, to which
-                   the weights belong, and the same with any other number
-    ``'weights'``  divided by the sum of each region's weights, as GFL divides its own box losses
-    ``'none'``     the plain sum over the batch, as in the authors' code
+    ``'images'``   (default) Twice the mean over images. This is the authors' value with 2 images per process.
+    ``'weights'``  The sum, divided by the sum of the region's weights, as GFL divides its own box losses.
+    ``'none'``     The plain sum over the batch, as in the authors' code.
     =============  ==========================================================================================
 
     Origin of the defaults and differences from the authors' code: ``docs/methods/ld.md``.
@@ -156,10 +155,10 @@ class LD(Distiller):
         head: The student's dense head.
         tau: Temperature of the distances' distributions. Default 10.
         kd_tau: Temperature of the class logits. Default 2.
-        ld_weight: A number or a schedule, as all weights. Default 0.25.
-        ld_vlr_weight: Default 0.25. Published figures with this weight are of another region: the authors' code has a
-            region of about 0.7 times the weight, see :func:`valuable_region`.
-        kd_weight: Default 10.
+        ld_weight: Weight of ``loss_ld``, a number or a schedule, as all weights. Default 0.25.
+        ld_vlr_weight: Weight of ``loss_ld_vlr``. Default 0.25, which was published with another region, that of the authors'
+            code. The sum of its weights is about 0.7 of that of :func:`valuable_region`.
+        kd_weight: Weight of ``loss_kd``. Default 10.
         gamma: The valuable region's least DIoU, as a part of the ATSS threshold. Default 0.25.
         normalize: ``'images'``, ``'weights'`` or ``'none'``.
         kd_mean: Whether ``loss_kd`` is a mean over ``'all'`` positives (default) or each ``'level'``, whose means are added.

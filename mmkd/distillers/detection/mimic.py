@@ -70,9 +70,9 @@ class Mimic(Distiller):
         stage: The student's stage, where its RoI head is a cascade.
         proposals: Whose proposals are compared, ``'student'`` (default) or ``'teacher'``.
         topk: Proposals per image of a one-stage student. Default 100.
-        feature_weight: A number or a schedule, as all weights. Default 1.
-        cls_weight: Default 0; for two-stage students.
-        bbox_weight: Default 0; for two-stage students.
+        feature_weight: Weight of ``loss_feature``, a number or a schedule, as all weights. Default 1.
+        cls_weight: Weight of ``loss_cls``. Default 0; for two-stage students.
+        bbox_weight: Weight of ``loss_bbox``. Default 0; for two-stage students.
         adapter: ``'auto'`` (1x1 convolution exactly where channels differ), None or a dict. One serves all levels.
         pooled_size: Cells along each side of a pooled box, for a one-stage student. Default 7.
         sampling_ratio: Samples along each side of a cell, for a one-stage student. Default 2.

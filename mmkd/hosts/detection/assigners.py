@@ -18,7 +18,7 @@ def max_iou_assigned(
     not needed here.
 
     Args:
-        assigner: Its thresholds are used.
+        assigner: The assigner, for its thresholds.
         priors: (N, 4).
         boxes: (B, K, 4).
         valid: (B, K), False for a box that is not there.

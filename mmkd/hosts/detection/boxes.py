@@ -59,13 +59,14 @@ def decode_deltas(
 ) -> torch.Tensor:
     """Boxes from deltas (dx, dy, dw, dh) relative to priors, equal to mmdet's ``delta2bbox`` without clipping.
 
-    ``x = px + pw dx, w = pw exp(dw)``, alike for y and h, the deltas first times ``stds`` plus ``means``.
+    ``x = px + pw dx`` and ``w = pw exp(dw)``, and so for y and h. The deltas are first multiplied by ``stds`` and ``means``
+    are added.
 
     Args:
         priors: (..., 4).
         deltas: (..., 4).
-        means: Of the four deltas.
-        stds: Of the four deltas.
+        means: Means of the four deltas.
+        stds: Standard deviations of the four deltas.
         max_ratio: Sides grow and shrink at most by this factor.
 
     Returns:

@@ -153,9 +153,9 @@ def check_levels(
 
     Args:
         layer: The layer's name.
-        levels: What it puts out.
+        levels: The layer's levels.
         name: The head's name.
-        head: The head.
+        head: The head, for its strides.
         whose: ``'student'`` or ``'teacher'``, for the error.
     """
     if len(levels) != len(head.strides):

@@ -183,7 +183,7 @@ def best_predictions(head: DenseHead, outputs: tuple, number: int, metas: Sequen
 
     Args:
         head: The dense head.
-        outputs: What it put out.
+        outputs: The dense head's outputs.
         number: Boxes per image.
         metas: Each image's meta data; boxes are clipped to its ``img_shape``.
 
