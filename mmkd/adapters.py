@@ -98,10 +98,14 @@ class Adapters(nn.ModuleList):
             adapter.to(s.device)
             with torch.no_grad():
                 s = adapter(s)
+            if not isinstance(s, torch.Tensor) or s.dim() != 4:
+                raise ConfigError(f'adapter={spec!r}: puts out no (B, C, H, W) map')
+            if same_channels and s.shape[1] != t.shape[1] and isinstance(spec, Mapping):
+                raise ConfigError(f'adapter={spec!r}: puts out {s.shape[1]} channels, the teacher has {t.shape[1]}')
             if same_channels and s.shape[1] != t.shape[1]:
                 raise ConfigError(
                     f'{both}: level {level} has {s.shape[1]} and {t.shape[1]} channels with adapter={spec!r}; use '
-                    f"adapter='auto', which adds a 1x1 convolution"
+                    f"adapter='auto', which adds a 1x1 convolution, or same_channels=False in a method that needs no equal ones"
                 )
             if s.shape[2:] != t.shape[2:] and spec is None:
                 raise ConfigError(

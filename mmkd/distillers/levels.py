@@ -107,7 +107,13 @@ class LevelPairs(nn.Module):
         self._sizes = [f'{tuple(s.shape[1:])}' for s in features]
 
     def describe(self) -> str:
-        """What was paired with what, in one line."""
+        """What was paired with what, in one line.
+
+        Raises:
+            ConfigError: before :meth:`setup`.
+        """
+        if not self.pairs:
+            raise ConfigError('LevelPairs: its setup has to be called in the setup of the method that has it')
         made = [type(each).__name__ for each in self.adapters if not isinstance(each, nn.Identity)]
         parts = []
         for index, (layer, other) in enumerate(zip(self.student_layers, self.teacher_layers, strict=True)):
