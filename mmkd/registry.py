@@ -96,8 +96,8 @@ def _find(registry: Registry, option: str, name: str) -> Any:
     if not module:
         known = nearest(name, registry.module_dict)
         raise ConfigError(
-            f'{option}: there is no {registry.name} {name!r}; the nearest are {known}; a class of your own is named by its dotted '
-            f'path'
+            f'{option}: there is no {registry.name} {name!r}; the nearest are {known}; a class of your own is named by its '
+            f'dotted path'
         )
     try:
         return getattr(import_module(module), attribute)

@@ -72,7 +72,8 @@ class Distillers(nn.ModuleDict):
                 if len(sources) > 1 and 'teacher' not in sources:
                     example = list(sources)[:2] if several else next(iter(sources))
                     raise ConfigError(
-                        f'distillers.{name}: there are several teachers, {", ".join(sources)}; name one, as in teacher={example!r}'
+                        f'distillers.{name}: there are several teachers, {", ".join(sources)}; name one, as in '
+                        f'teacher={example!r}'
                     )
                 named = 'teacher' if 'teacher' in sources else next(iter(sources))
             if not isinstance(named, str) and not several:
@@ -237,13 +238,13 @@ class Distillers(nn.ModuleDict):
         kind = type(self[name]).__name__
         if not isinstance(losses, Mapping):
             raise ConfigError(
-                f'distillers.{name}: {kind} returned a {type(losses).__name__}; expected a dict of losses by name'
+                f'distillers.{name}: {kind} returned a {type(losses).__name__}; expected a dict of losses'
             )
         for key, value in losses.items():
             if 'loss' in key and not key.startswith('loss'):
                 raise ConfigError(
-                    f"distillers.{name}: key {key!r} contains 'loss' but does not start with it; one that is optimized starts with "
-                    f'loss, a statistic does not contain the word'
+                    f"distillers.{name}: key {key!r} contains 'loss' but does not start with it; one that is optimized "
+                    f'starts with loss, a statistic does not contain the word'
                 )
             if not isinstance(value, torch.Tensor):
                 raise ConfigError(f'distillers.{name}: {key!r} is a {type(value).__name__}; expected a tensor')
