@@ -139,19 +139,20 @@ def _check_coco(option: str, dataset: Mapping, scope: str | None) -> None:
         'classes'
     )  # the data set class's own, of which a file may have some
     labels = tuple(name for name in names if name in classes)
-    if (stock and labels != classes[: len(labels)]) or not labels:
-        found = "none of COCO's categories" if not labels else "COCO's categories not as mmdet would number them"
-        raise ConfigError(
-            f'{option}.ann_file: {path} has {found}; name yours with {option}.metainfo=dict(classes={tuple(names)}), '
-            f'and set num_classes={len(names)} in the model'
-        )
     unknown = [name for name in classes if name not in names]
-    if unknown and not stock:
+    if stock:
+        if not labels or labels != classes[: len(labels)]:
+            found = "COCO's categories not as mmdet would number them" if labels else "none of COCO's categories"
+            raise ConfigError(
+                f'{option}.ann_file: {path} has {found}; name yours with {option}.metainfo=dict(classes={tuple(names)}), '
+                f'and set num_classes={len(names)} in the model'
+            )
+    elif unknown:
         raise ConfigError(
             f'{option}.ann_file: {path} has no category {unknown[0]!r}, which {option}.metainfo.classes names; its '
             f'categories are {names}'
         )
-    if labels != classes and not stock:
+    elif labels != classes:
         raise ConfigError(
             f'{option}.metainfo.classes: {classes} is not the order of the categories in {path}, by which mmdet numbers '
             f'the labels whatever the order here; write classes={labels}'
@@ -223,9 +224,11 @@ def check_pretrained(config: Config) -> None:
 def pretrained(model: Mapping, option: str) -> Iterator[tuple[str, str]]:
     """The options by which a model's config names weights to start from, and these."""
     start = model.get('init_cfg')
-    if isinstance(start, Mapping) and type_name(start) == 'Pretrained' and isinstance(start.get('checkpoint'), str):
-        yield f'{option}.init_cfg', start['checkpoint']
-        return  # mmengine initialises nothing below it
+    for name, each in [('init_cfg', start)] if isinstance(start, Mapping) else _numbered('init_cfg', start):
+        if type_name(each) == 'Pretrained' and isinstance(each.get('checkpoint'), str):
+            yield f'{option}.{name}', each['checkpoint']
+            if each is start:
+                return  # mmengine initialises nothing below it
     if isinstance(model.get('pretrained'), str):
         yield f'{option}.pretrained', model['pretrained']
     for key, value in model.items():

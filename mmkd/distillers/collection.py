@@ -95,6 +95,20 @@ class Distillers(nn.ModuleDict):
             if learner and not (sources[learner].has_gradient and sources[learner].kept is not None):
                 raise ConfigError(f'distillers.{name}: learner={learner!r} is not trained; a Peer is')
 
+    def prepare(self, student: nn.Module, sources: Mapping[str, Source]) -> None:
+        """Let each distiller name its layers and refuse networks that it cannot read, before any of them is run."""
+        for name, distiller in self.items():
+            learner = self.learner_of[name]
+            teachers = {each: sources[each].model for each in self.teacher_of[name]}
+            several = not isinstance(self._named[name], (str, type(None)))
+            try:
+                getattr(distiller, 'prepare', _nothing)(
+                    sources[learner].model if learner else student,
+                    teachers if several else teachers[self.teacher_of[name][0]],
+                )
+            except ConfigError as error:
+                raise ConfigError(f'distillers.{name}: {error}') from None
+
     def layers(
         self, attribute: str, of: str | None = None, by: Callable[[str], bool] = lambda name: True
     ) -> tuple[str, ...]:
@@ -115,16 +129,6 @@ class Distillers(nn.ModuleDict):
     def learnt_by(self, learner: str | None) -> Callable[[str], bool]:
         return lambda name: self.learner_of[name] == learner
 
-    def check(self, student: nn.Module, sources: Mapping[str, Source]) -> None:
-        """Let each distiller refuse networks that it cannot read, before any of them is run."""
-        for name, distiller in self.items():
-            learner = self.learner_of[name]
-            for teacher in self.teacher_of[name] if hasattr(distiller, 'check') else ():
-                try:
-                    distiller.check(sources[learner].model if learner else student, sources[teacher].model)
-                except ConfigError as error:
-                    raise ConfigError(f'distillers.{name}: {error}') from None
-
     def setup(self, student: Taps, knowledge: Mapping[str, Taps]) -> None:
         """Let each distiller make its adapters from probed shapes, and check each tapped layer.
 
@@ -139,7 +143,7 @@ class Distillers(nn.ModuleDict):
             learner, teacher = self._pair(name, student, knowledge)
             try:
                 _refuse_the_same(distiller, learner, teacher)
-                getattr(distiller, 'setup', _no_setup)(learner, teacher)
+                getattr(distiller, 'setup', _nothing)(learner, teacher)
             except ConfigError as error:
                 raise ConfigError(f'distillers.{name}: {error}') from None
             self._weights[name] = [each for each in distiller.modules() if isinstance(each, Weight)]
@@ -219,8 +223,8 @@ def idle_loss(name: str, module: nn.Module | None) -> dict[str, torch.Tensor]:
     return {f'{name}.loss': torch.stack([0 * each.sum() for each in trained]).sum()} if trained else {}
 
 
-def _no_setup(learner: Taps, teacher: Any) -> None:
-    """A distiller that knows nothing of mmkd has nothing to set up."""
+def _nothing(learner: Any, teacher: Any) -> None:
+    """What a distiller that knows nothing of mmkd has to prepare or set up."""
 
 
 def _iteration_of_runner() -> int | None:

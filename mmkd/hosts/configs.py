@@ -1,11 +1,15 @@
 """Read the configs of mmengine, mmdet and mmseg: which model one trains, its teachers, and what is left without them."""
 
+import copy
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, TypeGuard
 
 from mmengine.config import Config, ConfigDict
+from mmengine.dist import is_distributed
 from mmengine.hub import get_config
+from mmengine.model import BaseModel
+from mmengine.registry import MODELS, DefaultScope
 from mmengine.utils import is_installed
 
 from mmkd.errors import ConfigError
@@ -149,3 +153,30 @@ def read_model(config: str | Mapping, what: str = 'config') -> ConfigDict:
     if isinstance(config, str):
         config, _ = _read_config(config)
     return plain_model(config)
+
+
+def build_model(config: Mapping, scope: str | None = None) -> BaseModel:
+    """Build a model from a copy of its config, as some models change what they are built from.
+
+    Without a process group mmcv's synchronized batch norm (``MMSyncBN``) cannot be built. In one process it computes what
+    a batch norm does, and has the same weights: that takes its place.
+
+    Args:
+        config: The model's config.
+        scope: The default scope of its types; None for the current one.
+    """
+    config = copy.deepcopy(config)
+    if not is_distributed():
+        _without_synchronization(config)
+    with DefaultScope.overwrite_default_scope(scope):
+        return MODELS.build(config)
+
+
+def _without_synchronization(node: Any) -> None:
+    if isinstance(node, dict):
+        kind = node.get('type')
+        if kind == 'MMSyncBN' or getattr(kind, '__module__', None) == 'mmcv.ops.sync_bn':
+            node['type'] = 'BN'
+    if isinstance(node, (dict, list, tuple)):
+        for each in node.values() if isinstance(node, dict) else node:
+            _without_synchronization(each)

@@ -167,7 +167,7 @@ class Chen(Distiller):
             for kind in (INPUT, KWARGS)
         )
 
-    def check(self, student: nn.Module, teacher: nn.Module) -> None:
+    def prepare(self, student: nn.Module, teacher: nn.Module) -> None:
         rpn, _ = (dense_head(find_layer(model, self.rpn_head)) for model in (student, teacher))
         if not isinstance(rpn, AnchorDenseHead) or rpn.classes != 1:
             raise ConfigError(f'{self.rpn_head!r} of the student ({type(rpn.head).__name__}) is no RPN with anchors')

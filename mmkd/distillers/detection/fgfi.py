@@ -143,7 +143,8 @@ class FGFI(FeatureDistiller):
             raise ConfigError(f"levels={levels!r}: expected 'best' or 'all'")
         self.layer, self.head, self.psi, self.marks = layer, head, psi, levels
 
-    def check(self, student: nn.Module, teacher: nn.Module) -> None:
+    def prepare(self, student: nn.Module, teacher: nn.Module) -> None:
+        super().prepare(student, teacher)
         head = dense_head(find_layer(student, self.head))
         if not isinstance(head, AnchorDenseHead):
             raise ConfigError(

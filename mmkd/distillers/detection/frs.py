@@ -131,7 +131,7 @@ class FRS(Distiller):
         self.student_layers = (layer, head) if self.compares_classes else (layer,)
         self.teacher_layers = (self.teacher_layer, self.teacher_head)
 
-    def check(self, student: nn.Module, teacher: nn.Module) -> None:
+    def prepare(self, student: nn.Module, teacher: nn.Module) -> None:
         dense_head(find_layer(teacher, self.teacher_head))
         if self.compares_classes:
             dense_head(find_layer(student, self.head))

@@ -281,7 +281,7 @@ class GDetKD(Distiller):
             self.student_layers += (self.roi_head.bbox_head,)
         self.teacher_layers = (self.teacher_layer,)
 
-    def check(self, student: nn.Module, teacher: nn.Module) -> None:
+    def prepare(self, student: nn.Module, teacher: nn.Module) -> None:
         if self.head:
             dense_head(find_layer(student, self.head))
         else:

@@ -259,7 +259,7 @@ class GID(Distiller):
             dense_head(teacher.model.get_submodule(self.teacher_head)),
         )
 
-    def check(self, student: nn.Module, teacher: nn.Module) -> None:
+    def prepare(self, student: nn.Module, teacher: nn.Module) -> None:
         dense_head(find_layer(student, self.head)).check_assigner()
         dense_head(find_layer(teacher, self.teacher_head))
 

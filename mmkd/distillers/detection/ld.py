@@ -217,7 +217,7 @@ class LD(Distiller):
             dense_head(teacher.model.get_submodule(self.teacher_head)),
         )
 
-    def check(self, student: nn.Module, teacher: nn.Module) -> None:
+    def prepare(self, student: nn.Module, teacher: nn.Module) -> None:
         named = (student, self.head), (teacher, self.teacher_head)
         heads = s, _ = [dense_head(find_layer(model, name)) for model, name in named]
         for head, whose in zip(heads, ('student', 'teacher')):

@@ -133,7 +133,7 @@ class Mimic(Distiller):
         if compares_heads:
             self.student_layers += (self.roi_head.bbox_head,)
 
-    def check(self, student: nn.Module, teacher: nn.Module) -> None:
+    def prepare(self, student: nn.Module, teacher: nn.Module) -> None:
         if self.head:
             dense_head(find_layer(student, self.head))
             return

@@ -13,7 +13,7 @@ from mmkd.errors import ConfigError
 from mmkd.registry import DISTILLERS
 
 
-def standardise(feature: torch.Tensor, eps: float = 1e-6) -> torch.Tensor:
+def standardize(feature: torch.Tensor, eps: float = 1e-6) -> torch.Tensor:
     r"""Each channel with mean 0 and standard deviation 1 over all images and positions.
 
     .. math:: \tilde x_{bci} = \frac{x_{bci} - \mu_c}{\sigma_c + \epsilon}
@@ -37,14 +37,14 @@ def standardise(feature: torch.Tensor, eps: float = 1e-6) -> torch.Tensor:
 
 
 def pearson_loss(student: torch.Tensor, teacher: torch.Tensor, eps: float = 1e-6) -> torch.Tensor:
-    r"""Half the mean square of the difference of the standardised features.
+    r"""Half the mean square of the difference of the standardized features.
 
     .. math:: L = \frac{1}{2} \cdot \frac{1}{B C H W} \sum_{b, c, i} (\tilde s_{bci} - \tilde t_{bci})^2 \approx
         \frac{1}{C} \sum_c (1 - r_c)
 
     with r the Pearson correlation coefficient of a channel of both; equal but for eps and the factor (n - 1) / n of
     the unbiased deviation, n = B*H*W. Zero for equal inputs; unchanged when a channel of either is scaled by a positive
-    number or gets a constant added. See :func:`standardise`.
+    number or gets a constant added. See :func:`standardize`.
 
     Args:
         student: (B, C, H, W).
@@ -54,7 +54,7 @@ def pearson_loss(student: torch.Tensor, teacher: torch.Tensor, eps: float = 1e-6
     Returns:
         A scalar.
     """
-    return 0.5 * (standardise(student, eps) - standardise(teacher.detach(), eps)).square().mean()
+    return 0.5 * (standardize(student, eps) - standardize(teacher.detach(), eps)).square().mean()
 
 
 @DISTILLERS.register_module()

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 from mmkd.distillers.base import FeatureDistiller
 from mmkd.errors import ConfigError
+from mmkd.hosts.segmentation.heads import feature_layer
 from mmkd.hosts.segmentation.labels import class_masks
 from mmkd.registry import DISTILLERS
 from mmkd.taps import Taps
@@ -75,12 +76,12 @@ class IFVD(FeatureDistiller):
     latter. The weights of the paper itself could not be checked.
 
     Args:
-        layer: The student's layer before its classifier, or a list. Default ``'decode_head.bottleneck'`` (PSPNet,
-            DeepLabV3); ``'decode_head.fusion_conv'`` for SegFormer.
+        layer: The student's layer before its classifier, or a list. Default: found by its decode head, see
+            :func:`mmkd.hosts.segmentation.heads.feature_layer`.
         loss_weight: A number or a schedule. Default 20.
         count_ignored: Whether ignored positions, which contribute 0, count in the mean, as in the public code. Its loss is
             then this one times the labelled part of the batch. Default False.
-        teacher_layer: The teacher's layer, where its name differs.
+        teacher_layer: The teacher's layer, where its name differs from ``layer``. Default, without either: as ``layer``.
         match: ``'stride'`` or ``'index'``: which levels belong together, see
             :class:`mmkd.distillers.levels.LevelPairs`.
 
@@ -92,13 +93,13 @@ class IFVD(FeatureDistiller):
 
     def __init__(
         self,
-        layer: str | Sequence[str] = 'decode_head.bottleneck',
+        layer: str | Sequence[str] | None = None,
         loss_weight: float | Mapping = 20.0,
         count_ignored: bool = False,
         teacher_layer: str | Sequence[str] | None = None,
         match: str = 'stride',
     ):
-        super().__init__(layer, loss_weight, teacher_layer, match=match)
+        super().__init__(layer or feature_layer, loss_weight, teacher_layer, match=match)
         if not isinstance(count_ignored, bool):
             raise ConfigError(f'count_ignored={count_ignored!r}: expected True or False')
         self.count_ignored = count_ignored

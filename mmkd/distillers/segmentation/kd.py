@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from mmkd.distillers.base import FeatureDistiller
 from mmkd.distillers.levels import require_gradient
 from mmkd.errors import ConfigError
-from mmkd.hosts.segmentation.labels import ground_truth, labelled
+from mmkd.hosts.segmentation.heads import logits_layer
+from mmkd.hosts.segmentation.labels import ground_truth, labeled
 from mmkd.hosts.segmentation.logits import require_class_logits, resize_logits
 from mmkd.registry import DISTILLERS
 from mmkd.taps import Taps
@@ -87,7 +88,8 @@ class KD(FeatureDistiller):
     decode head ignores (255), padding included.
 
     Args:
-        layer: The student's layer that puts out class logits. Default ``'decode_head.conv_seg'``.
+        layer: The student's layer that puts out class logits. Default: its decode head's, ``'decode_head.conv_seg'`` or of a
+            cascade ``'decode_head.1.conv_seg'``.
         tau: Temperature, positive. Default 1.
         loss_weight: A number or a schedule. Default 1, which is CIRKD's with ``pixel_mean``. The 10 of SKD's script is of
             ``image_sum``, the 10 of IFVD's of ``element_mean``.
@@ -96,7 +98,7 @@ class KD(FeatureDistiller):
             size of the labels, as SegDistill does. Default False: compared at the size of the logits.
         use_labels: Whether ignored pixels are left out. Default True; False needs no ground truth, but for
             ``label_size``.
-        teacher_layer: The teacher's layer, where its name differs.
+        teacher_layer: The teacher's layer, where its name differs from ``layer``. Default, without either: as ``layer``.
 
     Example:
         >>> distillers = dict(kd=dict(type='KD'))
@@ -104,7 +106,7 @@ class KD(FeatureDistiller):
 
     def __init__(
         self,
-        layer: str = 'decode_head.conv_seg',
+        layer: str | None = None,
         tau: float = 1.0,
         loss_weight: float | Mapping = 1.0,
         reduction: str = 'pixel_mean',
@@ -112,7 +114,7 @@ class KD(FeatureDistiller):
         use_labels: bool = True,
         teacher_layer: str | None = None,
     ):
-        super().__init__(layer, loss_weight, teacher_layer)
+        super().__init__(layer or logits_layer, loss_weight, teacher_layer)
         if not isinstance(tau, (int, float)) or tau <= 0:
             raise ConfigError(f'tau={tau!r}: expected a positive temperature')
         if reduction not in REDUCTIONS:
@@ -134,5 +136,5 @@ class KD(FeatureDistiller):
             s, t = resize_logits(s, size, student.model), resize_logits(t, size, teacher.model)
         else:
             ((s, t, *_),) = self.levels(student, teacher)
-        valid = labelled(student.model, data_samples, s.shape[2:]) if self.use_labels else None
+        valid = labeled(student.model, data_samples, s.shape[2:]) if self.use_labels else None
         return {'loss': self.loss_weight() * pixel_divergence(s, t, self.tau, self.reduction, valid)}

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from mmkd.distillers.base import Distiller
 from mmkd.distillers.critic import MODES, Critic, critic_loss, deception_loss, enlarge
@@ -15,7 +16,8 @@ from mmkd.distillers.levels import maps, require_gradient
 from mmkd.distillers.schedule import Weight
 from mmkd.distillers.segmentation.kd import REDUCTIONS, pixel_divergence
 from mmkd.errors import ConfigError
-from mmkd.hosts.segmentation.labels import labelled
+from mmkd.hosts.segmentation import heads
+from mmkd.hosts.segmentation.labels import labeled
 from mmkd.hosts.segmentation.logits import require_class_logits
 from mmkd.registry import DISTILLERS
 from mmkd.taps import Taps
@@ -112,9 +114,10 @@ class SKD(Distiller):
     pair_weight=10``.
 
     Args:
-        layer: The student's layer that puts out class logits. Default ``'decode_head.conv_seg'``.
-        feature_layer: The student's layer whose positions are compared in pairs. Default ``'decode_head.bottleneck'``,
-            before the classifier of PSPNet and DeepLabV3; ``'decode_head.fusion_conv'`` of SegFormer.
+        layer: The student's layer that puts out class logits. Default: its decode head's, ``'decode_head.conv_seg'`` or of a
+            cascade ``'decode_head.1.conv_seg'``.
+        feature_layer: The student's layer whose positions are compared in pairs. Default: the one before its classifier,
+            found by its decode head, see :func:`mmkd.hosts.segmentation.heads.feature_layer`.
         pixel_weight: A number or a schedule. Default 10.
         pair_weight: A number or a schedule. Default 0.5.
         holistic_weight: The student's, a number or a schedule. Default 0.001.
@@ -132,8 +135,8 @@ class SKD(Distiller):
         spectral_norm: Whether the critic's convolutions have it. Default True.
         condition_on_image: Whether the critic sees the image (normalised, at the size of the logits) beside the logits, as in
             the paper. Default False, as in the public code.
-        teacher_layer: The teacher's logits, where the name differs.
-        teacher_feature_layer: The teacher's features, where the name differs.
+        teacher_layer: The teacher's logits, where the name differs from ``layer``. Default, without either: as ``layer``.
+        teacher_feature_layer: The same of its features.
 
     Example:
         >>> distillers = dict(skd=dict(type='SKD'))
@@ -141,8 +144,8 @@ class SKD(Distiller):
 
     def __init__(
         self,
-        layer: str = 'decode_head.conv_seg',
-        feature_layer: str = 'decode_head.bottleneck',
+        layer: str | None = None,
+        feature_layer: str | None = None,
         pixel_weight: float | Mapping = 10.0,
         pair_weight: float | Mapping = 0.5,
         holistic_weight: float | Mapping = 0.001,
@@ -183,8 +186,7 @@ class SKD(Distiller):
             raise ConfigError('pixel_weight, pair_weight and holistic_weight are all 0: nothing would be learnt')
         if self.holistic and critic_weight == 0:
             raise ConfigError('critic_weight=0 with holistic_weight: the critic would never learn; set both or neither')
-        self.layer, self.teacher_layer = layer, teacher_layer or layer
-        self.feature_layer, self.teacher_feature_layer = feature_layer, teacher_feature_layer or feature_layer
+        self.named = layer, teacher_layer or layer, feature_layer, teacher_feature_layer or feature_layer
         self.pixel_weight, self.pair_weight = Weight(pixel_weight), Weight(pair_weight)
         self.holistic_weight, self.critic_weight = Weight(holistic_weight), Weight(critic_weight)
         self.penalty_weight = penalty_weight
@@ -192,9 +194,20 @@ class SKD(Distiller):
         self.kernel, self.scale, self.max_nodes = kernel, 0.5 if scale is None else scale, max_nodes
         self.mode, self.critic_norm, self.spectral_norm = mode, critic_norm, spectral_norm
         self.condition_on_image = condition_on_image and self.holistic
-        logits = self.pixel or self.holistic
-        self.student_layers = (layer,) * logits + (feature_layer,) * self.pair + (IMAGE,) * self.condition_on_image
-        self.teacher_layers = (self.teacher_layer,) * logits + (self.teacher_feature_layer,) * self.pair
+
+    def prepare(self, student: nn.Module, teacher: nn.Module) -> None:
+        layer, teacher_layer, feature_layer, teacher_feature_layer = self.named
+        self.student_layers = self.teacher_layers = ()
+        if self.pixel or self.holistic:
+            self.layer = layer or heads.logits_layer(student)
+            self.teacher_layer = teacher_layer or heads.logits_layer(teacher)
+            self.student_layers, self.teacher_layers = (self.layer,), (self.teacher_layer,)
+        if self.pair:
+            self.feature_layer = feature_layer or heads.feature_layer(student)
+            self.teacher_feature_layer = teacher_feature_layer or heads.feature_layer(teacher)
+            self.student_layers += (self.feature_layer,)
+            self.teacher_layers += (self.teacher_feature_layer,)
+        self.student_layers += (IMAGE,) * self.condition_on_image
 
     def setup(self, student: Taps, teacher: Taps) -> None:
         for taps, layers in ((student, self.student_layers), (teacher, self.teacher_layers)):
@@ -219,7 +232,7 @@ class SKD(Distiller):
         if self.pixel or self.holistic:
             s, t = same_size(student, self.layer, teacher, self.teacher_layer)
         if self.pixel:
-            valid = labelled(student.model, data_samples, s.shape[2:]) if self.use_labels else None
+            valid = labeled(student.model, data_samples, s.shape[2:]) if self.use_labels else None
             losses['loss_pixel'] = self.pixel_weight() * pixel_divergence(s, t, self.tau, self.reduction, valid)
         if self.pair:
             features = same_size(student, self.feature_layer, teacher, self.teacher_feature_layer)

@@ -6,6 +6,7 @@ from torch import nn
 
 from mmkd.distillers.levels import maps
 from mmkd.errors import ConfigError
+from mmkd.hosts.segmentation.heads import classifiers, decode_head
 from mmkd.taps import Taps
 
 
@@ -15,7 +16,8 @@ def require_class_logits(student: Taps, layer: str, teacher: Taps, teacher_layer
     if own != other:
         raise ConfigError(
             f'{layer!r} puts out {own} channels and {teacher_layer!r} of the teacher {other}; class logits of the same classes '
-            f"are needed: tap 'decode_head.conv_seg' of a teacher that was trained on the same classes"
+            f'are needed: tap {_classifiers(student)}, and of a teacher that was trained on the same classes '
+            f'{_classifiers(teacher)}'
         )
     if own < 2:
         raise ConfigError(
@@ -23,8 +25,10 @@ def require_class_logits(student: Taps, layer: str, teacher: Taps, teacher_layer
         )
 
 
+def _classifiers(taps: Taps) -> str:
+    return ' or '.join(map(repr, classifiers(taps.model))) or 'its class logits'
+
+
 def resize_logits(logits: torch.Tensor, size: tuple[int, ...], model: nn.Module) -> torch.Tensor:
     """Logits (B, K, h, w) at another size, as the model's decode head resizes them for its loss."""
-    head = model.decode_head
-    align = (head[-1] if isinstance(head, nn.ModuleList) else head).align_corners
-    return F.interpolate(logits, tuple(size), mode='bilinear', align_corners=align)
+    return F.interpolate(logits, tuple(size), mode='bilinear', align_corners=decode_head(model).align_corners)

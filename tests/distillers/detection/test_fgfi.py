@@ -119,7 +119,7 @@ def pair(family='retinanet', same=False, teacher_family=None, **options):
     teacher = models.build(getattr(detectors, teacher_family or family)(16 if same else 24), seed=0 if same else 1)
     options.setdefault('head', 'rpn_head' if family == 'faster_rcnn' else 'bbox_head')
     distiller = FGFI(**options)
-    distiller.check(student, teacher)
+    distiller.prepare(student, teacher)
     distiller.setup(probe(student, distiller.student_layers), probe(teacher, distiller.teacher_layers))
     return student, teacher, distiller
 

@@ -95,7 +95,7 @@ def pair(family='retinanet', teacher_family=None, same=False, **options):
     for each in ('feature_weight', 'cls_weight'):
         options.setdefault(each, 1.0)
     distiller = FRS(**options)
-    distiller.check(student, teacher)
+    distiller.prepare(student, teacher)
     distiller.setup(probe(student, distiller.student_layers), probe(teacher, distiller.teacher_layers))
     return student, teacher, distiller
 

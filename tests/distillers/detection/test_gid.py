@@ -202,7 +202,7 @@ def tapped(student, teacher, distiller, images=None):
 
 
 def ready(distiller, student, teacher):
-    distiller.check(student, teacher)
+    distiller.prepare(student, teacher)
     distiller.setup(probe(student, distiller.student_layers), probe(teacher, distiller.teacher_layers))
     return distiller
 

@@ -150,7 +150,7 @@ def pair(student=None, teacher=None, **options):
     student = models.build(student or detectors.gfl(), seed=0)
     teacher = models.build(teacher or detectors.gfl(channels=24), seed=1).requires_grad_(False)
     distiller = LD(**options)
-    distiller.check(student, teacher)
+    distiller.prepare(student, teacher)
     distiller.setup(probe(student, distiller.student_layers), probe(teacher, distiller.teacher_layers))
     return student, teacher, distiller
 

@@ -39,7 +39,7 @@ def test_no_region_is_a_differentiable_zero():
 
 
 def ready(student, teacher, distiller):
-    distiller.check(student, teacher)
+    distiller.prepare(student, teacher)
     distiller.setup(probe(student, distiller.student_layers), probe(teacher, distiller.teacher_layers))
     return student, teacher, distiller
 

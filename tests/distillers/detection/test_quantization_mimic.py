@@ -68,7 +68,7 @@ def test_the_shell_quantizes_both_sides_and_weighs(options):
     student = models.build(detectors.faster_rcnn(), seed=0)
     teacher = models.build(detectors.faster_rcnn(channels=24), seed=1).eval()
     distiller = QuantizationMimic(**options, feature_weight=2.0, cls_weight=3.0, bbox_weight=5.0)
-    distiller.check(student, teacher)
+    distiller.prepare(student, teacher)
     distiller.setup(probe(student, distiller.student_layers), probe(teacher, distiller.teacher_layers))
     images, rois = torch.randn(1, 3, 96, 128), torch.tensor([[0.0, 10, 20, 60, 70], [0, 5, 5, 100, 90]])
     with Taps(student, distiller.student_layers) as s, Taps(teacher, distiller.teacher_layers) as t:
