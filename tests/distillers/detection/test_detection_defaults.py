@@ -1,6 +1,7 @@
 """The defaults of the methods for detectors, beside where each is from; the pages in ``docs/methods`` say more."""
 
 import inspect
+from pathlib import Path
 
 import pytest
 
@@ -117,6 +118,16 @@ def test_every_default_is_that_of_its_source(method):
     found = {name: each.default for name, each in options.items() if name not in MODULES}
     assert found == {option: value for option, value, _ in DEFAULTS[method]}
     assert all(source for _, _, source in DEFAULTS[method])
+
+
+@pytest.mark.parametrize('method', DEFAULTS)
+def test_the_page_of_a_method_explains_every_default(method):
+    kind = DISTILLERS.get(method)
+    name = kind.__module__.rpartition('.')[2]
+    assert f'docs/methods/{name}.md' in kind.__doc__
+    page = (Path(__file__).parents[3] / 'docs' / 'methods' / f'{name}.md').read_text()
+    assert [option for option, _, _ in DEFAULTS[method] if f'`{option}`' not in page] == []
+    assert len(kind.__doc__.partition('Args:')[0].split()) < 200
 
 
 def test_all_methods_for_detectors_are_in_the_table():

@@ -73,3 +73,28 @@ def test_an_old_option_is_there_or_names_the_new_one(method, old):
     with pytest.raises(ConfigError) as error:
         build(DISTILLERS, 'distillers.it', {'type': method, old: 1})
     assert str(error.value) == f'distillers.it: {method} calls {old!r} {new!r} now'
+
+
+@pytest.mark.parametrize(
+    ('method', 'given'),
+    [
+        ('Chen', dict(teacher_layer='n', teacher_hint_layer=['h.0'], hint_layer=['h.1'])),
+        ('FGD', dict(teacher_layer='n')),
+        ('FGFI', dict(teacher_layer='n')),
+        ('FRS', dict(teacher_layer='n', teacher_head='d')),
+        ('GDetKD', dict(teacher_layer='n')),
+        ('GID', dict(teacher_layer='n', teacher_head='d')),
+        ('LD', dict(teacher_head='d')),
+        ('Mimic', dict(teacher_layer='n')),
+        ('QuantizationMimic', dict(teacher_layer='n')),
+    ],
+)
+def test_the_teachers_layers_are_those_that_are_named_so(method, given):
+    teacher_options = {option: given.get(option) for option in options(method) if option.startswith('teacher_')}
+    assert {option for option, value in teacher_options.items() if value is None} <= {'teacher_stage'}
+    distiller = build(DISTILLERS, 'distillers.it', {'type': method, **given})
+    wanted = {'n'} if 'teacher_layer' in given else set()
+    wanted |= {'d'} if 'teacher_head' in given else set()
+    wanted |= {'h.0', 'rpn_head'} if method == 'Chen' else set()
+    assert set(distiller.teacher_layers) == wanted
+    assert not wanted - {'rpn_head'} & set(distiller.student_layers)

@@ -5,6 +5,7 @@ import torch
 from two_stage import cascade_rcnn, cascade_rpn, double_head_rcnn, grid_rcnn, sparse_rcnn
 
 from mmkd.distill import distill
+from mmkd.distillers.detection.mimic import teacher_proposals
 from mmkd.errors import ConfigError
 from mmkd.testing import detectors, models
 from mmkd.testing.batches import random_batch
@@ -105,6 +106,11 @@ def test_a_second_stage_on_the_teachers_proposals_runs_the_students_head_on_them
     with torch.no_grad():
         own = model.roi_head._bbox_forward(model.extract_feat(batch['inputs']), seen['rois'])
         logits, _ = teacher.roi_head.bbox_head(seen['features'])
+        adapted = model.distillers['it'].adapters[0](own['bbox_feats'])
+    metas = [sample.metainfo for sample in batch['data_samples']]
+    proposals = teacher_proposals(model.sources['teacher'](batch['inputs'], batch['data_samples']), metas)
+    assert torch.equal(seen['rois'], proposals)
+    torch.testing.assert_close(found['loss_feature'].detach(), 0.5 * (adapted - seen['features']).square().mean())
     torch.testing.assert_close(found['loss_cls'].detach(), (own['cls_score'] - logits).square().mean())
     found['loss_cls'].backward()
     assert model.roi_head.bbox_head.fc_cls.weight.grad.any()
