@@ -15,13 +15,13 @@ from torch import nn
 from mmkd.data.domains import split_domains
 from mmkd.distillers.base import Distiller
 from mmkd.distillers.critic import with_constant_weights
-from mmkd.distillers.levels import LevelPairs, maps, require_gradient
+from mmkd.distillers.levels import LevelPairs, maps
 from mmkd.distillers.schedule import Weight
 from mmkd.distillers.segmentation.kd import REDUCTIONS, pixel_divergence
 from mmkd.errors import ConfigError
 from mmkd.hosts.segmentation import heads
 from mmkd.hosts.segmentation.labels import ground_truth, pixels_of, resize_labels
-from mmkd.hosts.segmentation.logits import require_class_logits, resize_logits
+from mmkd.hosts.segmentation.logits import compared_logits, require_class_logits, resize_logits
 from mmkd.registry import DISTILLERS
 from mmkd.taps import Taps
 
@@ -336,16 +336,8 @@ class DAKD(Distiller):
 
     def distillation(self, student: Taps, teacher: Taps, domains: Domains) -> dict[str, torch.Tensor]:
         """What the student learns from the teacher."""
-        if self.label_size:  # from their own sizes, not from each other's
-            own, other = self.levels.unadapted(student, teacher)
-            require_gradient(', '.join(self.student_layers), own)
-            size = domains.labels.shape[1:]
-            logits = [
-                (resize_logits(s, size, student.model), resize_logits(t, size, teacher.model))
-                for s, t in zip(own, other)
-            ]
-        else:
-            logits = [(pair.student, pair.teacher) for pair in self.levels(student, teacher)]
+        size = domains.labels.shape[1:] if self.label_size else None
+        logits = compared_logits(self.levels, student, teacher, size)
         sizes = {s.shape[2:] for s, _ in logits}  # one, but for heads of different strides
         head = heads.decode_head(student.model)
         valid = {size: domains.split(domains.valid(size, head.ignore_index, head.align_corners)) for size in sizes}

@@ -3,7 +3,7 @@
 Huang, You, Wang, Qian, Xu, "Knowledge Distillation from A Stronger Teacher", NeurIPS 2022, arXiv 2205.10536.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import nn
@@ -14,7 +14,7 @@ from mmkd.distillers.schedule import Weight
 from mmkd.errors import ConfigError
 from mmkd.hosts.segmentation.heads import logits_layer
 from mmkd.hosts.segmentation.labels import labeled
-from mmkd.hosts.segmentation.logits import require_class_logits
+from mmkd.hosts.segmentation.logits import compared_logits, require_class_logits
 from mmkd.registry import DISTILLERS
 from mmkd.taps import Taps
 
@@ -94,8 +94,8 @@ class DIST(Distiller):
         auxiliary=dict(type='DIST', layer='auxiliary_head.conv_seg', inter_weight=0.4, intra_weight=0.4)
 
     Args:
-        layer: The student's layer that puts out class logits. Default: its decode head's, ``'decode_head.conv_seg'`` or of a
-            cascade ``'decode_head.1.conv_seg'``.
+        layer: The student's layer that puts out class logits, or a list. Default: its decode head's,
+            ``'decode_head.conv_seg'`` or of a cascade ``'decode_head.1.conv_seg'``.
         inter_weight: Of the relation between classes, beta in the paper; a number or a schedule. Default 1, the authors' for
             segmentation.
         intra_weight: Of the relation within classes, gamma in the paper; a number or a schedule. Default 1, the authors'
@@ -117,11 +117,11 @@ class DIST(Distiller):
 
     def __init__(
         self,
-        layer: str | None = None,
+        layer: str | Sequence[str] | None = None,
         inter_weight: float | Mapping = 1.0,
         intra_weight: float | Mapping = 1.0,
         tau: float = 1.0,
-        teacher_layer: str | None = None,
+        teacher_layer: str | Sequence[str] | None = None,
         use_labels: bool = True,
     ):
         super().__init__()
@@ -136,11 +136,14 @@ class DIST(Distiller):
         self.student_layers, self.teacher_layers = self.levels.student_layers, self.levels.teacher_layers
 
     def setup(self, student: Taps, teacher: Taps) -> None:
-        require_class_logits(student, *self.student_layers, teacher, *self.teacher_layers)
+        for layer, other in zip(self.student_layers, self.teacher_layers):
+            require_class_logits(student, layer, teacher, other)
         self.levels.setup(student, teacher)
 
     def forward(self, student: Taps, teacher: Taps, data_samples: list | None) -> dict[str, torch.Tensor]:
-        ((s, t, *_),) = self.levels(student, teacher)
-        valid = labeled(student.model, data_samples, s.shape[2:]) if self.use_labels else None
-        inter, intra = relation_losses(s, t, self.tau, valid)
+        inter = intra = 0.0
+        for s, t in compared_logits(self.levels, student, teacher):
+            valid = labeled(student.model, data_samples, s.shape[2:]) if self.use_labels else None
+            losses = relation_losses(s, t, self.tau, valid)
+            inter, intra = inter + losses[0], intra + losses[1]
         return {'loss_inter': self.inter_weight() * inter, 'loss_intra': self.intra_weight() * intra}

@@ -3,17 +3,16 @@
 Hinton, Vinyals, Dean, "Distilling the Knowledge in a Neural Network", 2015, arXiv 1503.02531, applied to each pixel.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
 
 from mmkd.distillers.base import FeatureDistiller
-from mmkd.distillers.levels import require_gradient
 from mmkd.errors import ConfigError
 from mmkd.hosts.segmentation.heads import logits_layer
 from mmkd.hosts.segmentation.labels import ground_truth, labeled
-from mmkd.hosts.segmentation.logits import require_class_logits, resize_logits
+from mmkd.hosts.segmentation.logits import compared_logits, require_class_logits
 from mmkd.registry import DISTILLERS
 from mmkd.taps import Taps
 
@@ -88,8 +87,8 @@ class KD(FeatureDistiller):
     decode head ignores (255), padding included.
 
     Args:
-        layer: The student's layer that puts out class logits. Default: its decode head's, ``'decode_head.conv_seg'`` or of a
-            cascade ``'decode_head.1.conv_seg'``.
+        layer: The student's layer that puts out class logits, or a list. Default: its decode head's,
+            ``'decode_head.conv_seg'`` or of a cascade ``'decode_head.1.conv_seg'``.
         tau: Temperature, positive. Default 1.
         loss_weight: A number or a schedule. Default 1, which is CIRKD's with ``pixel_mean``. The 10 of SKD's script is of
             ``image_sum``, the 10 of IFVD's of ``element_mean``.
@@ -106,13 +105,13 @@ class KD(FeatureDistiller):
 
     def __init__(
         self,
-        layer: str | None = None,
+        layer: str | Sequence[str] | None = None,
         tau: float = 1.0,
         loss_weight: float | Mapping = 1.0,
         reduction: str = 'pixel_mean',
         label_size: bool = False,
         use_labels: bool = True,
-        teacher_layer: str | None = None,
+        teacher_layer: str | Sequence[str] | None = None,
     ):
         super().__init__(layer or logits_layer, loss_weight, teacher_layer)
         if not isinstance(tau, (int, float)) or tau <= 0:
@@ -125,16 +124,14 @@ class KD(FeatureDistiller):
         self.use_labels = use_labels
 
     def setup(self, student: Taps, teacher: Taps) -> None:
-        require_class_logits(student, *self.student_layers, teacher, *self.teacher_layers)
+        for layer, other in zip(self.student_layers, self.teacher_layers):
+            require_class_logits(student, layer, teacher, other)
         super().setup(student, teacher)
 
     def forward(self, student: Taps, teacher: Taps, data_samples: list | None) -> dict[str, torch.Tensor]:
-        if self.label_size:  # from their own sizes, not from each other's
-            (s,), (t,) = self.levels.unadapted(student, teacher)
-            require_gradient(*self.student_layers, [s])
-            size = ground_truth(data_samples).shape[1:]
-            s, t = resize_logits(s, size, student.model), resize_logits(t, size, teacher.model)
-        else:
-            ((s, t, *_),) = self.levels(student, teacher)
-        valid = labeled(student.model, data_samples, s.shape[2:]) if self.use_labels else None
-        return {'loss': self.loss_weight() * pixel_divergence(s, t, self.tau, self.reduction, valid)}
+        size = ground_truth(data_samples).shape[1:] if self.label_size else None
+        loss = 0.0
+        for s, t in compared_logits(self.levels, student, teacher, size):
+            valid = labeled(student.model, data_samples, s.shape[2:]) if self.use_labels else None
+            loss = loss + pixel_divergence(s, t, self.tau, self.reduction, valid)
+        return {'loss': self.loss_weight() * loss}

@@ -181,6 +181,23 @@ def test_a_training_step_of_a_segformer_that_learns_from_a_cascade(tmp_path):
     assert all(torch.isfinite(value) and value > 0 for value in own.values())
 
 
+@pytest.mark.parametrize('method', ['KD', 'DIST'])
+def test_several_logits_are_summed(method, tmp_path):
+    """Of a cascade mmseg calls the first head twice in training, and the student is then compared twice."""
+    teacher = with_head([FCN, OCR])
+    checkpoint = models.save_weights(teacher, tmp_path / 'teacher.pth')
+    layers = [f'decode_head.{i}.conv_seg' for i in (0, 1)]
+    methods = {f'it{i}': dict(type=method, layer=layer) for i, layer in enumerate((layers, *layers))}
+    model = distill(models.build(teacher, seed=0), dict(config=teacher, checkpoint=checkpoint), methods)
+    model.sources['teacher'].load()
+    model.train()
+    losses = model(**model.data_preprocessor(random_batch(model, (2, 3, 64, 96)), True), mode='loss')
+    for key in ('loss',) if method == 'KD' else ('loss_inter', 'loss_intra'):
+        both, first, second = (losses[f'it{i}.{key}'] for i in range(3))
+        assert first > 0
+        torch.testing.assert_close(both, first + second)
+
+
 def headless():
     model = models.build(segmentors.pspnet())
     del model.decode_head.conv_seg
