@@ -143,5 +143,6 @@ def curves(
     for axis in axes:
         axis.set_xlabel('iteration')
         axis.grid(alpha=0.3)
+    axes[0].set_xlabel('epoch' if teacher.unit == 'epoch' else 'iteration')
     figure.tight_layout()
     return figure
