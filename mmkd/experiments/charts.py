@@ -83,8 +83,9 @@ def _widen(figure: Figure) -> None:
     renderer = FigureCanvasAgg(figure).get_renderer()
     for axis in figure.axes:
         labels = [label.get_window_extent(renderer).width for label in axis.get_yticklabels()]
-        legend = axis.get_legend().get_window_extent(renderer).width
-        needed = (max(labels, default=0) + legend) / figure.dpi + 0.4
+        legend = axis.get_legend()
+        width = legend.get_window_extent(renderer).width if legend else 0
+        needed = (max(labels, default=0) + width) / figure.dpi + 0.4
         figure.set_figwidth(max(figure.get_figwidth(), needed))
 
 

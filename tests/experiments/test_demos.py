@@ -67,9 +67,9 @@ class NoMmdet:
         if name.partition('.')[0] in ('mmdet', 'pycocotools'):
             raise ModuleNotFoundError(name)
 sys.meta_path.insert(0, NoMmdet())
-from mmkd.experiments import comparison
+from mmkd.experiments import comparison, discovery
 from mmkd.experiments.demos import segmentation
-assert len(comparison.discover(segmentation.DEMO.suite.configs)) > 8
+assert len(discovery.discover(segmentation.DEMO.suite.configs)) > 8
 assert 'mmdet' not in sys.modules
 """
     subprocess.run([sys.executable, '-W', 'ignore', '-c', script], check=True)

@@ -8,7 +8,7 @@ from matplotlib import pyplot as plt
 
 from mmkd.experiments import tables
 from mmkd.experiments.charts import chart, short
-from mmkd.experiments.comparison import Method
+from mmkd.experiments.discovery import Method
 from mmkd.experiments.report import write_comparison
 
 
