@@ -83,8 +83,9 @@ def _widen(figure: Figure) -> None:
     renderer = FigureCanvasAgg(figure).get_renderer()
     for axis in figure.axes:
         labels = [label.get_window_extent(renderer).width for label in axis.get_yticklabels()]
-        legend = axis.get_legend().get_window_extent(renderer).width
-        needed = (max(labels, default=0) + legend) / figure.dpi + 0.4
+        legend = axis.get_legend()
+        width = legend.get_window_extent(renderer).width if legend else 0
+        needed = (max(labels, default=0) + width) / figure.dpi + 0.4
         figure.set_figwidth(max(figure.get_figwidth(), needed))
 
 
@@ -143,5 +144,6 @@ def curves(
     for axis in axes:
         axis.set_xlabel('iteration')
         axis.grid(alpha=0.3)
+    axes[0].set_xlabel('epoch' if teacher.unit == 'epoch' else 'iteration')
     figure.tight_layout()
     return figure

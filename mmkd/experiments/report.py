@@ -44,6 +44,7 @@ class Report:
     Args:
         title: Of the page.
         data: What the data are, a sentence.
+        training: How the models were trained, the end of a sentence.
         score: What ranks the models.
         metrics: What the table calls each metric, and its key in the logs; the first is the score.
         task_loss: The student's own loss, of an entry of the log.
@@ -53,6 +54,7 @@ class Report:
 
     title: str
     data: str
+    training: str
     score: Score
     metrics: Mapping[str, str]
     task_loss: Callable[[dict], float]
@@ -113,9 +115,13 @@ class Report:
             report=self,
             tables={'Results': self.rows(teacher, students), **tables},
             seeds=len(students['student alone']),
-            lengths={'teacher': teacher.length, 'student': students['student alone'][0].length},
+            lengths={'teacher': _length(teacher), 'student': _length(students['student alone'][0])},
             curves=embed(curves(self.score, self.task_loss, teacher, students)),
             pictures=pictures,
         )
         path.write_text(page)
         return path
+
+
+def _length(run: Run) -> str:
+    return f'{run.length} {"epochs" if run.unit == "epoch" else "iterations"}'

@@ -1,8 +1,6 @@
 """Train a queue of configs: finished runs are reused, interrupted ones resumed, progress is shown."""
 
 import contextlib
-import copy
-import functools
 import hashlib
 import json
 import os
@@ -15,14 +13,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from mmengine.config import Config, ConfigDict
+from mmengine.config import Config
 from mmengine.model import BaseModel
 from mmengine.registry import MODELS
 from tqdm import tqdm
 
 from mmkd.errors import ConfigError
+from mmkd.experiments.configs import changed, read, recordable, teachers_of, text_of
 from mmkd.hosts.configs import plain_model
-from mmkd.hosts.mmengine import config_path
 from mmkd.weights import load_weights
 
 TRAIN = Path(__file__).resolve().parents[2] / 'tools' / 'train.py'  # of the checkout that mmkd is installed from
@@ -34,94 +32,6 @@ WARM_UP = 0.1  # of a run's iterations, left out of its step times
 
 class RunFailed(Exception):
     """A run did not get to its end; the message is one line."""
-
-
-def read(name: str) -> Config:
-    """A config file, or a config of mmkd (``mmkd::...``).
-
-    It is parsed anew if a config in its folder, or in a folder there, has changed.
-
-    Raises:
-        ConfigError: if the file is no config.
-    """
-    path = Path(config_path(name) if name.startswith('mmkd::') else name)
-    around = [*path.parent.glob('*.py'), *path.parent.glob('*/*.py')]
-    return copy.deepcopy(_parse(str(path), max(each.stat().st_mtime_ns for each in around)))
-
-
-@functools.lru_cache
-def _parse(path: str, stamp: int) -> Config:
-    try:
-        return Config.fromfile(path)
-    except Exception as error:  # whatever the file runs into: a config is code
-        reason = str(error).strip().partition('\n')[0]
-        raise ConfigError(f'{path}: cannot be read as a config: {type(error).__name__}: {reason}') from error
-
-
-_TEXTS: dict[str, str] = {}
-
-
-def text_of(config: Config) -> str:
-    """``config.pretty_text``, whose formatting takes long, kept for the next call."""
-    key = repr(config.to_dict())
-    if key not in _TEXTS:
-        _TEXTS[key] = config.pretty_text
-    return _TEXTS[key]
-
-
-def teachers_of(config: Config) -> dict[str, dict]:
-    """The frozen teachers of a distilled config: their option, such as ``model.teacher``, to ``config`` and ``checkpoint``.
-
-    Other sources, such as an average of the student, need no weights and are left out.
-    """
-    given = config.model.get('teacher')
-    if given is None:
-        return {}
-    single = isinstance(given, str) or 'config' in given or 'type' in given
-    found = {'model.teacher': given} if single else {f'model.teacher.{name}': each for name, each in given.items()}
-    found = {option: dict(config=each) if isinstance(each, str) else dict(each) for option, each in found.items()}
-    return {option: each for option, each in found.items() if each.get('type', 'Teacher') == 'Teacher'}
-
-
-def recordable(config: Config) -> dict[str, object]:
-    """Changes to a config after which its logs and checkpoints count what its training loop counts.
-
-    mmengine's hooks count epochs unless told otherwise, even if the loop counts iterations; nothing would then tell that
-    a run is at its end.
-
-    Raises:
-        ConfigError: if a run of this config cannot leave scores or weights behind.
-    """
-    backends = (config.get('visualizer') or {}).get('vis_backends', [dict(type='LocalVisBackend')])
-    if not any('LocalVisBackend' in str(each['type']) for each in backends):
-        raise ConfigError(
-            "visualizer.vis_backends: scores are read from what dict(type='LocalVisBackend') writes; add it"
-        )
-    loop = config.train_cfg
-    if not (loop.get('max_epochs') or loop.get('max_iters')):
-        raise ConfigError('train_cfg: expected max_iters or max_epochs, and found neither')
-    by_epoch = 'max_epochs' in loop
-    wanted = {
-        'logger': dict(type='LoggerHook', log_metric_by_epoch=by_epoch),
-        'checkpoint': dict(type='CheckpointHook', by_epoch=by_epoch, save_last=True, filename_tmpl=None, out_dir=None),
-    }
-    stock = dict(log_metric_by_epoch=True, by_epoch=True, save_last=True, filename_tmpl=None, out_dir=None)
-    changes: dict[str, object] = {}
-    for name, options in wanted.items():
-        hook = (config.get('default_hooks') or {}).get(name, {})
-        if hook is None:
-            raise ConfigError(
-                f'default_hooks.{name}=None: scores and weights are read from what this hook writes; leave it on'
-            )
-        different = {
-            key: value for key, value in options.items() if key != 'type' and hook.get(key, stock[key]) != value
-        }
-        if 'by_epoch' in different:
-            different['interval'] = 1 if by_epoch else loop.max_iters
-        if different and 'type' not in hook:
-            different['type'] = options['type']
-        changes |= {f'default_hooks.{name}.{key}': value for key, value in different.items()}
-    return changes
 
 
 @dataclass
@@ -143,11 +53,7 @@ class Run:
 
     def read(self) -> Config:
         """The config with its changes, and with those of :func:`recordable`."""
-        config = read(self.config)
-        for option, teacher in teachers_of(config).items():
-            if any(each.startswith(f'{option}.') for each in self.options):  # it may be given by its name alone
-                _set(config, option, ConfigDict(teacher))
-        config.merge_from_dict(self.options)
+        config = changed(read(self.config), self.options)
         try:
             config.merge_from_dict(recordable(config))
         except ConfigError as error:
@@ -307,15 +213,6 @@ class Run:
         """End the training process, if there is one; the run can be resumed."""
         if self._process is not None and self._process.poll() is None:
             self._process.terminate()
-
-
-def _set(config: Config, option: str, value: object) -> None:
-    """``config.model.teacher = value``, for an option such as ``'model.teacher'``."""
-    *parents, last = option.split('.')
-    node = config
-    for name in parents:
-        node = node[name]
-    node[last] = value
 
 
 def reason_of_failure(status: int, output: str) -> str:

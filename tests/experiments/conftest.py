@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from mmkd.experiments import runs
-from mmkd.experiments.comparison import Comparison, Method
+from mmkd.experiments.comparison import Comparison
+from mmkd.experiments.discovery import Method
 from mmkd.experiments.runs import Run
 from mmkd.experiments.suites import SUITES
 from mmkd.hosts.mmengine import CONFIG_ROOT

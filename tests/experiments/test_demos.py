@@ -2,6 +2,8 @@
 
 import base64
 import io
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -55,3 +57,19 @@ def test_the_class_table_has_the_models_iou_and_the_pictures_are_not_blank(monke
     assert kind == 'data:image/png;base64'
     picture = plt.imread(io.BytesIO(base64.b64decode(content)), format='png')
     assert (picture[..., :3] == np.array([200, 30, 30], np.float32) / 255).all(-1).mean() > 0.01
+
+
+def test_a_segmentation_user_needs_no_mmdet():
+    script = """
+import sys
+class NoMmdet:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition('.')[0] in ('mmdet', 'pycocotools'):
+            raise ModuleNotFoundError(name)
+sys.meta_path.insert(0, NoMmdet())
+from mmkd.experiments import comparison, discovery
+from mmkd.experiments.demos import segmentation
+assert len(discovery.discover(segmentation.DEMO.suite.configs)) > 8
+assert 'mmdet' not in sys.modules
+"""
+    subprocess.run([sys.executable, '-W', 'ignore', '-c', script], check=True)

@@ -24,8 +24,8 @@ def write_run(folder, ap, seed=0, name='student alone', size=4, config='retinane
     weights = {
         'conv.weight': torch.zeros(size),
         'bn.running_mean': torch.zeros(9),
-        'distillers.a.weight': torch.zeros(7),
-        'sources.peer.model.weight': torch.zeros(7),
+        'distillers.a.weight': torch.zeros(7000),
+        'sources.peer.model.weight': torch.zeros(7000),
     }
     torch.save({'state_dict': weights}, run.checkpoint)
     return run
@@ -59,7 +59,8 @@ def test_the_page_has_the_table_the_curves_and_the_pictures(models, tmp_path):
         tmp_path / 'report.html', *models, pictures='data:image/png;base64,AAAA', tables=more
     ).read_text()
     assert '<td>0.325 ± 0.035</td>' in page
-    assert 'trained for 600 iterations' in page
+    assert 'trained for 600 iterations, each student for\n600 iterations, all from random weights' in page
+    assert '; 2 seeds, mean and standard deviation.' in page
     assert 'data:image/svg+xml;base64,' in page
     assert 'src="data:image/png;base64,AAAA"' in page
     assert 'IoU &lt;of&gt; each class' in page

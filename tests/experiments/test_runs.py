@@ -9,7 +9,8 @@ from tqdm import tqdm
 
 from mmkd.errors import ConfigError
 from mmkd.experiments import runs
-from mmkd.experiments.runs import Run, read, recordable, text_of
+from mmkd.experiments.configs import read, recordable, text_of
+from mmkd.experiments.runs import Run
 from mmkd.experiments.suites import SUITES
 
 STUDENT = 'mmkd::shapes/retinanet_student.py'

@@ -8,7 +8,7 @@ from matplotlib import pyplot as plt
 
 from mmkd.experiments import tables
 from mmkd.experiments.charts import chart, short
-from mmkd.experiments.comparison import Method
+from mmkd.experiments.discovery import Method
 from mmkd.experiments.report import write_comparison
 
 
@@ -114,8 +114,8 @@ def test_the_chart_is_wide_enough_for_long_names_and_there_may_be_nothing_to_sho
     results['methods'] = {long: results['methods']['gid_retinanet']}
     figure = chart(results)
     figure.draw_without_rendering()
-    width = figure.axes[0].get_window_extent().width / figure.dpi
-    assert width > 3
+    assert figure.axes[0].get_window_extent().width / figure.dpi > 3
+    assert min(label.get_window_extent().x0 for label in figure.axes[0].get_yticklabels()) >= 0
     for of_seed in made.runs.values():
         for run in of_seed.values():
             run.checkpoint.unlink()

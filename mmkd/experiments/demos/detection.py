@@ -104,6 +104,7 @@ DEMO = Demo(
     report=Report(
         title='A small RetinaNet learns from a larger one',
         data='Generated data set "shapes": 1000 training and 200 validation images of 160 x 160 pixels.',
+        training='all from random weights, with the same data order for each seed',
         score=SUITES['shapes'].score,
         metrics={
             'AP': 'coco/bbox_mAP',

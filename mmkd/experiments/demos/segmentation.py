@@ -109,6 +109,7 @@ DEMO = Demo(
         title='A small PSPNet learns from a larger one',
         data='Generated data set "streets" in Cityscapes\' layout: 600 training and 100 validation images of 256 x 128 '
         'pixels.',
+        training='all from random weights, with the same data order for each seed',
         score=SUITES['streets'].score,
         metrics={'mIoU': 'mIoU', 'mean accuracy': 'mAcc', 'pixel accuracy': 'aAcc'},
         task_loss=lambda entry: entry['decode.loss_ce'],
