@@ -401,8 +401,9 @@ def test_head_losses_are_zero_for_equal_networks(tmp_path):
     assert found['loss_bbox'].item() == pytest.approx(0, abs=1e-6)
 
 
-def test_drawn_regions_are_inside_and_a_quarter_lies_on_objects(tmp_path):
-    model = pair('retinanet', tmp_path, candidates=400, positive_iou=0.2)
+@pytest.mark.parametrize(('fraction', 'expected'), [(0.25, 5), (0.4, 8)])
+def test_drawn_regions_are_inside_and_a_part_lies_on_objects(fraction, expected, tmp_path):
+    model = pair('retinanet', tmp_path, candidates=400, positive_iou=0.2, positive_fraction=fraction)
     data = model.data_preprocessor(random_batch(model, (2, 3, 96, 128)), True)
     with Taps(model, model.distillers.g.student_layers) as student:
         model.bbox_head(model.extract_feat(data['inputs']))
@@ -412,7 +413,7 @@ def test_drawn_regions_are_inside_and_a_quarter_lies_on_objects(tmp_path):
     assert (boxes <= torch.tensor([128, 96, 128, 96])).all()
     for image, sample in zip(boxes, data['data_samples']):
         on_objects = bbox_overlaps(image, sample.gt_instances.bboxes).amax(1) > 0.2
-        assert on_objects.sum() == 5
+        assert on_objects.sum() == expected
 
 
 @pytest.mark.parametrize(
