@@ -4,19 +4,17 @@
 ``DistilledRetinaNet`` that still is a ``RetinaNet``, with its parameter names, checkpoints, hooks and optimizer rules.
 """
 
-import copy
 import functools
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from mmengine.model import BaseModel
-from mmengine.registry import MODELS as MMENGINE_MODELS
 from torch import nn
 
 from mmkd.distillers.collection import Distillers, idle_loss
 from mmkd.errors import ConfigError
-from mmkd.hosts.configs import read_model
+from mmkd.hosts.configs import build_model, read_model
 from mmkd.hosts.running import at_first_size, probe, sizes_to_probe
 from mmkd.inherit import check_inheritance, inherit_weights, parts_by_teacher
 from mmkd.registry import MODELS
@@ -132,16 +130,16 @@ def _build_student(student: Any, data_preprocessor: Mapping | None) -> BaseModel
         student = read_model(student, 'student')
     if data_preprocessor is not None and student.get('data_preprocessor') is None:
         student = {**student, 'data_preprocessor': data_preprocessor}
-    return MMENGINE_MODELS.build(copy.deepcopy(student))  # some models change the config that they are built from
+    return build_model(student)
 
 
 def _connect(model: BaseModel, sources: Mapping[str, Source], distillers: Distillers) -> None:
     """Find out which layers are read, and how they look, by running all networks over an image."""
     distillers.connect(sources)
+    distillers.prepare(model, sources)
     clash = sorted(set(distillers) & set(sources))
     if clash:
         raise ConfigError(f'distillers.{clash[0]}: a teacher has this name, and both start log keys; choose another')
-    distillers.choose_layers(model, sources)
     for name, source in sources.items():
         taught = distillers.layers('teacher_layers', name, distillers.taught_by(name))
         learnt = distillers.layers('student_layers', name, distillers.learnt_by(name))

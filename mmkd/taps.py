@@ -17,7 +17,7 @@ class _Reached(BaseException):
     """Every tapped layer has been called: the rest of the forward pass is not needed. No model catches it."""
 
 
-def find_layer(model: nn.Module, layer: str) -> nn.Module:
+def find_layer(model: nn.Module, layer: str, whose: str = '') -> nn.Module:
     """The module that ``layer`` names, a dotted name with an optional ``:input`` or ``:kwargs`` at its end.
 
     Raises:
@@ -29,7 +29,7 @@ def find_layer(model: nn.Module, layer: str) -> nn.Module:
     except AttributeError:
         known = [each for each, _ in model.named_modules() if each and not each.startswith(('distillers', 'sources'))]
         raise ConfigError(
-            f'layer {name!r}: {type(model).__name__} has no such module; the nearest are {nearest(name, known)}'
+            f'{whose}layer {name!r}: {type(model).__name__} has no such module; the nearest are {nearest(name, known)}'
         ) from None
 
 

@@ -49,21 +49,49 @@ def test_a_right_config_passes_without_a_word(shapes):
 def test_pretrained_weights_are_found_anywhere_in_the_student():
     start = dict(type='Pretrained', checkpoint='a.pth')
     model = dict(
-        type='mmkd.Distill',
-        student=dict(
-            pretrained='open-mmlab://resnet18_v1c',
-            backbone=dict(init_cfg=[dict(type='Kaiming'), dict(start)], pretrained=True),
-            decode_head=[dict(init_cfg=dict(start, checkpoint='b.pth')), dict(init_cfg=None)],
-            detector=dict(init_cfg=dict(start, checkpoint='c.pth'), backbone=dict(init_cfg=start)),
-        ),
-        teacher=dict(config=dict(backbone=dict(init_cfg=start))),
+        pretrained='open-mmlab://resnet18_v1c',
+        backbone=dict(init_cfg=[dict(type='Kaiming'), dict(start)], pretrained=True),
+        decode_head=[dict(init_cfg=dict(start, checkpoint='b.pth')), dict(init_cfg=None)],
+        detector=dict(init_cfg=dict(start, checkpoint='c.pth'), backbone=dict(init_cfg=start)),
     )
-    assert dict(checks.pretrained(Config(dict(model=model)).model, 'model')) == {
+    assert dict(checks.pretrained(model, 'model.student')) == {
         'model.student.pretrained': 'open-mmlab://resnet18_v1c',
-        'model.student.backbone.init_cfg.0': 'a.pth',
+        'model.student.backbone.init_cfg.1': 'a.pth',
         'model.student.decode_head.0.init_cfg': 'b.pth',
         'model.student.detector.init_cfg': 'c.pth',
     }
+
+
+def test_of_what_a_student_learns_from_only_peers_start_from_pretrained_weights(shapes, folder, tmp_path):
+    start = dict(type='Pretrained', checkpoint=str(tmp_path / 'x.pth'))
+    with_start = detectors.retinanet(classes=6, backbone=dict(init_cfg=start))
+    frozen = dict(config=with_start, checkpoint=models.save_weights(detectors.retinanet(classes=6), tmp_path / 't.pth'))
+    shapes.model.teacher = dict(large=frozen, mean=dict(type='Average'))
+    assert checks.check_config(shapes) == []
+    shapes.model.teacher.peer = dict(type='mmkd.Peer', config=with_start)
+    with pytest.raises(ConfigError, match=r'^model.teacher.peer.config.backbone.init_cfg .*x.pth: no such file'):
+        checks.check_config(shapes)
+    shapes.model.teacher.peer = dict(type='Peer', config=detectors.retinanet(classes=2))
+    with pytest.raises(ConfigError, match=r'^model.teacher.peer.config.bbox_head.num_classes=2'):
+        checks.check_config(shapes)
+    shapes.model.teacher.peer = dict(type='Peer', config=detectors.retinanet(classes=6), checkpoint='y.pth')
+    with pytest.raises(ConfigError, match=r'^model.teacher.peer.checkpoint y.pth: no such file'):
+        checks.check_config(shapes)
+    shapes.model.teacher.pop('peer')
+    shapes.model.teacher.large.checkpoint = 'z.pth'
+    with pytest.raises(ConfigError, match=r'^teacher checkpoint z.pth: no such file'):
+        checks.check_config(shapes)
+
+
+def test_a_student_that_is_named(shapes, tmp_path):
+    Config(dict(model=shapes.model.student)).dump(tmp_path / 'student.py')
+    shapes.model.student = str(tmp_path / 'student.py')
+    assert checks.check_config(shapes) == []
+    shapes.train_dataloader.dataset.metainfo.classes = NAMES[:5]
+    with pytest.raises(
+        ConfigError, match=r'^model.student.bbox_head.num_classes=6: train_dataloader.dataset has 5 classes'
+    ):
+        checks.check_config(shapes)
 
 
 def test_pretrained_weights_that_are_not_there(shapes, tmp_path):
@@ -113,6 +141,9 @@ def test_a_teacher_whose_weights_cannot_be_read_is_found_before_data_are(shapes,
     (tmp_path / 't.pth').write_bytes(b'<html>')
     shapes.model.teacher.checkpoint = str(tmp_path / 't.pth')
     with pytest.raises(ConfigError, match=r'^teacher checkpoint .*t.pth: refused'):
+        checks.check_config(shapes)
+    torch.save(dict(state_dict=dict(epoch=3)), tmp_path / 't.pth')
+    with pytest.raises(ConfigError, match=r'^teacher checkpoint .*t.pth: holds no weights'):
         checks.check_config(shapes)
     shapes.model.teacher.checkpoint = None
     with pytest.raises(
@@ -218,7 +249,7 @@ def test_other_classes_are_worth_a_warning_where_there_are_as_many(shapes, folde
     teacher_says(shapes, folder, [*NAMES[:5], 'moon'])
     (line,) = checks.check_config(shapes)
     assert "class 5 is 'moon', and 'cross' in train_dataloader.dataset" in line
-    teacher_says(shapes, folder, NAMES[:5])  # CWD of the neck may well be of other classes
+    teacher_says(shapes, folder, NAMES[:0:-1])  # CWD of the neck may well be of other classes
     assert checks.check_config(shapes) == []
 
 

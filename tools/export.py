@@ -8,15 +8,14 @@ Cityscapes' names whatever the checkpoint says, unless it is given ``classes`` a
 """
 
 import argparse
-import copy
 from pathlib import Path
 
 import torch
-from mmengine.registry import MODELS, init_default_scope
+from mmengine.registry import init_default_scope
 
 from mmkd import cli
 from mmkd.errors import ConfigError
-from mmkd.hosts.configs import plain_model
+from mmkd.hosts.configs import build_model, plain_model
 from mmkd.hosts.plain import data_meta, plain_config
 from mmkd.weights import dataset_meta, fetch, load_weights, plain_weights, read_file
 
@@ -37,7 +36,7 @@ def main() -> None:
             if path.exists():
                 raise ConfigError(f'{path} exists; remove it, or choose another name')
         init_default_scope(config.default_scope)
-        model = MODELS.build(copy.deepcopy(plain_model(config)))  # a copy, as mmseg changes what it builds from
+        model = build_model(plain_model(config))
         load_weights(model, args.checkpoint, 'checkpoint')
         checkpoint = fetch(args.checkpoint, 'checkpoint')
         content = read_file(checkpoint, 'checkpoint')

@@ -30,8 +30,8 @@ class Distiller(nn.Module):
     renamed: Mapping[str, str] = {}
     """Options of 0.1 and what they are called now."""
 
-    def choose_layers(self, student: nn.Module, teacher: nn.Module) -> None:
-        """Called once at build time, before the layers are read: set those whose names depend on the models.
+    def prepare(self, student: nn.Module, teacher: nn.Module) -> None:
+        """Called once at build time, before the networks are run: name layers that depend on them, refuse what cannot be read.
 
         Args:
             student: The network that learns.
@@ -90,8 +90,8 @@ class FeatureDistiller(Distiller):
         self.student_layers, self.teacher_layers = self.levels.student_layers, self.levels.teacher_layers
         self.loss_weight = Weight(loss_weight, 'loss_weight')
 
-    def choose_layers(self, student: nn.Module, teacher: nn.Module) -> None:
-        if self.levels.choose(student, teacher):
+    def prepare(self, student: nn.Module, teacher: nn.Module) -> None:
+        if self.levels.prepare(student, teacher):
             self.student_layers, self.teacher_layers = self.levels.student_layers, self.levels.teacher_layers
 
     def setup(self, student: Taps, teacher: Taps) -> None:

@@ -1,7 +1,7 @@
 """Which levels of two networks' layers belong together, and the student's in the teacher's shape."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -33,7 +33,7 @@ class LevelPairs(nn.Module):
 
     Args:
         layer: The student's layer, a dotted name, or a list of them. In place of a name there may be a function that gives
-            it for a model: :meth:`choose` calls it for each network.
+            it for a model: :meth:`prepare` calls it for each network.
         teacher_layer: The teacher's, where its name differs.
         adapter: ``'auto'``, None or a dict, see :class:`mmkd.adapters.Adapters`.
         match: Which levels belong together. ``'stride'`` (default): those of equal size for the same image; levels
@@ -80,7 +80,7 @@ class LevelPairs(nn.Module):
         self._probed: dict[str, int] = {}
         self._sizes: list[str] = []
 
-    def choose(self, student: nn.Module, teacher: nn.Module) -> bool:
+    def prepare(self, student: nn.Module, teacher: nn.Module) -> bool:
         """Name the layers that depend on the models; whether there are any."""
         self.student_layers, self.teacher_layers = (
             tuple(each if isinstance(each, str) else each(model) for each in names)
@@ -90,7 +90,7 @@ class LevelPairs(nn.Module):
 
     def setup(self, student: Taps, teacher: Taps) -> None:
         """Find the pairs and make the adapters, from the taps of an image."""
-        self.choose(student.model, teacher.model)
+        self.prepare(student.model, teacher.model)
         names = (', '.join(self.student_layers), ', '.join(self.teacher_layers))
         if len(self.student_layers) != len(self.teacher_layers):
             raise ConfigError(
@@ -107,7 +107,13 @@ class LevelPairs(nn.Module):
         self._sizes = [f'{tuple(s.shape[1:])}' for s in features]
 
     def describe(self) -> str:
-        """What was paired with what, in one line."""
+        """What was paired with what, in one line.
+
+        Raises:
+            ConfigError: before :meth:`setup`.
+        """
+        if not self.pairs:
+            raise ConfigError('LevelPairs: its setup has to be called in the setup of the method that has it')
         made = [type(each).__name__ for each in self.adapters if not isinstance(each, nn.Identity)]
         parts = []
         for index, (layer, other) in enumerate(zip(self.student_layers, self.teacher_layers, strict=True)):
@@ -224,7 +230,8 @@ def refuse_other_classes(student: Taps, student_layer: str, teacher: Taps, teach
 
     Layers do so where the nearest module around them has ``num_classes`` and as many channels per class in both networks.
     """
-    heads, channels = [], []
+    heads: list[Any] = []
+    channels: list[int] = []
     for taps, layer in ((student, student_layer), (teacher, teacher_layer)):
         heads.append(head_around(taps.model, layer))
         channels.append(getattr(taps[layer][0], 'shape', (0, 0))[1])

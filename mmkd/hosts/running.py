@@ -19,6 +19,13 @@ class CannotRun(ConfigError):
     """A network does not run over an image of this size, or not as far as a layer."""
 
 
+class Probe(Taps):
+    """The taps of :func:`probe`."""
+
+    random: bool = False
+    """Whether the forward pass drew random numbers, so that no two passes are alike."""
+
+
 def run(
     model: BaseModel, layers: Sequence[str], inputs: torch.Tensor, data_samples: list | None, trains: bool = False
 ) -> None:
@@ -27,10 +34,11 @@ def run(
     With ``trains`` its modules are called as often as when it is trained.
     """
     names = [layer.partition(':')[0] for layer in layers]
-    heads = list(
-        dict.fromkeys(name.partition('.')[0] for name in names if name.partition('.')[0] not in ('backbone', 'neck'))
-    )
-    if hasattr(model, 'decode_head'):
+    heads = list(dict.fromkeys(name.partition('.')[0] for name in names))
+    heads = [head for head in heads if head not in ('backbone', 'neck')]
+    if not heads:
+        model.extract_feat(inputs)
+    elif hasattr(model, 'decode_head'):
         _run_segmentor(model, heads, names, inputs, data_samples, trains)
     elif set(heads) <= {'rpn_head', 'bbox_head'} and not hasattr(model, 'forward_transformer'):
         # called as in training, as modules: mmdet's tensor mode calls `head.forward`, past the hooks
@@ -75,7 +83,11 @@ def _run_segmentor(
 
 def _run_head(head: BaseModel, features: Sequence[torch.Tensor], data_samples: list | None) -> None:
     if 'batch_data_samples' in inspect.signature(head.forward).parameters:  # MaskFormer and its kin
-        head(features, data_samples)
+        # mmseg writes this size into the samples in the head's own loss and prediction
+        metas = [
+            {**sample.metainfo, 'batch_input_shape': sample.metainfo['img_shape']} for sample in data_samples or ()
+        ]
+        head(features, [BaseDataElement(metainfo=meta) for meta in metas])
     else:
         head.forward(features)
 
@@ -89,7 +101,7 @@ def probe(
     trains: bool = False,
     memory_format: torch.memory_format = torch.contiguous_format,
     name: str = 'model',
-) -> Taps:
+) -> Probe:
     """Taps of one forward pass over random images, (batch, 3, H, W), for shapes and checks at build time.
 
     Batch-norm statistics, training modes and random states stay as they were.
@@ -105,24 +117,32 @@ def probe(
     try:
         with (
             torch.random.fork_rng([device] if device.type == 'cuda' else []),
-            Taps(model, layers, images=batch) as taps,
+            Probe(model, layers, images=batch) as taps,
         ):
             model.eval()
             if layers:
                 images = torch.randn(batch, 3, *size, generator=torch.Generator().manual_seed(0))
-                run(model, layers, images.to(device, memory_format=memory_format), [sample] * batch, trains)
+                images = images.to(device, memory_format=memory_format)
+                before = _random_state(device)
+                run(model, layers, images, [sample] * batch, trains)
+                taps.random = not torch.equal(before, _random_state(device))
     except ConfigError:
         raise
     except Exception as error:  # whatever a model of somebody else's raises
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise CannotRun(
-            f'{name}: {type(model).__name__} does not run as far as {", ".join(map(repr, layers))} over {size[0]}x{size[1]} '
-            f'images: {type(error).__name__}: {reason}; tap other layers, if other models of its family do no better'
+            f'{name}: {type(model).__name__} cannot be run as far as {", ".join(map(repr, layers))} over images of '
+            f'{size[0]}x{size[1]} ({type(error).__name__}: {reason}); tap other layers'
         ) from error
     finally:
         for module, mode in modes.items():
             module.training = mode
     return taps
+
+
+def _random_state(device: torch.device) -> torch.Tensor:
+    own = [torch.cuda.get_rng_state(device)] if device.type == 'cuda' else []
+    return torch.cat([torch.get_rng_state(), *own])
 
 
 def sizes_to_probe(models: Iterable[nn.Module]) -> list[tuple[int, int]]:

@@ -4,10 +4,9 @@ import copy
 from collections.abc import Callable, Mapping
 
 import torch
-from mmengine.registry import MODELS, DefaultScope
 from torch import nn
 
-from mmkd.hosts.configs import read_teacher
+from mmkd.hosts.configs import build_model, read_teacher
 from mmkd.normalize import Renormalize
 from mmkd.registry import SOURCES
 from mmkd.sources.source import Kept, Source
@@ -50,8 +49,7 @@ class Peer(Source):
     ):
         super().__init__(interval, begin, end)
         read = read_teacher(dict(config=config))
-        with DefaultScope.overwrite_default_scope(read.scope):
-            self.model = MODELS.build(copy.deepcopy(read.model))
+        self.model = build_model(read.model, read.scope)
         self.checkpoint = checkpoint
         self.kept = Kept(self.model, trained=True)
         self._renormalize: Renormalize | None = None

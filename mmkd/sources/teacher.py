@@ -6,12 +6,11 @@ from contextlib import nullcontext
 
 import torch
 from mmengine.logging import print_log
-from mmengine.registry import MODELS, DefaultScope
 from torch import nn
 
 from mmkd.errors import ConfigError
 from mmkd.fold import accelerate
-from mmkd.hosts.configs import read_teacher
+from mmkd.hosts.configs import build_model, read_teacher
 from mmkd.hosts.running import run
 from mmkd.normalize import Renormalize
 from mmkd.registry import SOURCES
@@ -59,8 +58,7 @@ class Teacher(Source):
         else:
             read = read_teacher(dict(config=config, checkpoint=checkpoint))
             checkpoint = read.checkpoint
-            with DefaultScope.overwrite_default_scope(read.scope):
-                model = MODELS.build(copy.deepcopy(read.model))
+            model = build_model(read.model, read.scope)
         self.model = model.eval().requires_grad_(False)
         self.checkpoint = checkpoint
         self.dtype = getattr(torch, dtype) if dtype else None

@@ -243,8 +243,8 @@ class CIRKD(Distiller):
         self.pixels_per_image = pixels_per_image
         self.max_positions = max_positions
 
-    def choose_layers(self, student: nn.Module, teacher: nn.Module) -> None:
-        self.levels.choose(student, teacher)
+    def prepare(self, student: nn.Module, teacher: nn.Module) -> None:
+        self.levels.prepare(student, teacher)
         self.student_layers, self.teacher_layers = self.levels.student_layers, self.levels.teacher_layers
 
     def setup(self, student: Taps, teacher: Taps) -> None:

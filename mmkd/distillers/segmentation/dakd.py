@@ -283,8 +283,8 @@ class DAKD(Distiller):
         self.upsample = upsample
         self.critic_channels = critic_channels
 
-    def choose_layers(self, student: nn.Module, teacher: nn.Module) -> None:
-        self.levels.choose(student, teacher)
+    def prepare(self, student: nn.Module, teacher: nn.Module) -> None:
+        self.levels.prepare(student, teacher)
         self.student_layers, self.teacher_layers = self.levels.student_layers, self.levels.teacher_layers
 
     def setup(self, student: Taps, teacher: Taps) -> None:

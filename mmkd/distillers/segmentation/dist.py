@@ -126,8 +126,8 @@ class DIST(Distiller):
         self.inter_weight, self.intra_weight = Weight(inter_weight), Weight(intra_weight)
         self.tau, self.use_labels = tau, use_labels
 
-    def choose_layers(self, student: nn.Module, teacher: nn.Module) -> None:
-        self.levels.choose(student, teacher)
+    def prepare(self, student: nn.Module, teacher: nn.Module) -> None:
+        self.levels.prepare(student, teacher)
         self.student_layers, self.teacher_layers = self.levels.student_layers, self.levels.teacher_layers
 
     def setup(self, student: Taps, teacher: Taps) -> None:

@@ -177,7 +177,7 @@ class SKD(Distiller):
         self.mode, self.critic_norm, self.spectral_norm = mode, critic_norm, spectral_norm
         self.condition_on_image = condition_on_image and self.holistic
 
-    def choose_layers(self, student: nn.Module, teacher: nn.Module) -> None:
+    def prepare(self, student: nn.Module, teacher: nn.Module) -> None:
         layer, teacher_layer, feature_layer, teacher_feature_layer = self.named
         self.student_layers = self.teacher_layers = ()
         if self.pixel or self.holistic:

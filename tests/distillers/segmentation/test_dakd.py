@@ -58,7 +58,7 @@ def samples(labels, domains, shapes=None):
 
 def made(student, teacher, dtype=torch.float64, **options):
     distiller = DAKD(critic_channels=2, **options)
-    distiller.choose_layers(student.model, teacher.model)
+    distiller.prepare(student.model, teacher.model)
     distiller.setup(student, teacher)
     return distiller.to(dtype)
 

@@ -235,7 +235,7 @@ def test_a_training_step_with_auxiliary_logits(tmp_path):
 def test_layers_that_cannot_be_compared_are_an_error():
     student, teacher = (models.build(segmentors.pspnet(classes=number)) for number in (19, 7))
     distiller = DIST()
-    distiller.choose_layers(student, teacher)
+    distiller.prepare(student, teacher)
     with pytest.raises(ConfigError, match='19 channels'):
         distiller.setup(*(probe(model, distiller.student_layers) for model in (student, teacher)))
 

@@ -249,7 +249,7 @@ def test_layers_that_cannot_be_compared_are_errors(student, teacher, options, me
             head = dict(out_channels=1, threshold=0.3, loss_decode=dict(use_sigmoid=True))
             changes = dict(classes=2, decode_head=head)
         networks.append(models.build(segmentors.pspnet(**changes)))
-    distiller.choose_layers(*networks)
+    distiller.prepare(*networks)
     taps = map(probe, networks, (distiller.student_layers, distiller.teacher_layers))
     with pytest.raises(ConfigError, match=message):
         distiller.setup(*taps)

@@ -374,7 +374,7 @@ def test_training_with_spectral_norm_stays_finite_and_every_part_of_the_critic_l
 def test_layers_that_cannot_be_compared_are_errors(options, teacher, message):
     distiller = SKD(**options)
     networks = [models.build(segmentors.pspnet(**each)) for each in ({}, teacher)]
-    distiller.choose_layers(*networks)
+    distiller.prepare(*networks)
     taps = map(probe, networks, (distiller.student_layers, distiller.teacher_layers))
     with pytest.raises(ConfigError, match=message):
         distiller.setup(*taps)

@@ -134,7 +134,7 @@ SINGLE = (KD, DIST, IFVD, CIRKD, SKD)
 def test_student_and_teacher_are_each_read_at_their_own_heads_layer(method):
     student, teacher = models.build(segmentors.segformer()), models.build(with_head([FCN, OCR]))
     distiller = method(holistic_weight=0) if method is SKD else method()
-    distiller.choose_layers(student, teacher)
+    distiller.prepare(student, teacher)
     own = ('decode_head.conv_seg', 'decode_head.dropout:input')
     other = ('decode_head.1.conv_seg', 'decode_head.1.dropout:input')
     part = {'KD': slice(0, 1), 'DIST': slice(0, 1), 'SKD': slice(0, 2)}.get(method.__name__, slice(1, 2))
@@ -155,11 +155,11 @@ def test_what_is_named_is_read(method):
         ({name: 'backbone.layer1', f'teacher_{name}': 'backbone.layer2'}, ('backbone.layer1', 'backbone.layer2')),
     ):
         distiller = method(**given, **more, **options)
-        distiller.choose_layers(*networks)
+        distiller.prepare(*networks)
         assert (distiller.student_layers, distiller.teacher_layers) == ((expected[0], *rest), (expected[1], *rest))
     if method is DAKD:
         distiller = DAKD(teacher_auxiliary_layer='backbone.layer2')
-        distiller.choose_layers(*networks)
+        distiller.prepare(*networks)
         assert distiller.student_layers == ('decode_head.conv_seg', 'auxiliary_head.conv_seg')
         assert distiller.teacher_layers == ('decode_head.conv_seg', 'backbone.layer2')
 
