@@ -59,20 +59,15 @@ def pearson_loss(student: torch.Tensor, teacher: torch.Tensor, eps: float = 1e-6
 
 @DISTILLERS.register_module()
 class PKD(FeatureDistiller):
-    """Correlates each channel of both networks, see :func:`pearson_loss`; summed over levels.
+    """Correlates each channel of both networks; ``docs/methods/pkd.md``.
 
-    It needs no ground truth, and as it ignores the scale of features it works across families of detectors. The
-    statistics are those of the images of one process. A student's level of another size is resized to the teacher's
-    (bilinear) before they are taken.
-
-    The paper has no adapter; here ``'auto'`` adds one only where channels differ, as the method is not defined there,
-    and never between two pyramids of 256 channels. The weights are those of MMRazor, which publishes 10 for one-stage
-    teachers and 6 for two-stage ones, on the first four levels of the pyramid. Its two-stage teacher of a one-stage
-    student is compared level by level in order, P2 with P3 (``match='index'``); by default levels of equal stride are.
+    ``loss = loss_weight * sum over levels of pearson_loss``, see :func:`pearson_loss`. It needs no ground truth, and as
+    it ignores the scale of features it works across families of detectors. The statistics are those of the images of
+    one process. A student's level of another size is resized to the teacher's (bilinear) before they are taken.
 
     Args:
         layer: The student's layer, or a list.
-        loss_weight: A number or a schedule. Default 10.
+        loss_weight: A number or a schedule. Default 10, for one-stage teachers; 6 for two-stage ones.
         eps: Added to the standard deviations. Default 1e-6.
         teacher_layer: The teacher's layer, where its name differs.
         adapter: ``'auto'`` (1x1 convolution exactly where channels differ), None or a dict.

@@ -26,20 +26,23 @@ ABSENT = -1e9
 """The logit of what is not there: its probability is 0, and what the divergence makes of it is finite."""
 
 
-def pool_labeled(feature: torch.Tensor, valid: torch.Tensor, most: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """A map of at most ``most`` positions: the mean of the valid ones in each of the smallest square windows that will do.
+def pool_labeled(feature: torch.Tensor, valid: torch.Tensor, max_positions: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Downsample a map to at most ``max_positions`` positions.
+
+    It takes the smallest square windows that suffice; each output is the mean of the valid inputs in its window. A map that
+    is small enough is returned unchanged.
 
     Args:
         feature: (B, C, H, W).
         valid: (B, H, W) bool.
-        most: At least 1.
+        max_positions: At least 1.
 
     Returns:
-        (B, C, h, w), and where a window has any valid position, (B, h, w) bool. Both as they are where H*W is small enough.
+        (B, C, h, w), and where a window has any valid position, (B, h, w) bool.
     """
     height, width = feature.shape[2:]
-    window = math.ceil(math.sqrt(height * width / most))
-    while math.ceil(height / window) * math.ceil(width / window) > most:
+    window = math.ceil(math.sqrt(height * width / max_positions))
+    while math.ceil(height / window) * math.ceil(width / window) > max_positions:
         window += 1
     if window == 1:
         return feature, valid
@@ -159,59 +162,36 @@ def class_means(embedding: torch.Tensor, masks: torch.Tensor) -> tuple[torch.Ten
 
 @DISTILLERS.register_module()
 class CIRKD(Distiller):
-    """Relations of pixels across images: within the batch, and to pixels and regions in a memory.
+    """Relations of pixels across images: in the batch, and to a memory of the teacher's; ``docs/methods/cirkd.md``.
 
-    =========== =========================================================================================================
-    loss_batch  ``batch_weight * batch_loss``, see :func:`batch_loss`: relations to the pixels of all images of the batch of a
-                process. The features as they are: the numbers of channels may differ
-    loss_pixel  ``pixel_weight * memory_loss``, see :func:`memory_loss`: relations to pixels of earlier steps
-    loss_region ``region_weight * memory_loss``: relations to regions, means of a class in an image, of earlier steps
-    =========== =========================================================================================================
+    =========== ======================================================================================================
+    loss_batch  ``batch_weight`` times :func:`batch_loss`: relations to the pixels of all images of a process's batch
+    loss_pixel  ``pixel_weight`` times :func:`memory_loss`: relations to pixels of earlier steps
+    loss_region ``region_weight`` times :func:`memory_loss`: relations to means of a class in an image, of earlier steps
+    =========== ======================================================================================================
 
-    The published recipe adds soft targets, ``kd=dict(type='KD')``. A trained projection (1x1 convolution, batch norm,
-    ReLU, 1x1 convolution, without bias) makes the teacher's channels out of the student's for the memory's terms; it is
-    not needed afterwards. Ignored pixels, by the label of the nearest pixel, are neither anchors nor what these are compared
-    with.
-
-    **Memory.** A queue of the teacher's embeddings, of length 1, for each class of the student's decode head
-    (:class:`mmkd.distillers.memory.ClassMemory`). After its losses each step adds, of each image and class, at most
-    ``pixels_per_image`` random pixels *of that class* (the public code takes random pixels of the image, of any class)
-    and the class's mean; of all processes, which need batches of one size. ``pixel_contrast_size`` and
-    ``region_contrast_size`` of them are drawn
-    as the contrast set of the next step: ``pixel_contrast_size // K + 1`` of each class, at the same places in all queues. While
-    queues are not full the draw is from the filled part; a class without entries is left out, and both losses are 0
-    in the very first step. The queues are buffers in each checkpoint, of
-    ``K * (pixel_memory_size + region_memory_size) * channels * 4`` bytes: for 19 classes and 512 channels 156 MB, and
-    856 MB with the paper's ``pixel_memory_size=20000``; for the 150 classes of ADE20K 1.2 GB, so
-    reduce both there. The default 2000 is that
-    of the authors' script for SegFormer.
-
-    **Positions.** Similarities of all pairs of the batch's pixels take ``max_positions ** 2 * 4`` bytes a matrix, 268 MB by
-    default; two are kept for the backward pass, and more are alive for moments. Those to the memory take
-    ``max_positions * (pixel_contrast_size + region_contrast_size) * 4``, 168 MB. Where
-    the batch's maps have more positions they are averaged,
-    over labelled positions, in the smallest square windows that bring them down, for all three losses; what is kept in
-    the memory is not. With two images per process that is no pooling for maps of 64x64 (512x512 pixels, stride 8),
-    windows of 2x2 for 64x128, an option of the public code, and of 4x4 for 256x256, as in its second version, which
-    both pool for the relations within the batch alone.
-
-    The paper could not be read: this is from notes on the authors' public code. That the memory is read before this step's
-    embeddings are added, and that means are those of embeddings of length 1, are choices of this class.
+    A trained projection maps the student's channels to the teacher's for the memory's terms. The memory has a queue for
+    each class, is in each checkpoint and is equal on all processes. Its losses are 0 in the first step. Ignored pixels are
+    neither anchors nor what these are compared with.
 
     Args:
         layer: The student's layer before its classifier. Default: found by its decode head, see
             :func:`mmkd.hosts.segmentation.heads.feature_layer`.
-        batch_weight: Of the relations within the batch; a number or a schedule, as all weights. Default 1.
-        pixel_weight: Of the relations to the memory's pixels. Default 0.1; the authors have 0.01 for Pascal VOC.
-        region_weight: Of the relations to the memory's regions. Default 0.1; the authors have 0.01 for Pascal VOC.
+        batch_weight: A number or a schedule, as all weights. Default 1.
+        pixel_weight: Default 0.1.
+        region_weight: Default 0.1.
         tau: Temperature of all, positive. Default 0.1.
-        pixel_contrast_size: Pixels in the contrast set, of all classes together. Default 4096.
-        region_contrast_size: Regions in the contrast set. Default 1024.
+        pixel_contrast_size: Pixels drawn from the memory in a step, of all classes together. Default 4096.
+        region_contrast_size: Regions drawn. Default 1024.
         pixel_memory_size: Pixels kept, of each class. Default 2000.
         region_memory_size: Regions kept, of each class. Default 2000.
         pixels_per_image: Pixels added, of each image and class. Default 16.
-        max_positions: Positions of the compared maps, of all images of a process's batch together. Default 8192.
+        max_positions: Positions of the compared maps, of all images of a process's batch together; larger maps are
+            pooled. Default 8192.
         teacher_layer: The teacher's layer, where its name differs from ``layer``. Default, without either: as ``layer``.
+
+    Raises:
+        ConfigError: for a memory that is smaller than what is drawn of it.
 
     Example:
         >>> distillers = dict(kd=dict(type='KD'), cirkd=dict(type='CIRKD'))

@@ -193,70 +193,38 @@ class Domains(NamedTuple):
 
 @DISTILLERS.register_module()
 class DAKD(Distiller):
-    r"""Distils a segmentor for a target domain that has no labels, while its outputs are aligned between the domains.
+    """Distils a segmentor for a target domain without labels, aligning its outputs; ``docs/methods/dakd.md``.
 
-    Each batch holds labelled images of a source and unlabelled ones of the target: see :mod:`mmkd.data.domains` for the data
-    side and ``configs/dakd_deeplabv3.py`` for all of it. Both models are read at their decode head's and their auxiliary
-    head's class logits:
+    ========================== ====================================================================================
+    loss_kl                    ``kl_weight`` times the divergence of the decode heads' pixels
+    loss_auxiliary_kl          ``auxiliary_kl_weight`` times that of the auxiliary heads
+    loss_mse                   ``mse_weight`` times :func:`log_probability_distance` of the auxiliary heads
+    loss_pseudo                ``pseudo_weight`` times :func:`pseudo_label_loss` of the decode heads
+    loss_adversarial           ``adversarial_weight`` times the student's :func:`adversarial_losses`
+    loss_auxiliary_adversarial ``auxiliary_adversarial_weight`` times the same of the auxiliary head
+    loss_critic                both critics' :func:`adversarial_losses`
+    ========================== ====================================================================================
 
-    .. math::
-        L = \sum_{d \in \{source, target\}} \gamma_d \,
-            (\lambda_{kl} L_{kl}^d + \lambda_{kl}' L_{kl}'^d + \lambda_{mse} L_{mse}^d + \lambda_{ce} L_{ce}^d)
-            + \lambda_a L_a + \lambda_a' L_a' + L_D, \qquad \gamma_{source} = 1
-
-    ========================== ===================================================================================
-    key                        what it is
-    ========================== ===================================================================================
-    loss_kl                    :func:`mmkd.distillers.segmentation.kd.pixel_divergence` of the decode heads
-    loss_auxiliary_kl          the same of the auxiliary heads
-    loss_mse                   :func:`log_probability_distance` of the auxiliary heads
-    loss_pseudo                :func:`pseudo_label_loss` of the decode heads
-    loss_adversarial           what the student pays where a critic does not take its target outputs for source ones
-    loss_auxiliary_adversarial the same of the auxiliary head and its critic
-    loss_critic                what the two critics pay for not telling the domains apart, half for each domain
-    ========================== ===================================================================================
-
-    The first four are means over each domain's own pixels: the source's labelled ones, and all of the target's images
-    but their padding. The critics, one for each head, see the student's class probabilities, and are trained in the same
-    backward pass, see :mod:`mmkd.distillers.critic`. The authors train them with a second optimizer (Adam, 1e-4,
-    beside SGD, 2.5e-4). Here they get a learning rate of their own in the student's; 0.4 times mmseg's 0.01 of SGD made
-    a critic learn about as fast as Adam's 1e-4 did, on generated maps::
-
-        optim_wrapper = dict(paramwise_cfg=dict(custom_keys={'dakd.critics': dict(lr_mult=0.4, decay_mult=0)}))
-
-    What is implemented are the losses and weights that the authors' public code has; which of them the four paradigms of
-    the paper combine could not be read. It differs from that code in this:
-
-    - The code passes log-probabilities where the divergence takes probabilities, which gives NaN today; here it is the
-      divergence, with the code's weight and its division by pixels and classes (``reduction``).
-    - Divergence, distance and pseudo labels are at the size of the logits; the code's are at the images'
-      (``label_size``). The critics see the images' size in both (``upsample``).
-    - The teacher is in evaluation mode; the code never sets it so. The critics' initial weights suit SGD, see
-      :func:`domain_critic`.
-    - Ignored pixels of the source and padding are left out.
-    - Both domains pass through the student in one batch, and its batch norms see a mixture of them; the code runs one
-      domain after the other.
-
-    The student's own loss leaves the target out, as its pixels are ignored, given ``avg_non_ignore=True``, see
-    :class:`mmkd.data.domains.Unlabelled`. The adversarial terms and the pseudo labels are not 0 for equal networks.
+    The first four are sums of the source's labeled pixels' mean and ``target_weight`` times that of all pixels on the
+    target's images. Each batch needs images of both domains, see :mod:`mmkd.data.domains`. The critics are trained by the
+    student's optimizer and need a learning rate of their own, by the name of the entry, see ``configs/dakd_deeplabv3.py``.
 
     Args:
-        layer: The student's layer that puts out class logits. Default: its decode head's, ``'decode_head.conv_seg'`` or of a
-            cascade ``'decode_head.1.conv_seg'``.
+        layer: The student's layer that puts out class logits. Default: its decode head's, ``'decode_head.conv_seg'`` or
+            of a cascade ``'decode_head.1.conv_seg'``.
         auxiliary_layer: The one of its auxiliary head. Default ``'auxiliary_head.conv_seg'``, where it has one such head.
         kl_weight: A number or a schedule, as all weights are. Default 0.1.
-        auxiliary_kl_weight: Default 0.01, the code's 0.1 of 0.1.
+        auxiliary_kl_weight: Default 0.01.
         mse_weight: Default 0.01.
         pseudo_weight: Default 1.
         adversarial_weight: Default 1e-3.
         auxiliary_adversarial_weight: Default 2e-4.
-        target_weight: gamma of the target. Default 1.
+        target_weight: Of the target in the first four losses. Default 1.
         reduction: Of the divergence: ``'element_mean'`` (default), ``'pixel_mean'``, ``'image_sum'`` or ``'sum'``.
         threshold: The teacher's least probability for a pseudo label. Default None: every one counts.
         label_size: Whether the logits of both are first resized to the size of the labels. Default False.
-        upsample: Whether the student's logits are resized to the size of the images before the critics see them, as in
-            the authors' code. Default True. False takes the size of the logits, 32 at least: for output stride 8 that
-            is 1/64 of the critics' operations, and a decision rests on a field 8 times as wide.
+        upsample: Whether the student's logits are resized to the size of the images before the critics see them. Default
+            True. False takes the size of the logits, 32 at least.
         critic_channels: Of the critics' first layer. Default 64.
         teacher_layer: The teacher's layer, where its name differs from ``layer``. Default, without either: as ``layer``.
         teacher_auxiliary_layer: The same of its auxiliary layer.

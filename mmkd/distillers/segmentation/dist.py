@@ -78,34 +78,29 @@ def relation_losses(
 
 @DISTILLERS.register_module()
 class DIST(Distiller):
-    """Relations between the classes of a pixel and within a class over all pixels, see :func:`relation_losses`.
+    """Relations between the classes of a pixel and within a class over all pixels; ``docs/methods/dist.md``.
 
-    ``loss_inter = inter_weight * L_inter`` and ``loss_intra = intra_weight * L_intra``, between the class logits of
-    both networks; where these differ in size the student's are resized to the teacher's. The pixels of all images of a
-    process make one column. As in the paper's listing nothing is multiplied by tau squared, as public code for
-    classification does: there, multiply both weights by it.
-
-    Positions are left out whose label the student's decode head ignores (255), padding included; the authors' code takes
-    them all, as ``use_labels=False`` does. With two classes rho of a pixel is 1 or -1 and hardly has a gradient: the
-    authors advise against that.
-
-    For auxiliary logits, which the authors' segmentation code weighs by 0.4, add an entry::
-
-        auxiliary=dict(type='DIST', layer='auxiliary_head.conv_seg', inter_weight=0.4, intra_weight=0.4)
+    ``loss_inter = inter_weight * L_inter`` and ``loss_intra = intra_weight * L_intra``, see :func:`relation_losses`,
+    between the class logits of both networks, summed over layers. Where the logits differ in size the student's are
+    resized to the teacher's. The pixels of all images of a process make one column. Positions are left out whose label
+    the student's decode head ignores (255), padding included.
 
     Args:
         layer: The student's layer that puts out class logits, or a list. Default: its decode head's,
             ``'decode_head.conv_seg'`` or of a cascade ``'decode_head.1.conv_seg'``.
-        inter_weight: Of the relation between classes, beta in the paper; a number or a schedule. Default 1, the authors' for
-            segmentation.
-        intra_weight: Of the relation within classes, gamma in the paper; a number or a schedule. Default 1, the authors'
-            for segmentation.
+        inter_weight: Of the relation between classes, the paper's beta; a number or a schedule. Default 1.
+        intra_weight: Of the relation within classes, the paper's gamma; a number or a schedule. Default 1.
         tau: Temperature, positive. Default 1.
         teacher_layer: The teacher's layer, where its name differs from ``layer``. Default, without either: as ``layer``.
-        use_labels: Whether ignored pixels are left out. Default True; False needs no ground truth.
+        use_labels: Whether ignored pixels are left out. Default True. False needs no ground truth.
+
+    Raises:
+        ConfigError: for layers that do not put out logits of the same classes.
 
     Example:
-        >>> distillers = dict(dist=dict(type='DIST'))
+        >>> distillers = dict(
+        ...     dist=dict(type='DIST'),
+        ...     auxiliary=dict(type='DIST', layer='auxiliary_head.conv_seg', inter_weight=0.4, intra_weight=0.4))
     """
 
     renamed = {

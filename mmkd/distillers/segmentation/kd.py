@@ -80,24 +80,26 @@ def pixel_divergence(
 
 @DISTILLERS.register_module()
 class KD(FeatureDistiller):
-    """Soft targets for every pixel, see :func:`pixel_divergence`.
+    """Soft targets for every pixel, see :func:`pixel_divergence`; ``docs/methods/kd.md``.
 
-    ``loss = loss_weight * pixel_divergence``, between the class logits of both networks; where these differ in size the
-    student's are resized to the teacher's. Positions are left out whose nearest pixel has the label that the student's
+    ``loss = loss_weight * pixel_divergence``, between the class logits of both networks, summed over layers. Where the
+    logits differ in size the student's are resized to the teacher's. Positions are left out whose label the student's
     decode head ignores (255), padding included.
 
     Args:
         layer: The student's layer that puts out class logits, or a list. Default: its decode head's,
             ``'decode_head.conv_seg'`` or of a cascade ``'decode_head.1.conv_seg'``.
         tau: Temperature, positive. Default 1.
-        loss_weight: A number or a schedule. Default 1, which is CIRKD's with ``pixel_mean``. The 10 of SKD's script is of
-            ``image_sum``, the 10 of IFVD's of ``element_mean``.
+        loss_weight: A number or a schedule. Default 1, for ``'pixel_mean'``.
         reduction: ``'pixel_mean'`` (default), ``'image_sum'``, ``'element_mean'`` or ``'sum'``.
         label_size: Whether both logits are first resized (bilinear, with the decode head's ``align_corners``) to the
-            size of the labels, as SegDistill does. Default False: compared at the size of the logits.
-        use_labels: Whether ignored pixels are left out. Default True; False needs no ground truth, but for
+            size of the labels. Default False: they are compared at the size of the logits.
+        use_labels: Whether ignored pixels are left out. Default True. False needs no ground truth, but for
             ``label_size``.
         teacher_layer: The teacher's layer, where its name differs from ``layer``. Default, without either: as ``layer``.
+
+    Raises:
+        ConfigError: for layers that do not put out logits of the same classes.
 
     Example:
         >>> distillers = dict(kd=dict(type='KD'))

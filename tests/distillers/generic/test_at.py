@@ -78,6 +78,21 @@ def test_maps_of_zeros_are_finite_and_differentiable(form):
 
 
 @pytest.mark.parametrize('form', FORMS)
+def test_maps_that_are_the_same_everywhere_teach_nothing_and_stay_finite(form):
+    """Those of a layer norm over the channels, whatever its input."""
+    student, teacher = (F.layer_norm(torch.randn(2, 5, 6, c), (c,)).movedim(-1, 1) for c in (4, 7))
+    student.requires_grad_()
+    loss = distance(student, teacher, form)
+    loss.backward()
+    assert loss.item() == pytest.approx(0, abs=1e-4)
+    assert torch.isfinite(student.grad).all()
+    student.grad = None
+    distance(student, torch.randn(2, 7, 5, 6), form).backward()
+    assert torch.isfinite(student.grad).all()
+    assert student.grad.any()
+
+
+@pytest.mark.parametrize('form', FORMS)
 def test_a_batch_of_one_weighs_as_much_as_a_larger_one(form):
     student, teacher = torch.randn(1, 4, 5, 6), torch.randn(1, 7, 5, 6)
     three = [each.repeat(3, 1, 1, 1) for each in (student, teacher)]
