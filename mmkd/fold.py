@@ -15,8 +15,10 @@ from mmkd.errors import ConfigError
 from mmkd.hosts.running import CannotRun, Probe, probe
 from mmkd.taps import INPUT, Taps, tensors
 
-LAYOUT_BOUND = 'mmcv.ops.'
-"""Where modules are from whose kernels read memory as NCHW, whatever the strides say; few of them check."""
+BATCH = 2
+"""Images per probe: for a single one some operations accept a layout that they refuse for several."""
+LAYOUT_BOUND = ('mmcv.ops.deform_conv', 'mmcv.ops.modulated_deform_conv')
+"""Where modules are from whose kernels read memory as NCHW, whatever the strides say."""
 
 
 class Pair(NamedTuple):
@@ -85,7 +87,7 @@ def fold_batch_norm(model: nn.Module, layers: Sequence[str] = (), size: tuple[in
 
 
 def _observe(model: nn.Module, layers: Sequence[str], size: tuple[int, int]) -> Pass:
-    model.eval().requires_grad_(False)
+    _freeze(model)
     calls: dict[nn.Module, list[tuple[Any, Any]]] = {module: [] for module in model.modules()}
 
     def record(module: nn.Module, inputs: tuple, output: Any) -> None:
@@ -93,7 +95,7 @@ def _observe(model: nn.Module, layers: Sequence[str], size: tuple[int, int]) -> 
         calls[module].append((inputs[0], output) if kept else (None, None))
 
     with _removed([module.register_forward_hook(record) for module in calls]):
-        taps = probe(model, layers, size=size)
+        taps = probe(model, layers, BATCH, size)
     names = {module: name for name, module in model.named_modules()}
     once = {module: called[0] for module, called in calls.items() if len(called) == 1}
     made_by = {
@@ -119,8 +121,8 @@ def _fold(model: nn.Module, first: Pass, layers: Sequence[str], size: tuple[int,
         conv.weight, conv.bias = fused.weight, fused.bias
     identities: dict[nn.Module, nn.Module] = {norm: nn.Identity() for _, norm in pairs}
     _replace(model, identities)
-    model.eval().requires_grad_(False)
-    taps = probe(model, layers, size=size)
+    _freeze(model)
+    taps = probe(model, layers, BATCH, size)
     if _same(first.taps, taps):
         return len(pairs), taps
     for conv, weight, bias in originals:
@@ -171,7 +173,7 @@ def _same_if_hidden(
     handles += [norm.register_forward_pre_hook(reveal) for _, norm in pairs]
     with _removed(handles):
         try:
-            return _same(before, probe(model, layers, size=size))
+            return _same(before, probe(model, layers, BATCH, size))
         except CannotRun:  # an operation that refuses NaN
             return False
 
@@ -183,11 +185,11 @@ def _lay_out_channels_last(
 
     Modules that are not called for the layers keep their layout: those of a second stage, say, which runs on regions.
     """
-    if any(type(module).__module__.startswith(LAYOUT_BOUND) for module in called):
+    if any(type(module).__module__ in LAYOUT_BOUND for module in called):
         return False
     _lay_out(called, torch.channels_last)
     try:
-        if _same(before, probe(model, layers, size=size, memory_format=torch.channels_last)):
+        if _same(before, probe(model, layers, BATCH, size, memory_format=torch.channels_last)):
             return True
     except CannotRun:
         pass  # it did run before, so it is the layout that it refuses
@@ -213,6 +215,11 @@ def _same(before: Taps, after: Taps) -> bool:
 def _close(old: torch.Tensor, new: torch.Tensor) -> bool:
     largest = float(old.abs().amax()) if old.numel() else 0.0
     return torch.allclose(old, new, rtol=1e-3, atol=1e-3 * max(largest, 1e-6))
+
+
+def _freeze(model: nn.Module) -> None:
+    model.eval()  # of some models it returns None
+    model.requires_grad_(False)
 
 
 def _replace(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> None:

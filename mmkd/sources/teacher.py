@@ -59,7 +59,8 @@ class Teacher(Source):
             read = read_teacher(dict(config=config, checkpoint=checkpoint))
             checkpoint = read.checkpoint
             model = build_model(read.model, read.scope)
-        self.model = model.eval().requires_grad_(False)
+        model.eval()  # of some models it returns None
+        self.model = model.requires_grad_(False)
         self.checkpoint = checkpoint
         self.dtype = getattr(torch, dtype) if dtype else None
         self._channels_last = False
