@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -31,6 +31,9 @@ def find_layer(model: nn.Module, layer: str, whose: str = '') -> nn.Module:
         raise ConfigError(
             f'{whose}layer {name!r}: {type(model).__name__} has no such module; the nearest are {nearest(name, known)}'
         ) from None
+
+
+AnyTaps = TypeVar('AnyTaps', bound='Taps')
 
 
 class Taps(Mapping):
@@ -76,7 +79,7 @@ class Taps(Mapping):
         self._stop_after = stop_after
         self._handles: list[Any] = []
 
-    def __enter__(self) -> 'Taps':
+    def __enter__(self: AnyTaps) -> AnyTaps:
         self._records = {layer: [] for layer in self._modules}
         self._read = {}
         self._handles = [
