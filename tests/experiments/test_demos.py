@@ -67,6 +67,9 @@ class NoMmdet:
         if name.partition('.')[0] in ('mmdet', 'pycocotools'):
             raise ModuleNotFoundError(name)
 sys.meta_path.insert(0, NoMmdet())
+import importlib.util
+find_spec = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *rest: None if name == 'mmdet' else find_spec(name, *rest)
 from mmkd.experiments import comparison, discovery
 from mmkd.experiments.demos import segmentation
 assert len(discovery.discover(segmentation.DEMO.suite.configs)) > 8
