@@ -99,7 +99,9 @@ def test_bases_beside_the_configs_are_passed_over(configs, gid):
 
 def test_a_folder_without_methods(configs, tmp_path):
     (configs / 'gid_retinanet.py').unlink()
-    with pytest.raises(ConfigError, match='own: none of its configs has model.distillers.*retinanet_student, retinanet_teacher'):
+    with pytest.raises(
+        ConfigError, match='own: none of its configs has model.distillers.*retinanet_student, retinanet_teacher'
+    ):
         discover(configs)
     (tmp_path / 'empty').mkdir()
     with pytest.raises(ConfigError, match='empty: none of its configs .*found no config'):
