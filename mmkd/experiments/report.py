@@ -83,9 +83,8 @@ class Report:
                     row[title] = f'{found[0]:{form}}'
             row['parameters'] = f'{runs[0].parameters() / 1e3:.0f} k'
             scores = values(runs, self.score.key)
-            if name in ('teacher', 'student alone'):
-                row['gap closed'] = ''
-            else:
+            row['gap closed'] = ''
+            if name not in ('teacher', 'student alone') and of_teacher > max(alone):  # else there is no gap
                 closed = [(score - base) / (of_teacher - base) for score, base in zip(scores, alone, strict=True)]
                 row['gap closed'] = f'{100 * statistics.mean(closed):.0f} %'
             if len(alone) > 1:

@@ -62,7 +62,7 @@ def configs(tmp_path):
     folder = tmp_path / 'own'
     folder.mkdir()
     shutil.copytree(CONFIG_ROOT / 'shapes' / '_base_', folder / '_base_')
-    for name in ('retinanet_student', 'retinanet_teacher', 'fcos_student', 'fcos_teacher', 'gid_retinanet'):
+    for name in ('retinanet_student', 'retinanet_teacher', 'gid_retinanet'):
         text = (CONFIG_ROOT / 'shapes' / f'{name}.py').read_text()
         (folder / f'{name}.py').write_text(text.replace('mmkd::shapes/', ''))
     return folder

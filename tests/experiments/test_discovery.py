@@ -42,6 +42,7 @@ def test_methods_can_be_restricted_and_a_wrong_name_says_the_nearest(gid):
 
 
 def test_the_teacher_may_be_of_another_family(configs, gid):
+    shutil.copy(SHAPES.configs / 'fcos_teacher.py', configs)
     text = (configs / 'gid_retinanet.py').read_text().replace('retinanet_teacher.py', 'fcos_teacher.py')
     (configs / 'pkd_retinanet.py').write_text(text)
     fcos = {'model.teacher': 'fcos_teacher'}
@@ -98,7 +99,9 @@ def test_bases_beside_the_configs_are_passed_over(configs, gid):
 
 def test_a_folder_without_methods(configs, tmp_path):
     (configs / 'gid_retinanet.py').unlink()
-    with pytest.raises(ConfigError, match='own: none of its configs has model.distillers.*fcos_student, fcos_teacher'):
+    with pytest.raises(
+        ConfigError, match='own: none of its configs has model.distillers.*retinanet_student, retinanet_teacher'
+    ):
         discover(configs)
     (tmp_path / 'empty').mkdir()
     with pytest.raises(ConfigError, match='empty: none of its configs .*found no config'):

@@ -53,6 +53,12 @@ def test_the_table_has_means_spread_and_the_share_of_the_gap(models):
     assert table['student alone']['gap closed'] == ''
 
 
+def test_without_a_lead_of_the_teacher_there_is_no_gap(models, tmp_path):
+    _, students = models
+    teacher = write_run(tmp_path / 'no better', 0.2)
+    assert {row['gap closed'] for row in REPORT.rows(teacher, students)} == {''}
+
+
 def test_the_page_has_the_table_the_curves_and_the_pictures(models, tmp_path):
     more = {'IoU <of> each class': [{'class': 'road', 'teacher': '77.7'}]}
     page = REPORT.write(
