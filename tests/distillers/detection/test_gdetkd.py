@@ -14,7 +14,8 @@ from mmkd.distillers.detection.gdetkd import GDetKD
 from mmkd.distillers.detection.mimic import mean_square
 from mmkd.distillers.memory import Memory
 from mmkd.errors import ConfigError
-from mmkd.hosts.detection.rois import to_rois
+from mmkd.hosts.detection.dense_heads import dense_head
+from mmkd.hosts.detection.rois import best_predictions, to_rois
 from mmkd.hosts.running import probe
 from mmkd.taps import Taps
 from mmkd.testing import detectors, models
@@ -364,6 +365,9 @@ def test_one_stage_terms_are_of_the_drawn_regions_each_with_its_weight(tmp_path)
     torch.manual_seed(0)
     rois = to_rois(distiller.draw(student, data['data_samples']))
     assert len(rois) == 10
+    metas = [sample.metainfo for sample in data['data_samples']]
+    best = to_rois(best_predictions(dense_head(model.bbox_head), student['bbox_head'], 40, metas))
+    assert (rois[:, None] == best).all(2).any(1).all()
     with torch.no_grad():
         target = teacher.roi_head._bbox_forward([each.contiguous() for each in taps['neck']], rois)['bbox_feats']
         embeddings = []
@@ -378,6 +382,25 @@ def test_one_stage_terms_are_of_the_drawn_regions_each_with_its_weight(tmp_path)
     found = distiller(student, taps, data['data_samples'])
     expected = {'loss_sgfi': 2 * sgfi, 'loss_ckd': 3 * ckd, 'tau': 4.0}
     assert {key: value.item() for key, value in found.items()} == pytest.approx(expected, rel=1e-4)
+
+
+def test_trained_parts_have_the_sizes_of_the_options(tmp_path):
+    options = dict(hidden_channels=10, key_channels=6, projection_channels=7, memory=40, keys_per_step=9)
+    distiller = pair('retinanet', tmp_path, **options).distillers.g
+    shapes = {name: tuple(each.shape) for name, each in distiller.state_dict().items() if 'bias' not in name}
+    assert shapes == {
+        'log_tau': (),
+        'adapters.0.conv.weight': (24, 16, 1, 1),
+        'keys.0.weight': (10, 24, 3, 3),
+        'keys.2.weight': (6, 10, 3, 3),
+        'projection.weight': (7, 16),
+        'teacher_projection.weight': (7, 48),
+        'memory.keys': (40, 48),
+        'memory.filled': (40,),
+        'memory.cursor': (),
+    }
+    distiller.memory.add(torch.randn(20, 48))
+    assert distiller.memory.filled.sum() == 9
 
 
 def test_the_memory_makes_negatives_of_earlier_steps(tmp_path):
