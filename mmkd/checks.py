@@ -14,7 +14,15 @@ from mmengine.dist import get_world_size
 from torch import nn
 
 from mmkd.errors import ConfigError
-from mmkd.hosts.configs import config_folder, described_sources, read_teacher, teacher_classes, teachers, trained_models
+from mmkd.hosts.configs import (
+    config_folder,
+    described_sources,
+    plain_model,
+    read_teacher,
+    teacher_classes,
+    teachers,
+    trained_models,
+)
 from mmkd.hosts.datasets import (
     annotation_path,
     class_names,
@@ -293,8 +301,16 @@ def check_fit(config: Config, model: nn.Module | None) -> None:
 # classes
 
 
+def heads_have_the_datas_classes(config: Config) -> bool:
+    """Whether ``num_classes`` of heads counts the data's classes: not of panoptic data, nor where classes are words."""
+    panoptic = any('Panoptic' in type_name(dataset) for _, dataset in _datasets(config, 'train'))
+    return not panoptic and not {'language_model', 'text_encoder'} & set(plain_model(config))
+
+
 def check_heads(config: Config) -> None:
     """Check that the heads of the student and its peers, or of a plain model, have as many classes as the data."""
+    if not heads_have_the_datas_classes(config):
+        return
     source, dataset = next(_datasets(config, 'train'), ('', {}))
     names = class_names(dataset, source, config.get('default_scope')) if dataset else None
     heads = [each for option, model in trained_models(config) for each in _head_classes(model, option)]

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from mmengine.config import Config
+from mmengine.hub import get_config
 
 from mmkd import checks
 from mmkd.errors import ConfigError
@@ -293,6 +294,23 @@ def test_heads_in_lists_and_heads_of_other_classes(folder):
     with pytest.raises(ConfigError, match=r'^model.decode_head.1.num_classes=2'):
         checks.check_heads(config)
     checks.check_heads(shapes_config(folder, detectors.faster_rcnn(classes=6, rpn_head=dict(num_classes=1))))
+
+
+@pytest.mark.parametrize(
+    'name',
+    [
+        'mmdet::retinanet/retinanet_r50_fpn_1x_coco.py',
+        'mmdet::htc/htc_r50_fpn_1x_coco.py',  # a semantic head of 183 classes
+        'mmdet::panoptic_fpn/panoptic-fpn_r50_fpn_1x_coco.py',  # 80 things, 133 classes
+        'mmdet::mask2former/mask2former_r50_8xb2-lsj-50e_coco-panoptic.py',
+        'mmdet::grounding_dino/grounding_dino_swin-t_finetune_16xb2_1x_coco.py',  # 256 words
+        'mmseg::stdc/stdc1_4xb12-80k_cityscapes-512x1024.py',  # a head for boundaries
+        'mmseg::ocrnet/ocrnet_r101-d8_4xb2-40k_cityscapes-512x1024.py',  # a cascade
+        'mmseg::san/san-vit-b16_voc12aug-640x640.py',  # 20 words, 21 classes
+    ],
+)
+def test_the_stock_heads_pass(name):
+    checks.check_heads(get_config(name))
 
 
 # options that do not go together
