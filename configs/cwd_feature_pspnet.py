@@ -4,6 +4,7 @@ model = dict(
     type='mmkd.Distill',
     student=_base_.model,
     teacher='mmseg::pspnet/pspnet_r101-d8_4xb2-80k_cityscapes-512x1024.py',
+    # for what 50 stands in other code: docs/methods/cwd.md
     distillers=dict(
         cwd=dict(
             type='CWD', layer='decode_head.bottleneck', tau=4.0, loss_weight=50.0,

@@ -4,6 +4,6 @@ model = dict(
     type='mmkd.Distill',
     student=_base_.model,
     teacher='mmseg::segformer/segformer_mit-b4_8xb1-160k_cityscapes-1024x1024.py',
-    # CIRKD's script for SegFormer: logits 0.3 instead of 3 (features 5 instead of 50)
+    # logits alone: CIRKD's script for SegFormer has features, KD and a critic besides
     distillers=dict(cwd=dict(type='CWD', layer='decode_head.conv_seg', tau=4.0, loss_weight=0.3)))
 auto_scale_lr = dict(enable=False, base_batch_size=8)

@@ -40,5 +40,6 @@ target = dict(  # Cityscapes, without its labels
 train_dataloader = dict(
     sampler=dict(_delete_=True, type='mmkd.DomainSampler'),
     dataset=dict(_delete_=True, type='ConcatDataset', datasets=[source, target]))
+# the critics' learning rate, by the name of their entry
 optim_wrapper = dict(paramwise_cfg=dict(custom_keys={'dakd.critics': dict(lr_mult=0.4, decay_mult=0)}))
 auto_scale_lr = dict(enable=False, base_batch_size=8)

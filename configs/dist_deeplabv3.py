@@ -6,5 +6,5 @@ model = dict(
     teacher='mmseg::deeplabv3/deeplabv3_r101-d8_4xb2-80k_cityscapes-512x1024.py',
     distillers=dict(
         dist=dict(type='DIST'),
-        auxiliary=dict(type='DIST', layer='auxiliary_head.conv_seg', loss_weight=0.4)))
+        auxiliary=dict(type='DIST', layer='auxiliary_head.conv_seg', inter_weight=0.4, intra_weight=0.4)))
 auto_scale_lr = dict(enable=False, base_batch_size=8)

@@ -11,5 +11,6 @@ model = dict(
             foreground_weight=5e-5,
             background_weight=2.5e-5,
             attention_weight=5e-5,
-            global_weight=5e-7)))
+            global_weight=5e-7)),
+    inherit=['neck', 'rpn_head', 'roi_head'])
 optim_wrapper = dict(clip_grad=dict(max_norm=35, norm_type=2))

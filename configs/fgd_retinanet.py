@@ -4,5 +4,6 @@ model = dict(
     type='mmkd.Distill',
     student=_base_.model,
     teacher='mmdet::retinanet/retinanet_r101_fpn_2x_coco.py',
-    distillers=dict(fgd=dict(type='FGD')))
+    distillers=dict(fgd=dict(type='FGD')),
+    inherit=['neck', 'bbox_head'])
 optim_wrapper = dict(clip_grad=dict(max_norm=35, norm_type=2))

@@ -4,4 +4,4 @@ model = dict(
     type='mmkd.Distill',
     student=_base_.model,
     teacher='mmdet::faster_rcnn/faster-rcnn_x101-64x4d_fpn_2x_coco.py',
-    distillers=dict(gdetkd=dict(type='GDetKD', head='bbox_head', tower='bbox_head.cls_convs.3')))
+    distillers=dict(gdetkd=dict(type='GDetKD', head='bbox_head', embedding_layer='bbox_head.cls_convs.3')))

@@ -4,5 +4,6 @@ model = dict(
     type='mmkd.Distill',
     student=_base_.model,
     teacher='mmdet::retinanet/retinanet_x101-64x4d_fpn_1x_coco.py',
-    distillers=dict(mgd=dict(type='MGD', layer='neck')))
+    distillers=dict(mgd=dict(type='MGD', layer='neck')),
+    inherit=['neck', 'bbox_head'])
 optim_wrapper = dict(clip_grad=dict(max_norm=35, norm_type=2))

@@ -98,10 +98,14 @@ class Adapters(nn.ModuleList):
             adapter.to(s.device)
             with torch.no_grad():
                 s = adapter(s)
+            if not isinstance(s, torch.Tensor) or s.dim() != 4:
+                raise ConfigError(f'adapter={spec!r}: puts out no (B, C, H, W) map')
+            if same_channels and s.shape[1] != t.shape[1] and isinstance(spec, Mapping):
+                raise ConfigError(f'adapter={spec!r}: puts out {s.shape[1]} channels, the teacher has {t.shape[1]}')
             if same_channels and s.shape[1] != t.shape[1]:
                 raise ConfigError(
                     f'{both}: level {level} has {s.shape[1]} and {t.shape[1]} channels with adapter={spec!r}; use '
-                    f"adapter='auto', which adds a 1x1 convolution"
+                    f"adapter='auto', which adds a 1x1 convolution, or same_channels=False in a method that needs no equal ones"
                 )
             if s.shape[2:] != t.shape[2:] and spec is None:
                 raise ConfigError(
@@ -110,6 +114,14 @@ class Adapters(nn.ModuleList):
                 )
             self.append(adapter)
             self.resize.append(s.shape[2:] != t.shape[2:])
+
+    @classmethod
+    def of_regions(
+        cls, spec: str | Mapping | None, in_channels: int, out_channels: int, names: tuple[str, str]
+    ) -> 'Adapters':
+        """One adapter for features that are pooled to one size, from whatever level: ``adapters([student], [teacher])``."""
+        student, teacher = torch.zeros(1, in_channels, 7, 7), torch.zeros(1, out_channels, 7, 7)
+        return cls(spec, [student], [teacher], names)
 
     def forward(self, student: Sequence[torch.Tensor], teacher: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """The student's levels in the teacher's shapes."""

@@ -14,7 +14,15 @@ from mmengine.dist import get_world_size
 from torch import nn
 
 from mmkd.errors import ConfigError
-from mmkd.hosts.configs import config_folder, read_teacher, teacher_classes, teachers
+from mmkd.hosts.configs import (
+    config_folder,
+    described_sources,
+    plain_model,
+    read_teacher,
+    teacher_classes,
+    teachers,
+    trained_models,
+)
 from mmkd.hosts.datasets import (
     annotation_path,
     class_names,
@@ -139,19 +147,20 @@ def _check_coco(option: str, dataset: Mapping, scope: str | None) -> None:
         'classes'
     )  # the data set class's own, of which a file may have some
     labels = tuple(name for name in names if name in classes)
-    if (stock and labels != classes[: len(labels)]) or not labels:
-        found = "none of COCO's categories" if not labels else "COCO's categories not as mmdet would number them"
-        raise ConfigError(
-            f'{option}.ann_file: {path} has {found}; name yours with {option}.metainfo=dict(classes={tuple(names)}), '
-            f'and set num_classes={len(names)} in the model'
-        )
     unknown = [name for name in classes if name not in names]
-    if unknown and not stock:
+    if stock:
+        if not labels or labels != classes[: len(labels)]:
+            found = "COCO's categories not as mmdet would number them" if labels else "none of COCO's categories"
+            raise ConfigError(
+                f'{option}.ann_file: {path} has {found}; name yours with {option}.metainfo=dict(classes={tuple(names)}), '
+                f'and set num_classes={len(names)} in the model'
+            )
+    elif unknown:
         raise ConfigError(
             f'{option}.ann_file: {path} has no category {unknown[0]!r}, which {option}.metainfo.classes names; its '
             f'categories are {names}'
         )
-    if labels != classes and not stock:
+    elif labels != classes:
         raise ConfigError(
             f'{option}.metainfo.classes: {classes} is not the order of the categories in {path}, by which mmdet numbers '
             f'the labels whatever the order here; write classes={labels}'
@@ -200,21 +209,31 @@ def check_teachers(config: Config) -> list[tuple[str, Sequence[str] | None]]:
         teacher = read_teacher(spec)
         if teacher.checkpoint is None:
             raise ConfigError(f'{option}: no checkpoint for {type_name(teacher.model)}; {NO_WEIGHTS}')
-        path = fetch(teacher.checkpoint, looked_in=[*config_folder(config), Path.cwd()])
-        content = read_file(path)
-        plain_weights(content, path)
+        path, content = _read_named(config, teacher.checkpoint)
         known.append((f"{option}'s config", teacher_classes(spec)))
         known.append((f"{option}'s checkpoint {path}", dataset_meta(content).get('classes')))
+    for option, spec in described_sources(config):
+        if isinstance(spec, Mapping) and type_name(spec) == 'Peer' and spec.get('checkpoint'):
+            _read_named(config, spec['checkpoint'], f'{option}.checkpoint')
     return known
 
 
+def _read_named(config: Config, checkpoint: str, what: str = 'teacher checkpoint') -> tuple[Path, object]:
+    """The file of a checkpoint with weights, and its content."""
+    path = fetch(checkpoint, what, looked_in=[*config_folder(config), Path.cwd()])
+    content = read_file(path, what)
+    plain_weights(content, path, what)
+    return path, content
+
+
 def check_pretrained(config: Config) -> None:
-    """Check that the weights are there from which the student, or a plain model, is initialised.
+    """Check that the weights are there from which the student, its peers, or a plain model start.
 
     These are mmengine's ``init_cfg=dict(type='Pretrained', checkpoint=...)`` and mmseg's ``pretrained=...``, anywhere in
     the model.
     """
-    for option, checkpoint in pretrained(config.model, 'model'):
+    named = [each for option, model in trained_models(config) for each in pretrained(model, option)]
+    for option, checkpoint in named:
         if fetchable(checkpoint):
             advice = f'start without: --cfg-options {option}=None; {TRY}'
             fetch(checkpoint, option, missing=f'put it there, or {advice}', unreachable=advice)
@@ -223,14 +242,14 @@ def check_pretrained(config: Config) -> None:
 def pretrained(model: Mapping, option: str) -> Iterator[tuple[str, str]]:
     """The options by which a model's config names weights to start from, and these."""
     start = model.get('init_cfg')
-    if isinstance(start, Mapping) and type_name(start) == 'Pretrained' and isinstance(start.get('checkpoint'), str):
-        yield f'{option}.init_cfg', start['checkpoint']
-        return  # mmengine initialises nothing below it
+    for name, each in [('init_cfg', start)] if isinstance(start, Mapping) else _numbered('init_cfg', start):
+        if type_name(each) == 'Pretrained' and isinstance(each.get('checkpoint'), str):
+            yield f'{option}.{name}', each['checkpoint']
+            if each is start:
+                return  # mmengine initializes nothing below it
     if isinstance(model.get('pretrained'), str):
         yield f'{option}.pretrained', model['pretrained']
     for key, value in model.items():
-        if key == 'teacher' and type_name(model) == 'Distill':
-            continue  # has weights of its own
         for name, each in [(key, value)] if isinstance(value, Mapping) else _numbered(key, value):
             if isinstance(each, Mapping):
                 yield from pretrained(each, f'{option}.{name}')
@@ -282,16 +301,24 @@ def check_fit(config: Config, model: nn.Module | None) -> None:
 # classes
 
 
+def heads_have_the_datas_classes(config: Config) -> bool:
+    """Whether ``num_classes`` of heads counts the data's classes: not of panoptic data, nor where classes are words."""
+    panoptic = any('Panoptic' in type_name(dataset) for _, dataset in _datasets(config, 'train'))
+    return not panoptic and not {'language_model', 'text_encoder'} & set(plain_model(config))
+
+
 def check_heads(config: Config) -> None:
-    """Check that the student's heads, or a plain model's, have as many classes as the training data."""
-    option, dataset = next(_datasets(config, 'train'), ('', {}))
-    names = class_names(dataset, option, config.get('default_scope')) if dataset else None
-    model = 'model.student' if 'student' in config.model else 'model'
-    for head, classes in _head_classes(config.model.get('student', config.model), model):
+    """Check that the heads of the student and its peers, or of a plain model, have as many classes as the data."""
+    if not heads_have_the_datas_classes(config):
+        return
+    source, dataset = next(_datasets(config, 'train'), ('', {}))
+    names = class_names(dataset, source, config.get('default_scope')) if dataset else None
+    heads = [each for option, model in trained_models(config) for each in _head_classes(model, option)]
+    for head, classes in heads:
         if names and classes != len(names):
             shown = ', '.join(names[:5]) + (', ...' if len(names) > 5 else '')
             raise ConfigError(
-                f'{head}.num_classes={classes}: {option} has {len(names)} classes ({shown}); give both the same'
+                f'{head}.num_classes={classes}: {source} has {len(names)} classes ({shown}); give both the same'
             )
 
 

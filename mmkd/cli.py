@@ -17,9 +17,9 @@ from mmengine.utils.dl_utils import set_multi_processing
 from mmengine.visualization import Visualizer
 from torch import nn
 
+from mmkd.checks import heads_have_the_datas_classes
 from mmkd.errors import ConfigError, nearest
-from mmkd.hosts.configs import check_teacher_files, name_classes, resolve_teachers
-from mmkd.hosts.datasets import datasets, type_name
+from mmkd.hosts.configs import check_named_configs, name_classes, resolve_files
 from mmkd.hosts.hooks import SavePictures, StopAtInvalidLoss
 from mmkd.hosts.mmengine import config_path
 
@@ -61,7 +61,7 @@ def read_config(args: argparse.Namespace) -> Config:
         raise ConfigError(f'config {path}: no such file (looked in {Path.cwd()}); the nearest are {found}')
     config = Config.fromfile(path)
     name_classes(config._cfg_dict)
-    resolve_teachers(config)
+    resolve_files(config)
     changed = [key for key in args.cfg_options if key.startswith('model.teacher.')]
     if changed and 'teacher' not in config.get('model', {}):
         raise ConfigError(f'--cfg-options {changed[0]}: {path} trains a plain model, which has no teacher')
@@ -71,7 +71,7 @@ def read_config(args: argparse.Namespace) -> Config:
     config.merge_from_dict(args.cfg_options)
     if 'model' not in config:
         raise ConfigError(f'config {path}: it has no model')
-    check_teacher_files(config)
+    check_named_configs(config)
     config.launcher = args.launcher
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
     config.work_dir = args.work_dir or config.get('work_dir') or str(Path('work_dirs') / Path(path).stem)
@@ -131,16 +131,13 @@ def bare_model(runner: Runner) -> nn.Module | None:
 def watch(runner: Runner) -> None:
     """Register the hooks that stop a training which cannot work, unless the config has them.
 
-    mmdet's ``NumClassCheckHook`` compares all modules that have ``num_classes`` with the data's classes. It is left out
-    where these are not the same thing: panoptic data, and heads whose classes are words.
+    mmdet's ``NumClassCheckHook`` compares all modules that have ``num_classes`` with the data's classes.
     """
     config, there = runner.cfg, {type(hook).__name__ for hook in runner.hooks}
     if not there & {'CheckInvalidLossHook', 'StopAtInvalidLoss'}:
         runner.register_hook(StopAtInvalidLoss())
-    data = [each for _, each in datasets(config.train_dataloader.dataset, '')]
-    panoptic = any('Panoptic' in type_name(each) for each in data)
-    words = 'language_model' in config.model.get('student', config.model)
-    if config.get('default_scope') == 'mmdet' and 'NumClassCheckHook' not in there and not panoptic and not words:
+    detects = config.get('default_scope') == 'mmdet' and heads_have_the_datas_classes(config)
+    if detects and 'NumClassCheckHook' not in there:
         runner.register_hook(dict(type='NumClassCheckHook'))
 
 

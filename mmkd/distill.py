@@ -136,6 +136,7 @@ def _build_student(student: Any, data_preprocessor: Mapping | None) -> BaseModel
 def _connect(model: BaseModel, sources: Mapping[str, Source], distillers: Distillers) -> None:
     """Find out which layers are read, and how they look, by running all networks over an image."""
     distillers.connect(sources)
+    distillers.prepare(model, sources)
     clash = sorted(set(distillers) & set(sources))
     if clash:
         raise ConfigError(f'distillers.{clash[0]}: a teacher has this name, and both start log keys; choose another')
@@ -147,7 +148,7 @@ def _connect(model: BaseModel, sources: Mapping[str, Source], distillers: Distil
     probed = tuple(dict.fromkeys((*distillers.layers('student_layers', None, distillers.learnt_by(None)), *own)))
     others = {name: source for name, source in sources.items() if not isinstance(source, Own)}
 
-    def attempt(size: tuple[int, int]) -> tuple[tuple[int, int], Taps, dict[str, Taps], dict[str, Taps]]:
+    def attempt(size: tuple[int, int]) -> tuple[tuple[int, int], Taps, Mapping[str, Taps], Mapping[str, Taps]]:
         student = probe(model, probed, size=size, trains=True, name='student')
         found = [
             {

@@ -226,7 +226,7 @@ def _replace(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> N
     """Wherever a module is registered: heads give one to several levels, and some under two names."""
     for parent in list(model.modules()):
         for name, child in parent._modules.items():
-            if child in replacements:
+            if child is not None and child in replacements:
                 parent._modules[name] = replacements[child]
 
 

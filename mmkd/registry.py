@@ -14,6 +14,7 @@ from mmengine.registry import DATA_SAMPLERS as MMENGINE_DATA_SAMPLERS
 from mmengine.registry import MODELS as MMENGINE_MODELS
 from mmengine.registry import TRANSFORMS as MMENGINE_TRANSFORMS
 from mmengine.registry import Registry
+from torch import nn
 
 from mmkd.errors import ConfigError, nearest
 
@@ -46,6 +47,8 @@ def build(registry: Registry, option: str, spec: Mapping, **given: Any) -> Any:
         raise ConfigError(f'{option}: type={kind!r}: expected a name, a dotted path or a class')
     options = {key: value for key, value in spec.items() if key not in ('type', '_scope_')}
     parameters = inspect.signature(kind).parameters
+    if getattr(kind, '__init__', None) is nn.Module.__init__:  # which takes everything, to refuse it later
+        parameters = inspect.signature(object).parameters
     takes_all = any(each.kind is each.VAR_KEYWORD for each in parameters.values())
     for key, value in given.items():
         if key in options:
@@ -68,9 +71,20 @@ def build(registry: Registry, option: str, spec: Mapping, **given: Any) -> Any:
     if missing:
         raise ConfigError(f'{option}: {kind.__name__} needs {", ".join(missing)}')
     try:
-        return kind(**options)
+        made = kind(**options)
     except ConfigError as error:
         raise ConfigError(f'{option}: {error}') from None
+    except TypeError as error:
+        if 'unexpected keyword argument' not in str(error):
+            raise
+        raise ConfigError(f'{option}: {error}') from None
+    except AttributeError as error:
+        if 'before Module.__init__() call' not in str(error):
+            raise
+        raise ConfigError(f'{option}: {kind.__name__}.__init__ has to call super().__init__() first') from None
+    if isinstance(made, nn.Module) and '_modules' not in vars(made):
+        raise ConfigError(f'{option}: {kind.__name__}.__init__ has to call super().__init__() first')
+    return made
 
 
 def _find(registry: Registry, option: str, name: str) -> Any:
@@ -81,7 +95,10 @@ def _find(registry: Registry, option: str, name: str) -> Any:
     module, _, attribute = name.rpartition('.')
     if not module:
         known = nearest(name, registry.module_dict)
-        raise ConfigError(f'{option}: there is no {registry.name} {name!r}; the nearest are {known}')
+        raise ConfigError(
+            f'{option}: there is no {registry.name} {name!r}; the nearest are {known}; a class of your own is named by its '
+            f'dotted path'
+        )
     try:
         return getattr(import_module(module), attribute)
     except ImportError as error:

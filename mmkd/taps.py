@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -17,7 +17,7 @@ class _Reached(BaseException):
     """Every tapped layer has been called: the rest of the forward pass is not needed. No model catches it."""
 
 
-def find_layer(model: nn.Module, layer: str) -> nn.Module:
+def find_layer(model: nn.Module, layer: str, whose: str = '') -> nn.Module:
     """The module that ``layer`` names, a dotted name with an optional ``:input`` or ``:kwargs`` at its end.
 
     Raises:
@@ -29,8 +29,11 @@ def find_layer(model: nn.Module, layer: str) -> nn.Module:
     except AttributeError:
         known = [each for each, _ in model.named_modules() if each and not each.startswith(('distillers', 'sources'))]
         raise ConfigError(
-            f'layer {name!r}: {type(model).__name__} has no such module; the nearest are {nearest(name, known)}'
+            f'{whose}layer {name!r}: {type(model).__name__} has no such module; the nearest are {nearest(name, known)}'
         ) from None
+
+
+AnyTaps = TypeVar('AnyTaps', bound='Taps')
 
 
 class Taps(Mapping):
@@ -76,7 +79,7 @@ class Taps(Mapping):
         self._stop_after = stop_after
         self._handles: list[Any] = []
 
-    def __enter__(self) -> 'Taps':
+    def __enter__(self: AnyTaps) -> AnyTaps:
         self._records = {layer: [] for layer in self._modules}
         self._read = {}
         self._handles = [

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from mmengine.config import Config
+from mmengine.hub import get_config
 
 from mmkd import checks
 from mmkd.errors import ConfigError
@@ -49,21 +50,49 @@ def test_a_right_config_passes_without_a_word(shapes):
 def test_pretrained_weights_are_found_anywhere_in_the_student():
     start = dict(type='Pretrained', checkpoint='a.pth')
     model = dict(
-        type='mmkd.Distill',
-        student=dict(
-            pretrained='open-mmlab://resnet18_v1c',
-            backbone=dict(init_cfg=[dict(type='Kaiming'), dict(start)], pretrained=True),
-            decode_head=[dict(init_cfg=dict(start, checkpoint='b.pth')), dict(init_cfg=None)],
-            detector=dict(init_cfg=dict(start, checkpoint='c.pth'), backbone=dict(init_cfg=start)),
-        ),
-        teacher=dict(config=dict(backbone=dict(init_cfg=start))),
+        pretrained='open-mmlab://resnet18_v1c',
+        backbone=dict(init_cfg=[dict(type='Kaiming'), dict(start)], pretrained=True),
+        decode_head=[dict(init_cfg=dict(start, checkpoint='b.pth')), dict(init_cfg=None)],
+        detector=dict(init_cfg=dict(start, checkpoint='c.pth'), backbone=dict(init_cfg=start)),
     )
-    assert dict(checks.pretrained(Config(dict(model=model)).model, 'model')) == {
+    assert dict(checks.pretrained(model, 'model.student')) == {
         'model.student.pretrained': 'open-mmlab://resnet18_v1c',
-        'model.student.backbone.init_cfg.0': 'a.pth',
+        'model.student.backbone.init_cfg.1': 'a.pth',
         'model.student.decode_head.0.init_cfg': 'b.pth',
         'model.student.detector.init_cfg': 'c.pth',
     }
+
+
+def test_of_what_a_student_learns_from_only_peers_start_from_pretrained_weights(shapes, folder, tmp_path):
+    start = dict(type='Pretrained', checkpoint=str(tmp_path / 'x.pth'))
+    with_start = detectors.retinanet(classes=6, backbone=dict(init_cfg=start))
+    frozen = dict(config=with_start, checkpoint=models.save_weights(detectors.retinanet(classes=6), tmp_path / 't.pth'))
+    shapes.model.teacher = dict(large=frozen, mean=dict(type='Average'))
+    assert checks.check_config(shapes) == []
+    shapes.model.teacher.peer = dict(type='mmkd.Peer', config=with_start)
+    with pytest.raises(ConfigError, match=r'^model.teacher.peer.config.backbone.init_cfg .*x.pth: no such file'):
+        checks.check_config(shapes)
+    shapes.model.teacher.peer = dict(type='Peer', config=detectors.retinanet(classes=2))
+    with pytest.raises(ConfigError, match=r'^model.teacher.peer.config.bbox_head.num_classes=2'):
+        checks.check_config(shapes)
+    shapes.model.teacher.peer = dict(type='Peer', config=detectors.retinanet(classes=6), checkpoint='y.pth')
+    with pytest.raises(ConfigError, match=r'^model.teacher.peer.checkpoint y.pth: no such file'):
+        checks.check_config(shapes)
+    shapes.model.teacher.pop('peer')
+    shapes.model.teacher.large.checkpoint = 'z.pth'
+    with pytest.raises(ConfigError, match=r'^teacher checkpoint z.pth: no such file'):
+        checks.check_config(shapes)
+
+
+def test_a_student_that_is_named(shapes, tmp_path):
+    Config(dict(model=shapes.model.student)).dump(tmp_path / 'student.py')
+    shapes.model.student = str(tmp_path / 'student.py')
+    assert checks.check_config(shapes) == []
+    shapes.train_dataloader.dataset.metainfo.classes = NAMES[:5]
+    with pytest.raises(
+        ConfigError, match=r'^model.student.bbox_head.num_classes=6: train_dataloader.dataset has 5 classes'
+    ):
+        checks.check_config(shapes)
 
 
 def test_pretrained_weights_that_are_not_there(shapes, tmp_path):
@@ -113,6 +142,9 @@ def test_a_teacher_whose_weights_cannot_be_read_is_found_before_data_are(shapes,
     (tmp_path / 't.pth').write_bytes(b'<html>')
     shapes.model.teacher.checkpoint = str(tmp_path / 't.pth')
     with pytest.raises(ConfigError, match=r'^teacher checkpoint .*t.pth: refused'):
+        checks.check_config(shapes)
+    torch.save(dict(state_dict=dict(epoch=3)), tmp_path / 't.pth')
+    with pytest.raises(ConfigError, match=r'^teacher checkpoint .*t.pth: holds no weights'):
         checks.check_config(shapes)
     shapes.model.teacher.checkpoint = None
     with pytest.raises(
@@ -218,7 +250,7 @@ def test_other_classes_are_worth_a_warning_where_there_are_as_many(shapes, folde
     teacher_says(shapes, folder, [*NAMES[:5], 'moon'])
     (line,) = checks.check_config(shapes)
     assert "class 5 is 'moon', and 'cross' in train_dataloader.dataset" in line
-    teacher_says(shapes, folder, NAMES[:5])  # CWD of the neck may well be of other classes
+    teacher_says(shapes, folder, NAMES[:0:-1])  # CWD of the neck may well be of other classes
     assert checks.check_config(shapes) == []
 
 
@@ -262,6 +294,23 @@ def test_heads_in_lists_and_heads_of_other_classes(folder):
     with pytest.raises(ConfigError, match=r'^model.decode_head.1.num_classes=2'):
         checks.check_heads(config)
     checks.check_heads(shapes_config(folder, detectors.faster_rcnn(classes=6, rpn_head=dict(num_classes=1))))
+
+
+@pytest.mark.parametrize(
+    'name',
+    [
+        'mmdet::retinanet/retinanet_r50_fpn_1x_coco.py',
+        'mmdet::htc/htc_r50_fpn_1x_coco.py',  # a semantic head of 183 classes
+        'mmdet::panoptic_fpn/panoptic-fpn_r50_fpn_1x_coco.py',  # 80 things, 133 classes
+        'mmdet::mask2former/mask2former_r50_8xb2-lsj-50e_coco-panoptic.py',
+        'mmdet::grounding_dino/grounding_dino_swin-t_finetune_16xb2_1x_coco.py',  # 256 words
+        'mmseg::stdc/stdc1_4xb12-80k_cityscapes-512x1024.py',  # a head for boundaries
+        'mmseg::ocrnet/ocrnet_r101-d8_4xb2-40k_cityscapes-512x1024.py',  # a cascade
+        'mmseg::san/san-vit-b16_voc12aug-640x640.py',  # 20 words, 21 classes
+    ],
+)
+def test_the_stock_heads_pass(name):
+    checks.check_heads(get_config(name))
 
 
 # options that do not go together

@@ -101,8 +101,8 @@ def test_losses_are_logged_by_name_and_added_to_the_students(teacher_options):
         'loss_bbox',
         'gid.loss_feature',
         'gid.loss_relation',
-        'gid.loss_class',
-        'gid.loss_box',
+        'gid.loss_cls',
+        'gid.loss_bbox',
         'gid.instances',
         'cwd.loss',
     ]

@@ -31,7 +31,7 @@ PAIRS = {
             mgd=dict(type='MGD', layer='neck'),
             pkd=dict(type='PKD', layer='neck'),
             fgfi=dict(type='FGFI', head='bbox_head', loss_weight=0.01),
-            frs=dict(type='FRS', feature_weight=0.005, class_weight=0.02),
+            frs=dict(type='FRS', feature_weight=0.005, cls_weight=0.02),
         ),
     ),
     'GFL': (
@@ -44,12 +44,12 @@ PAIRS = {
         detectors.faster_rcnn,
         detectors.faster_rcnn,
         dict(
-            mimic=dict(type='Mimic', class_weight=1.0, box_weight=1.0),
+            mimic=dict(type='Mimic', cls_weight=1.0, bbox_weight=1.0),
             gid=dict(type='GID', head='rpn_head'),
             quantization_mimic=dict(type='QuantizationMimic'),
             chen=dict(type='Chen'),
             fgfi=dict(type='FGFI', loss_weight=0.01),
-            gdetkd=dict(type='GDetKD', class_weight=1.0, box_weight=1.0, memory=64, keys_per_step=16),
+            gdetkd=dict(type='GDetKD', cls_weight=1.0, bbox_weight=1.0, memory=64, keys_per_step=16),
         ),
     ),
     'RetinaNet of Faster R-CNN': (
@@ -69,7 +69,13 @@ SEGMENTATION = {
             ),
             skd=dict(type='SKD'),
             ifvd=dict(type='IFVD'),
-            cirkd=dict(type='CIRKD', pixels=64, regions=64, pixel_memory=20, region_memory=20),
+            cirkd=dict(
+                type='CIRKD',
+                pixel_contrast_size=64,
+                region_contrast_size=64,
+                pixel_memory_size=20,
+                region_memory_size=20,
+            ),
             dist=dict(type='DIST'),
             mgd=dict(type='MGD', layer='backbone.layer4'),
             at=dict(type='AT', layer=['backbone.layer3', 'backbone.layer4']),

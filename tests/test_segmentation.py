@@ -18,7 +18,9 @@ from mmkd.testing.runs import distilled, streets_config
 METHODS = dict(
     kd=dict(type='KD'),
     skd=dict(type='SKD'),
-    cirkd=dict(type='CIRKD', pixels=64, regions=64, pixel_memory=20, region_memory=20),
+    cirkd=dict(
+        type='CIRKD', pixel_contrast_size=64, region_contrast_size=64, pixel_memory_size=20, region_memory_size=20
+    ),
 )
 
 pytestmark = pytest.mark.slow

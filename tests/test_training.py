@@ -52,7 +52,7 @@ def test_training_changes_student_and_adapters(config):
     for name in (
         'neck.fpn_convs.0.conv.weight',
         'distillers.gid.adapters.0.conv.weight',
-        'distillers.cwd.adapters.2.conv.weight',
+        'distillers.cwd.levels.adapters.2.conv.weight',
     ):
         assert not torch.equal(before[name], after[name]), name
     history = runner.message_hub.get_scalar('train/gid.loss_relation')

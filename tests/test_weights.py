@@ -1,11 +1,16 @@
 import builtins
+import threading
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import torch
+from test_distributed import launch
 
 from mmkd.errors import ConfigError
 from mmkd.hosts.mmengine import weights_address
 from mmkd.testing import detectors, models
+from mmkd.testing.runs import shapes_config
 from mmkd.weights import dataset_meta, fetch, fetchable, load_weights, read_checkpoint
 
 
@@ -33,7 +38,7 @@ def cache(tmp_path, monkeypatch):
 )
 def test_named_weights_come_from_the_cache_or_the_error_says_where_to_put_them(cache, name, file):
     with pytest.raises(
-        ConfigError, match=rf'student {name}: could not .* no way to .*; put the file at {cache / file}, or do'
+        ConfigError, match=rf'student {name}: could not .*no way to .*; put the file at {cache / file}, or do'
     ):
         fetch(name, 'student', unreachable='do without')
     (cache / file).write_bytes(b'')
@@ -96,3 +101,33 @@ def test_what_a_student_has_beside_the_plain_model_is_neither_loaded_nor_missed(
 )
 def test_what_a_checkpoint_says_of_its_data(content, expected):
     assert dataset_meta(content) == expected
+
+
+class Counting(SimpleHTTPRequestHandler):
+    """Serves a folder and keeps what was asked for."""
+
+    asked = []
+
+    def do_GET(self):
+        self.asked.append(self.path)
+        super().do_GET()
+
+
+@pytest.mark.slow
+def test_two_processes_download_a_students_weights_once(tmp_path, monkeypatch):
+    monkeypatch.setenv('TORCH_HOME', str(tmp_path / 'torch'))
+    backbone = models.build(detectors.retinanet(classes=6)).backbone
+    torch.save(backbone.state_dict(), tmp_path / 'start.pth')
+    server = ThreadingHTTPServer(('127.0.0.1', 0), partial(Counting, directory=str(tmp_path)))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    start = dict(type='Pretrained', checkpoint=f'http://127.0.0.1:{server.server_port}/start.pth')
+    config = shapes_config(
+        tmp_path, detectors.retinanet(classes=6, backbone=dict(init_cfg=start)), iterations=1, batch=2
+    )
+    config.optim_wrapper.optimizer.lr = 0.0
+    config.dump(tmp_path / 'config.py')
+    launch('dist_train.sh', tmp_path / 'config.py', 2)
+    server.shutdown()
+    assert Counting.asked == ['/start.pth']
+    trained = torch.load(tmp_path / 'work' / 'iter_1.pth', weights_only=True)['state_dict']
+    assert torch.equal(trained['backbone.layer4.1.conv2.weight'], backbone.state_dict()['layer4.1.conv2.weight'])

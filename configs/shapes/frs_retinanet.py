@@ -9,4 +9,4 @@ model = dict(
         frs=dict(
             type='FRS',
             feature_weight=dict(type='linear', value=0.02, end=50),
-            class_weight=dict(type='linear', value=0.1, end=50))))
+            cls_weight=dict(type='linear', value=0.1, end=50))))

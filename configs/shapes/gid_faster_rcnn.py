@@ -4,4 +4,4 @@ model = dict(
     type='mmkd.Distill',
     student=_base_.model,
     teacher=dict(config='mmkd::shapes/faster_rcnn_teacher.py', checkpoint='work_dirs/faster_rcnn_teacher/iter_1500.pth'),
-    distillers=dict(gid=dict(type='GID', head='rpn_head', feature_weight=5e-3, relation_weight=4.0, class_weight=0.5)))
+    distillers=dict(gid=dict(type='GID', head='rpn_head', feature_weight=5e-3, relation_weight=4.0, cls_weight=0.5)))

@@ -4,4 +4,4 @@ model = dict(
     type='mmkd.Distill',
     student=_base_.model,
     teacher=dict(config='mmkd::shapes/fcos_teacher.py', checkpoint='work_dirs/fcos_teacher/iter_3000.pth'),
-    distillers=dict(gid=dict(type='GID', feature_weight=5e-3, relation_weight=4.0, class_weight=0.5)))
+    distillers=dict(gid=dict(type='GID', feature_weight=5e-3, relation_weight=4.0, cls_weight=0.5)))

@@ -13,6 +13,9 @@ from pathlib import Path
 import cv2
 import numpy as np
 
+from mmkd import cli
+from mmkd.errors import ConfigError
+
 CLASSES = ('circle', 'square', 'triangle', 'star', 'ring', 'cross')
 SPLITS = {'train': 1000, 'val': 200}
 
@@ -34,6 +37,9 @@ def generate(
 
     Returns:
         The root.
+
+    Raises:
+        ConfigError: if something else was generated there.
     """
     root = Path(root)
     for split, (name, number) in enumerate((splits or SPLITS).items()):
@@ -43,11 +49,12 @@ def generate(
             found = json.loads(annotation_file.read_text())['info'].get('made_from')
             if found == made_from:
                 continue
-            raise FileExistsError(
+            raise ConfigError(
                 f'{annotation_file}: made from {found}, not from {made_from}; remove {root} to make it anew'
             )
         (root / name).mkdir(parents=True, exist_ok=True)
-        images, annotations = [], []
+        images: list[dict] = []
+        annotations: list[dict] = []
         for index in range(number):
             image, objects = draw(np.random.default_rng((seed, split, index)), size, most_objects)
             file_name = f'{index:06d}.jpg'
@@ -73,19 +80,17 @@ def generate(
     return root
 
 
-def draw(
-    rng: np.random.Generator, size: int, most_objects: int
-) -> tuple[np.ndarray, list[tuple[int, list[float], int]]]:
+def draw(rng: np.random.Generator, size: int, most_objects: int) -> tuple[np.ndarray, list[tuple[int, list[int], int]]]:
     """One image, (size, size, 3) uint8, and its objects: label, box as x, y, width, height, visible area."""
-    image = _texture(rng, size)
+    image = texture(rng, size)
     owner = np.full((size, size), -1)
     drawn = []
     for index in range(rng.integers(1, most_objects + 1)):
         label = int(rng.integers(len(CLASSES)))
         radius = size * float(np.exp(rng.uniform(np.log(0.04), np.log(0.38))))
-        centre = rng.uniform(0.1 * size, 0.9 * size, 2)
-        coverage = _coverage(CLASSES[label], centre, radius, float(rng.uniform(-0.4, 0.4)), size)
-        image = image + coverage[..., None] * (_texture(rng, size) - image)
+        center = rng.uniform(0.1 * size, 0.9 * size, 2)
+        coverage = coverage_of(CLASSES[label], center, radius, float(rng.uniform(-0.4, 0.4)), size)
+        image = image + coverage[..., None] * (texture(rng, size) - image)
         mask = coverage > 0.5
         owner[mask] = index
         drawn.append((label, int(mask.sum())))
@@ -101,21 +106,21 @@ def draw(
     return image.clip(0, 255).astype(np.uint8), objects
 
 
-def _texture(rng: np.random.Generator, size: int) -> np.ndarray:
-    """A random colour with blotches and, half the time, stripes; (size, size, 3) float."""
-    colour = rng.uniform(20, 235, 3)
+def texture(rng: np.random.Generator, size: int) -> np.ndarray:
+    """A random color with blotches and, half the time, stripes; (size, size, 3) float."""
+    color = rng.uniform(20, 235, 3)
     cells = int(rng.integers(3, 24))
     blotches = cv2.resize(rng.normal(0, 1, (cells, cells, 3)), (size, size), interpolation=cv2.INTER_CUBIC)
-    texture = colour + blotches * rng.uniform(5, 30)
+    image = color + blotches * rng.uniform(5, 30)
     if rng.random() < 0.5:
         angle, period = rng.uniform(0, np.pi), rng.uniform(4, 24)
         y, x = np.mgrid[:size, :size]
         wave = np.sin((x * np.cos(angle) + y * np.sin(angle)) * 2 * np.pi / period)
-        texture = texture + wave[..., None] * rng.uniform(-35, 35, 3)
-    return texture
+        image = image + wave[..., None] * rng.uniform(-35, 35, 3)
+    return image
 
 
-def _coverage(shape: str, centre: np.ndarray, radius: float, tilt: float, size: int) -> np.ndarray:
+def coverage_of(shape: str, center: np.ndarray, radius: float, tilt: float, size: int) -> np.ndarray:
     """How much of each pixel the shape covers, (size, size), 0 to 1."""
     canvas = np.zeros((size, size), np.uint8)
     fraction = 4  # bits of sub-pixel position
@@ -124,12 +129,12 @@ def _coverage(shape: str, centre: np.ndarray, radius: float, tilt: float, size: 
         return np.round(points * 2**fraction).astype(np.int32)
 
     def polygon(angles: np.ndarray, radii: np.ndarray | float) -> None:
-        points = centre + np.stack([np.cos(angles + tilt), np.sin(angles + tilt)], 1) * np.reshape(radii, (-1, 1))
+        points = center + np.stack([np.cos(angles + tilt), np.sin(angles + tilt)], 1) * np.reshape(radii, (-1, 1))
         cv2.fillPoly(canvas, [fixed(points)], 255, cv2.LINE_AA, fraction)
 
     def disc(of_radius: float, value: int) -> None:
         cv2.circle(
-            canvas, tuple(fixed(centre).tolist()), int(fixed(np.array(of_radius))), value, -1, cv2.LINE_AA, fraction
+            canvas, tuple(fixed(center).tolist()), int(fixed(np.array(of_radius))), value, -1, cv2.LINE_AA, fraction
         )
 
     up = -np.pi / 2
@@ -155,7 +160,9 @@ def _coverage(shape: str, centre: np.ndarray, radius: float, tilt: float, size: 
 def main() -> None:
     parser = argparse.ArgumentParser(description='Write the generated "shapes" detection data set in COCO format.')
     parser.add_argument('root', nargs='?', default='data/shapes')
-    print(f'shapes data set: {generate(parser.parse_args().root)}')
+    args = parser.parse_args()
+    with cli.clear_errors():
+        print(f'shapes data set: {generate(args.root)}')
 
 
 if __name__ == '__main__':

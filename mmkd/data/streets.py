@@ -13,6 +13,9 @@ from pathlib import Path
 import cv2
 import numpy as np
 
+from mmkd import cli
+from mmkd.errors import ConfigError
+
 CLASSES = (
     'road', 'sidewalk', 'building', 'wall', 'fence', 'pole', 'traffic light', 'traffic sign', 'vegetation', 'terrain',
     'sky', 'person', 'rider', 'car', 'truck', 'bus', 'train', 'motorcycle', 'bicycle',
@@ -23,7 +26,7 @@ SPLITS = {'train': 600, 'val': 100}
 LIGHTS = ('day', 'dusk')
 CITY = 'streets'
 # blue, green, red; what is painted varies around it
-COLOURS = {
+COLORS = {
     'road': (112, 108, 106), 'sidewalk': (132, 138, 146), 'terrain': (80, 125, 120), 'vegetation': (50, 95, 65),
     'pole': (95, 95, 95), 'wall': (120, 125, 130), 'fence': (110, 120, 130),
 }  # fmt: skip
@@ -49,10 +52,10 @@ def generate(
         The root.
 
     Raises:
-        FileExistsError: if something else was generated there.
+        ConfigError: for an unknown light, and if something else was generated there.
     """
     if light not in LIGHTS:
-        raise ValueError(f'light={light!r}: expected one of {LIGHTS}')
+        raise ConfigError(f'light={light!r}: expected one of {LIGHTS}')
     root = Path(root)
     for split, (name, number) in enumerate((splits or SPLITS).items()):
         record = root / f'{name}.json'
@@ -61,7 +64,7 @@ def generate(
             found = json.loads(record.read_text())
             if found == made_from:
                 continue
-            raise FileExistsError(f'{record}: made from {found}, not from {made_from}; remove {root} to make it anew')
+            raise ConfigError(f'{record}: made from {found}, not from {made_from}; remove {root} to make it anew')
         folders = [root / kind / name / CITY for kind in ('leftImg8bit', 'gtFine')]
         for folder in folders:
             folder.mkdir(parents=True, exist_ok=True)
@@ -128,12 +131,12 @@ class Scene:
         y = self.horizon + (self.height - self.horizon) * (1 - up) / depth
         return x, y
 
-    def colour(self, kind: str | None = None, spread: float = 18) -> np.ndarray:
+    def color(self, kind: str | None = None, spread: float = 18) -> np.ndarray:
         """That of a class, or any, with some variation."""
-        base = self.rng.uniform(35, 215, 3) if kind is None else np.array(COLOURS[kind])
+        base = self.rng.uniform(35, 215, 3) if kind is None else np.array(COLORS[kind])
         return base + self.rng.uniform(-spread, spread) + self.rng.uniform(-spread / 2, spread / 2, 3)
 
-    def paint(self, points: list[tuple[float, float]], kind: str, colour: np.ndarray, grain: float = 8) -> Region:
+    def paint(self, points: list[tuple[float, float]], kind: str, color: np.ndarray, grain: float = 8) -> Region:
         """Fill a polygon; where."""
         corners = np.round(points).astype(np.int32)
         left, top = corners.min(0).clip(0, (self.width, self.height))
@@ -142,21 +145,19 @@ class Scene:
         if mask.size:
             cv2.fillPoly(mask, [corners - (left, top)], 1)
         region = (slice(top, bottom), slice(left, right)), mask.astype(bool)
-        self.fill(region, kind, colour, grain)
+        self.fill(region, kind, color, grain)
         return region
 
-    def ellipse(self, centre: tuple[float, float], radii: tuple[float, float], kind: str, colour: np.ndarray) -> None:
+    def ellipse(self, center: tuple[float, float], radii: tuple[float, float], kind: str, color: np.ndarray) -> None:
         angles = np.linspace(0, 2 * np.pi, 20, endpoint=False)
-        self.paint(
-            list(zip(centre[0] + radii[0] * np.cos(angles), centre[1] + radii[1] * np.sin(angles))), kind, colour
-        )
+        self.paint(list(zip(center[0] + radii[0] * np.cos(angles), center[1] + radii[1] * np.sin(angles))), kind, color)
 
-    def box(self, left: float, right: float, top: float, bottom: float, kind: str, colour: np.ndarray) -> None:
-        self.paint([(left, top), (right, top), (right, bottom), (left, bottom)], kind, colour)
+    def box(self, left: float, right: float, top: float, bottom: float, kind: str, color: np.ndarray) -> None:
+        self.paint([(left, top), (right, top), (right, bottom), (left, bottom)], kind, color)
 
-    def fill(self, region: Region, kind: str, colour: np.ndarray, grain: float) -> None:
+    def fill(self, region: Region, kind: str, color: np.ndarray, grain: float) -> None:
         part, mask = region
-        self.image[part][mask] = colour + grain * self.grain[part][mask]
+        self.image[part][mask] = color + grain * self.grain[part][mask]
         self.labels[part][mask] = ID[kind]
 
     def borders(self) -> None:
@@ -173,8 +174,10 @@ class Scene:
 
     def facade(self, kind: str, direction: int, far: float, near: float) -> None:
         """One stretch of what borders the street."""
-        up = {'building': (1.2, 2.6), 'vegetation': (0.9, 1.6), 'wall': (0.5, 0.75), 'fence': (0.4, 0.6)}[kind]
-        up = self.rng.uniform(*up)
+        lowest, highest = {'building': (1.2, 2.6), 'vegetation': (0.9, 1.6), 'wall': (0.5, 0.75), 'fence': (0.4, 0.6)}[
+            kind
+        ]
+        up = self.rng.uniform(lowest, highest)
         side = direction * self.rng.uniform(1.75, 2.1)
         beyond = direction * 40.0  # a side that is out of the picture at any depth
         if kind in ('wall', 'fence') and self.rng.random() < 0.7:  # something higher behind it
@@ -182,45 +185,45 @@ class Scene:
         corners = [self.point(side, far), self.point(side, far, up), self.point(side, near, up)]
         corners += [self.point(beyond, near, up), self.point(beyond, near), self.point(side, near)]
         if kind == 'building':
-            colour = self.colour(spread=5) * 0.6 + 40
-            self.windows(self.paint(corners, kind, colour), colour)
+            color = self.color(spread=5) * 0.6 + 40
+            self.windows(self.paint(corners, kind, color), color)
         elif kind == 'vegetation':
-            self.paint(corners, kind, self.colour('vegetation'), grain=22)
+            self.paint(corners, kind, self.color('vegetation'), grain=22)
             x, y = self.point(side, near, up)
             for _ in range(4):  # crowns
                 radius = (self.height - self.horizon) / near * self.rng.uniform(0.2, 0.45)
-                centre = (x + self.rng.normal(0, radius), y + self.rng.normal(0, radius / 3))
-                self.ellipse(centre, (radius, radius * 0.7), kind, self.colour('vegetation'))
+                center = (x + self.rng.normal(0, radius), y + self.rng.normal(0, radius / 3))
+                self.ellipse(center, (radius, radius * 0.7), kind, self.color('vegetation'))
         else:
-            part, mask = self.paint(corners, kind, self.colour(kind), grain=5)
+            part, mask = self.paint(corners, kind, self.color(kind), grain=5)
             if kind == 'fence':
                 slats = mask & (np.arange(mask.shape[1]) % 8 < 3)
-                self.fill((part, slats), kind, self.colour(kind) - 45, 5)
+                self.fill((part, slats), kind, self.color(kind) - 45, 5)
 
-    def windows(self, region: Region, colour: np.ndarray) -> None:
+    def windows(self, region: Region, color: np.ndarray) -> None:
         """A grid of windows on a facade."""
         part, mask = region
         period = self.rng.integers(14, 30)
         y, x = np.ogrid[: mask.shape[0], : mask.shape[1]]
         grid = (y % period > period * 0.5) & (x % period > period * 0.55)
-        self.fill((part, mask & grid), 'building', colour + self.rng.uniform(-60, 35), 6)
+        self.fill((part, mask & grid), 'building', color + self.rng.uniform(-60, 35), 6)
 
     def street(self) -> None:
         """Sky, terrain, sidewalks, road and its marks."""
         rows = np.linspace(0, 30, self.height)[:, None, None]
-        blue, grey = np.array((225, 185, 150)), np.array((215, 215, 210))
-        self.image[:] = blue + (grey - blue) * self.rng.random() + rows + 4 * self.grain
+        blue, gray = np.array((225, 185, 150)), np.array((215, 215, 210))
+        self.image[:] = blue + (gray - blue) * self.rng.random() + rows + 4 * self.grain
         self.labels[:] = ID['sky']
         verge = 'terrain' if self.rng.random() < 0.6 else 'sidewalk'
         for direction in (-1, 1):
             for kind, inner, outer in ((verge, 1.4, 40.0), ('sidewalk', 1.0, self.rng.uniform(1.4, 1.7))):
                 corners = [self.point(direction * side, depth) for side, depth in ((inner, 30), (inner, 0.9))]
                 corners += [self.point(direction * side, depth) for side, depth in ((outer, 0.9), (outer, 30))]
-                self.paint(corners, kind, self.colour(kind), grain=14 if kind == 'terrain' else 6)
+                self.paint(corners, kind, self.color(kind), grain=14 if kind == 'terrain' else 6)
         self.paint(
-            [self.point(*place) for place in ((-1, 30), (1, 30), (1, 0.9), (-1, 0.9))], 'road', self.colour('road')
+            [self.point(*place) for place in ((-1, 30), (1, 30), (1, 0.9), (-1, 0.9))], 'road', self.color('road')
         )
-        white = self.colour('road') + 75
+        white = self.color('road') + 75
         for depth in np.geomspace(1.0, 8.0, 7):
             marks = ((-0.02, depth), (0.02, depth), (0.02, depth * 1.15), (-0.02, depth * 1.15))
             self.paint([self.point(*place) for place in marks], 'road', white)
@@ -236,28 +239,28 @@ class Scene:
         unit = self.unit(depth)
         kind = self.rng.choice(('pole', 'traffic sign', 'traffic light', 'vegetation'), p=(0.15, 0.32, 0.33, 0.2))
         if kind == 'vegetation':
-            self.box(x - 0.03 * unit, x + 0.03 * unit, bottom - 0.8 * unit, bottom, kind, self.colour(kind) - 20)
-            centre = (x, bottom - 1.1 * unit)
-            self.ellipse(centre, (0.35 * unit, 0.45 * unit), kind, self.colour(kind))
+            self.box(x - 0.03 * unit, x + 0.03 * unit, bottom - 0.8 * unit, bottom, kind, self.color(kind) - 20)
+            center = (x, bottom - 1.1 * unit)
+            self.ellipse(center, (0.35 * unit, 0.45 * unit), kind, self.color(kind))
             return
         top = bottom - unit * self.rng.uniform(1.0, 1.4)
         half = max(2.0, 0.04 * unit)
-        self.box(x - half, x + half, top, bottom, 'pole', self.colour('pole'))
+        self.box(x - half, x + half, top, bottom, 'pole', self.color('pole'))
         if kind == 'traffic sign':
-            colour = np.array(((40, 40, 190), (180, 90, 30), (40, 190, 210))[self.rng.integers(3)]) + 0.0
+            color = np.array(((40, 40, 190), (180, 90, 30), (40, 190, 210))[self.rng.integers(3)]) + 0.0
             radius = max(4.0, 0.17 * unit)
             if self.rng.random() < 0.5:
-                self.ellipse((x, top + radius), (radius, radius), kind, colour)
-                self.ellipse((x, top + radius), (radius * 0.6, radius * 0.6), kind, colour * 0.3 + 150)
+                self.ellipse((x, top + radius), (radius, radius), kind, color)
+                self.ellipse((x, top + radius), (radius * 0.6, radius * 0.6), kind, color * 0.3 + 150)
             else:
-                self.box(x - radius, x + radius, top, top + 1.6 * radius, kind, colour)
+                self.box(x - radius, x + radius, top, top + 1.6 * radius, kind, color)
         elif kind == 'traffic light':
             width, height = max(3.0, 0.1 * unit), max(8.0, 0.36 * unit)
-            self.box(x - width, x + width, top, top + height, kind, self.colour('pole') - 60)
+            self.box(x - width, x + width, top, top + height, kind, self.color('pole') - 60)
             lamp = self.rng.integers(3)
-            colour = np.array(((60, 60, 240), (60, 200, 240), (120, 230, 80))[lamp]) + 0.0
-            centre = (x, top + height * (0.2 + 0.3 * lamp))
-            self.ellipse(centre, (width * 0.7, width * 0.7), kind, colour)
+            color = np.array(((60, 60, 240), (60, 200, 240), (120, 230, 80))[lamp]) + 0.0
+            center = (x, top + height * (0.2 + 0.3 * lamp))
+            self.ellipse(center, (width * 0.7, width * 0.7), kind, color)
 
     def traffic(self, depth: float) -> None:
         """A car, truck, bus or train."""
@@ -266,40 +269,40 @@ class Scene:
         width, height = (length * self.unit(depth) * self.rng.uniform(0.9, 1.15) for length in (width, height))
         x, bottom = self.point(self.rng.uniform(-0.8, 0.8), depth)
         left, right, top = x - width / 2, x + width / 2, bottom - height
-        colour, dark, glass = self.colour(), self.colour('pole') - 65, self.colour('pole', 10) - 35
+        color, dark, glass = self.color(), self.color('pole') - 65, self.color('pole', 10) - 35
         wheel = 0.12 * height if kind != 'car' else 0.2 * height
         if kind != 'train':
             for place in (left + 0.2 * width, right - 0.2 * width):
                 self.ellipse((place, bottom - wheel), (wheel, wheel), kind, dark)
         if kind == 'car':
-            self.box(left, right, top + 0.42 * height, bottom - 0.6 * wheel, kind, colour)
+            self.box(left, right, top + 0.42 * height, bottom - 0.6 * wheel, kind, color)
             roof = [(left + 0.12 * width, top + 0.45 * height), (left + 0.25 * width, top)]
             roof += [(right - 0.25 * width, top), (right - 0.12 * width, top + 0.45 * height)]
-            self.paint(roof, kind, colour)
+            self.paint(roof, kind, color)
             self.box(left + 0.28 * width, right - 0.28 * width, top + 0.1 * height, top + 0.4 * height, kind, glass)
             self.box(left, left + 0.12 * width, top + 0.5 * height, top + 0.6 * height, kind, np.array((90, 90, 230.0)))
             self.box(
                 right - 0.12 * width, right, top + 0.5 * height, top + 0.6 * height, kind, np.array((90, 90, 230.0))
             )
         elif kind == 'truck':
-            self.box(left, right - 0.28 * width, top, bottom - wheel, kind, colour)
-            self.box(right - 0.26 * width, right, top + 0.35 * height, bottom - wheel, kind, self.colour())
+            self.box(left, right - 0.28 * width, top, bottom - wheel, kind, color)
+            self.box(right - 0.26 * width, right, top + 0.35 * height, bottom - wheel, kind, self.color())
             self.box(right - 0.2 * width, right, top + 0.42 * height, top + 0.6 * height, kind, glass)
         else:
-            self.box(left, right, top, bottom - (wheel if kind == 'bus' else 0), kind, colour)
+            self.box(left, right, top, bottom - (wheel if kind == 'bus' else 0), kind, color)
             low = 0.55 if kind == 'bus' else 0.42
             for start in np.arange(0.06, 0.9, 0.24):
                 pane = (left + start * width, left + (start + 0.18) * width)
                 self.box(*pane, top + 0.15 * height, top + low * height, kind, glass)
             if kind == 'train':
-                self.box(left, right, top + 0.62 * height, top + 0.74 * height, kind, 255 - colour)
+                self.box(left, right, top + 0.62 * height, top + 0.74 * height, kind, 255 - color)
                 self.box(left, right, bottom - 0.08 * height, bottom, kind, dark)
 
     def body(self, x: float, bottom: float, height: float, kind: str) -> None:
         """A standing or sitting person."""
         trousers, coat, skin = (
-            self.colour() * 0.6,
-            self.colour(),
+            self.color() * 0.6,
+            self.color(),
             np.array((120, 150, 190)) * self.rng.uniform(0.5, 1.1),
         )
         self.box(x - 0.1 * height, x + 0.1 * height, bottom - 0.5 * height, bottom, kind, trousers)
@@ -319,19 +322,19 @@ class Scene:
         kind = str(self.rng.choice(('bicycle', 'motorcycle')))
         if self.rng.random() < 0.7:
             self.body(x, bottom - 1.2 * radius, 0.62 * unit, 'rider')
-        dark = self.colour('pole') - 55
+        dark = self.color('pole') - 55
         for place in (x - 1.5 * radius, x + 1.5 * radius):
             self.ellipse((place, bottom - radius), (radius, radius), kind, dark)
             if kind == 'bicycle':  # as annotated in Cityscapes: the wheel is filled
-                self.ellipse((place, bottom - radius), (0.7 * radius, 0.7 * radius), kind, self.colour('road'))
-        colour = self.colour()
+                self.ellipse((place, bottom - radius), (0.7 * radius, 0.7 * radius), kind, self.color('road'))
+        color = self.color()
         if kind == 'bicycle':
             frame = [(x - 1.5 * radius, bottom - radius), (x - 0.4 * radius, bottom - 2.2 * radius)]
             frame += [(x + 1.2 * radius, bottom - 2.2 * radius), (x + 1.5 * radius, bottom - radius)]
             frame += [(x + 0.9 * radius, bottom - 1.8 * radius), (x - 0.2 * radius, bottom - 1.8 * radius)]
-            self.paint(frame, kind, colour)
+            self.paint(frame, kind, color)
         else:
-            self.ellipse((x, bottom - 1.4 * radius), (1.6 * radius, 0.75 * radius), kind, colour)
+            self.ellipse((x, bottom - 1.4 * radius), (1.6 * radius, 0.75 * radius), kind, color)
             self.box(x + 1.0 * radius, x + 1.3 * radius, bottom - 2.6 * radius, bottom - radius, kind, dark)
 
 
@@ -342,7 +345,8 @@ def main() -> None:
     parser.add_argument('root', nargs='?', default='data/streets')
     parser.add_argument('--light', choices=LIGHTS, default='day')
     args = parser.parse_args()
-    print(f'streets data set: {generate(args.root, light=args.light)}')
+    with cli.clear_errors():
+        print(f'streets data set: {generate(args.root, light=args.light)}')
 
 
 if __name__ == '__main__':

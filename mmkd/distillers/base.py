@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import nn
 
-from mmkd.distillers.levels import LevelPairs
+from mmkd.distillers.levels import Layer, LevelPairs
 from mmkd.distillers.schedule import Weight
 from mmkd.taps import Taps
 
@@ -29,6 +29,17 @@ class Distiller(nn.Module):
     its entry in the config names a list, and ``teacher_layers`` may be a dict as well."""
     renamed: Mapping[str, str] = {}
     """Options of 0.1 and what they are called now."""
+
+    def prepare(self, student: nn.Module, teacher: nn.Module) -> None:
+        """Called once at build time, before the networks are run: name layers that depend on them, refuse what cannot be read.
+
+        Args:
+            student: The network that learns.
+            teacher: The one that it learns from; a dict of name to network for a method with :attr:`several_teachers`.
+
+        Raises:
+            ConfigError: naming the option and what to do.
+        """
 
     def setup(self, student: Taps, teacher: Taps) -> None:
         """Called once at build time with the taps of one image, as (1, 3, H, W): make adapters, refuse what cannot work.
@@ -68,9 +79,9 @@ class FeatureDistiller(Distiller):
 
     def __init__(
         self,
-        layer: str | Sequence[str],
+        layer: Layer | Sequence[Layer],
         loss_weight: float | Mapping = 1.0,
-        teacher_layer: str | Sequence[str] | None = None,
+        teacher_layer: Layer | Sequence[Layer] | None = None,
         adapter: str | Mapping | None = 'auto',
         match: str = 'stride',
     ):
@@ -78,6 +89,10 @@ class FeatureDistiller(Distiller):
         self.levels = LevelPairs(layer, teacher_layer, adapter, match, self.same_channels)
         self.student_layers, self.teacher_layers = self.levels.student_layers, self.levels.teacher_layers
         self.loss_weight = Weight(loss_weight, 'loss_weight')
+
+    def prepare(self, student: nn.Module, teacher: nn.Module) -> None:
+        if self.levels.prepare(student, teacher):
+            self.student_layers, self.teacher_layers = self.levels.student_layers, self.levels.teacher_layers
 
     def setup(self, student: Taps, teacher: Taps) -> None:
         self.levels.setup(student, teacher)

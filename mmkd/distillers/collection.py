@@ -12,7 +12,7 @@ from mmkd.distillers.schedule import Weight
 from mmkd.errors import ConfigError
 from mmkd.registry import DISTILLERS, build
 from mmkd.sources.source import Source
-from mmkd.taps import Taps
+from mmkd.taps import Taps, find_layer
 
 
 class Distillers(nn.ModuleDict):
@@ -67,21 +67,28 @@ class Distillers(nn.ModuleDict):
         """
         self._with_gradient = {name for name, source in sources.items() if source.has_gradient}
         for name, distiller in self.items():
-            named = self._named[name]
+            named, several = self._named[name], self._learns_from_several(name)
             if named is None:
                 if len(sources) > 1 and 'teacher' not in sources:
+                    example = list(sources)[:2] if several else next(iter(sources))
                     raise ConfigError(
                         f'distillers.{name}: there are several teachers, {", ".join(sources)}; name one, as in '
-                        f'teacher={next(iter(sources))!r}'
+                        f'teacher={example!r}'
                     )
                 named = 'teacher' if 'teacher' in sources else next(iter(sources))
-            several = not isinstance(named, str)
-            if several and not getattr(distiller, 'several_teachers', False):
+            if not isinstance(named, str) and not several:
                 raise ConfigError(
                     f'distillers.{name}: {type(distiller).__name__} learns from one teacher, found teacher={named!r}; give each '
                     f'teacher an entry of its own'
                 )
-            self.teacher_of[name] = tuple(named) if several else (named,)
+            self.teacher_of[name] = (named,) if isinstance(named, str) else tuple(named)
+            layers = getattr(distiller, 'teacher_layers', ())
+            unknown = set(layers) - set(self.teacher_of[name]) if isinstance(layers, Mapping) else ()
+            if unknown:
+                raise ConfigError(
+                    f'distillers.{name}: teacher_layers names {", ".join(sorted(unknown))}; its teachers are '
+                    f'{", ".join(self.teacher_of[name])}'
+                )
             learner = self.learner_of[name]
             wanted = [
                 *(('teacher', each) for each in self.teacher_of[name]),
@@ -95,6 +102,29 @@ class Distillers(nn.ModuleDict):
             if learner and not (sources[learner].has_gradient and sources[learner].kept is not None):
                 raise ConfigError(f'distillers.{name}: learner={learner!r} is not trained; a Peer is')
 
+    def prepare(self, student: nn.Module, sources: Mapping[str, Source]) -> None:
+        """Let each distiller name its layers and refuse networks that it cannot read, before any of them is run."""
+        for name, distiller in self.items():
+            learner = self.learner_of[name]
+            teachers = {each: sources[each].model for each in self.teacher_of[name]}
+            several = self._learns_from_several(name)
+            try:
+                network = sources[learner].model if learner else student
+                getattr(distiller, 'prepare', _nothing)(
+                    network, teachers if several else teachers[self.teacher_of[name][0]]
+                )
+                self._find_layers(distiller, network, teachers)
+            except ConfigError as error:
+                raise ConfigError(f'distillers.{name}: {error}') from None
+
+    @staticmethod
+    def _find_layers(distiller: Any, student: nn.Module, teachers: Mapping[str, nn.Module]) -> None:
+        for layer in _names(distiller.student_layers):
+            find_layer(student, layer, 'student ')
+        for name, model in teachers.items():
+            for layer in _names(distiller.teacher_layers, name):
+                find_layer(model, layer, 'teacher ')
+
     def layers(
         self, attribute: str, of: str | None = None, by: Callable[[str], bool] = lambda name: True
     ) -> tuple[str, ...]:
@@ -103,11 +133,11 @@ class Distillers(nn.ModuleDict):
         for name, distiller in self.items():
             if not by(name):
                 continue
-            layers = getattr(distiller, attribute, ())
-            if isinstance(layers, Mapping):
-                layers = layers.get(of, ())
-            found.update(dict.fromkeys((layers,) if isinstance(layers, str) else layers))
+            found.update(dict.fromkeys(_names(getattr(distiller, attribute, ()), of)))
         return tuple(found)
+
+    def _learns_from_several(self, name: str) -> bool:
+        return bool(getattr(self[name], 'several_teachers', False))
 
     def taught_by(self, source: str) -> Callable[[str], bool]:
         return lambda name: source in self.teacher_of[name]
@@ -129,13 +159,13 @@ class Distillers(nn.ModuleDict):
             learner, teacher = self._pair(name, student, knowledge)
             try:
                 _refuse_the_same(distiller, learner, teacher)
-                getattr(distiller, 'setup', _no_setup)(learner, teacher)
+                getattr(distiller, 'setup', _nothing)(learner, teacher)
+                for levels in distiller.modules():
+                    if isinstance(levels, LevelPairs):
+                        print_log(f'distillers.{name}: {levels.describe()}', logger='current')
             except ConfigError as error:
                 raise ConfigError(f'distillers.{name}: {error}') from None
             self._weights[name] = [each for each in distiller.modules() if isinstance(each, Weight)]
-            for levels in distiller.modules():
-                if isinstance(levels, LevelPairs):
-                    print_log(f'distillers.{name}: {levels.describe()}', logger='current')
 
     def start_step(self, counts: bool = True) -> int:
         """Count a training step and set the schedules; its number."""
@@ -175,7 +205,7 @@ class Distillers(nn.ModuleDict):
             each: taps_of(each).detach() if each in self._with_gradient else taps_of(each)
             for each in self.teacher_of[name]
         }
-        several = not isinstance(self._named[name], (str, type(None)))
+        several = self._learns_from_several(name)
         return taps_of(learner) if learner else student, teachers if several else teachers[self.teacher_of[name][0]]
 
     def forward(
@@ -196,11 +226,41 @@ class Distillers(nn.ModuleDict):
                 if not needed <= knowledge.keys() or not self.active(name):
                     results.update(idle_loss(name, distiller))
                     continue
-                for key, value in distiller(*self._pair(name, student, knowledge), data_samples).items():
-                    if 'loss' in key and not key.startswith('loss'):
-                        raise ConfigError(f"distillers.{name}: key {key!r} contains 'loss' but does not start with it")
-                    results[f'{name}.{key}'] = value
+                results.update(self._checked(name, distiller(*self._pair(name, student, knowledge), data_samples)))
         return results
+
+    def _checked(self, name: str, losses: Any) -> dict[str, torch.Tensor]:
+        """A distiller's losses under their log keys.
+
+        Raises:
+            ConfigError: for what cannot be logged, and where nothing would be learnt.
+        """
+        kind = type(self[name]).__name__
+        if not isinstance(losses, Mapping):
+            raise ConfigError(
+                f'distillers.{name}: {kind} returned a {type(losses).__name__}; expected a dict of losses'
+            )
+        for key, value in losses.items():
+            if 'loss' in key and not key.startswith('loss'):
+                raise ConfigError(
+                    f"distillers.{name}: key {key!r} contains 'loss' but does not start with it; one that is optimized "
+                    f'starts with loss, a statistic does not contain the word'
+                )
+            if not isinstance(value, torch.Tensor):
+                raise ConfigError(f'distillers.{name}: {key!r} is a {type(value).__name__}; expected a tensor')
+        if torch.is_grad_enabled() and not any(losses[key].requires_grad for key in losses if key.startswith('loss')):
+            raise ConfigError(
+                f'distillers.{name}: {kind} returned {sorted(losses)}, of which none is a loss with a gradient: nothing would be '
+                f"learnt; a loss's key starts with 'loss'"
+            )
+        return {f'{name}.{key}': value for key, value in losses.items()}
+
+
+def _names(layers: Any, of: str | None = None) -> tuple[str, ...]:
+    """Layers as a tuple; of a dict those of one teacher."""
+    if isinstance(layers, Mapping):
+        layers = layers.get(of, ())
+    return (layers,) if isinstance(layers, str) else tuple(layers)
 
 
 def idle_loss(name: str, module: nn.Module | None) -> dict[str, torch.Tensor]:
@@ -209,8 +269,8 @@ def idle_loss(name: str, module: nn.Module | None) -> dict[str, torch.Tensor]:
     return {f'{name}.loss': torch.stack([0 * each.sum() for each in trained]).sum()} if trained else {}
 
 
-def _no_setup(learner: Taps, teacher: Any) -> None:
-    """A distiller that knows nothing of mmkd has nothing to set up."""
+def _nothing(learner: Any, teacher: Any) -> None:
+    """What a distiller that knows nothing of mmkd has to prepare or set up."""
 
 
 def _iteration_of_runner() -> int | None:

@@ -1,14 +1,14 @@
 """Adversarial terms in one backward pass, with one optimizer; the critic for segmentation, and its losses.
 
-A critic learns to tell the student's outputs from the teacher's while the student learns to deceive it. The losses of both
-are added: the student's sees the critic's weights as constants (:func:`with_constant_weights`), the critic's sees the
-student's outputs as constants (``detach``). Each loss then has a gradient for its own network alone, and one step of one
-optimizer changes the weights as the usual two steps do, whose gradients are taken at the same weights.
+A critic (a discriminator) learns to tell the student's outputs from the teacher's while the student learns to deceive it.
+The losses of both are added. The student's sees the critic's weights as constants (:func:`with_constant_weights`), and the
+critic's sees the student's outputs as constants (``detach``). Each loss then has a gradient for its own network alone. One
+step of one optimizer changes the weights as the usual two steps do, whose gradients are taken at the same weights.
 
-Reversing the gradient between student and critic would save a pass through the critic, but is right only where the
-student's loss is the negative of the critic's (WGAN), not for hinge or cross-entropy. ``clip_grad`` of mmengine's
-optimizer wrapper takes one norm over both networks, and a critic's with a gradient penalty can be a thousand times the
-student's: set it to None, as mmseg's configs have it.
+Reversing the gradient between student and critic would save a pass through the critic. It is right only where the student's
+loss is the negative of the critic's (WGAN), not for hinge or cross-entropy. ``clip_grad`` of mmengine's optimizer wrapper
+takes one norm over both networks, and that of a critic with a gradient penalty can be a thousand times the student's. Set it
+to None, as mmseg's configs have it.
 """
 
 import itertools
@@ -37,21 +37,18 @@ def with_constant_weights(module: nn.Module) -> Callable[..., torch.Tensor]:
 class Critic(nn.Module):
     """Scores the logits of a whole image: high for the teacher's, low for the student's.
 
-    Normalised logits, four 4x4 convolutions of stride 2 with LeakyReLU (slope 0.1) and 64, 128, 256 and 512 channels,
-    self-attention after the third and the fourth, and a 4x4 convolution without padding to one channel. The score of an
-    image is the mean over the positions that this leaves: one of 64x64 logits, 5 of 64x128.
-
-    It is the network of SKD's public code as described in notes on it, but for two things: these average over
-    images and positions at once, which only differs from here in the gradient penalty and the hinge of images that leave
-    several positions, and the attention's keys have a bias there, which a softmax over the keys cancels.
+    Normalized logits pass four 4x4 convolutions of stride 2 with LeakyReLU (slope 0.1) and 64, 128, 256 and 512 channels,
+    with self-attention after the third and the fourth, and a 4x4 convolution without padding to one channel. The score of
+    an image is the mean over the positions that this leaves: one of 64x64 logits, 5 of 64x128. It is the network of SKD's
+    public code; ``docs/methods/skd.md`` has the differences.
 
     Args:
-        channels: Of the logits, one per class.
-        image_channels: Of the image that the logits belong to, if the score depends on it. Default 0: it does not.
-        norm: What normalises the logits: ``'batch'`` (default), a batch norm over the batch of each process,
+        channels: The channels of the logits, one per class.
+        image_channels: Those of the image that the logits belong to, if the score depends on it. Default 0: it does not.
+        norm: What normalizes the logits: ``'batch'`` (default), a batch norm over the batch of each process,
             ``'tanh'`` or None.
         spectral: Whether spectral norm bounds the four convolutions. Default True. Its power iterations are kept in
-            buffers, which are equal on all processes that start from the same seed, as mmengine's do unless told not to.
+            buffers. They are equal on all processes that start from the same seed, as mmengine's do unless told not to.
     """
 
     def __init__(self, channels: int, image_channels: int = 0, norm: str | None = 'batch', spectral: bool = True):

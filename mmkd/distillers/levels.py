@@ -1,7 +1,7 @@
 """Which levels of two networks' layers belong together, and the student's in the teacher's shape."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -9,6 +9,9 @@ from torch import nn
 from mmkd.adapters import Adapters
 from mmkd.errors import ConfigError
 from mmkd.taps import Taps, find_layer
+
+Layer = str | Callable[[nn.Module], str]
+"""A layer's name, or what gives it for a model."""
 
 
 class LevelPair(NamedTuple):
@@ -29,7 +32,8 @@ class LevelPairs(nn.Module):
     adapters from probed shapes.
 
     Args:
-        layer: The student's layer, a dotted name, or a list of them.
+        layer: The student's layer, a dotted name, or a list of them. In place of a name there may be a function that gives
+            it for a model: :meth:`prepare` calls it for each network.
         teacher_layer: The teacher's, where its name differs.
         adapter: ``'auto'``, None or a dict, see :class:`mmkd.adapters.Adapters`.
         match: Which levels belong together. ``'stride'`` (default): those of equal size for the same image; levels
@@ -54,8 +58,8 @@ class LevelPairs(nn.Module):
 
     def __init__(
         self,
-        layer: str | Sequence[str],
-        teacher_layer: str | Sequence[str] | None = None,
+        layer: Layer | Sequence[Layer],
+        teacher_layer: Layer | Sequence[Layer] | None = None,
         adapter: str | Mapping | None = 'auto',
         match: str = 'stride',
         same_channels: bool = True,
@@ -65,8 +69,10 @@ class LevelPairs(nn.Module):
         if match not in ('stride', 'index'):
             raise ConfigError(f"match={match!r}: expected 'stride' or 'index'")
         other = layer if teacher_layer is None else teacher_layer
-        self.student_layers = layer_names('layer', layer)
-        self.teacher_layers = layer_names('teacher_layer', other)
+        self._named = layer_names('layer', layer), layer_names('teacher_layer', other)
+        self.student_layers, self.teacher_layers = (
+            tuple(each for each in names if isinstance(each, str)) for names in self._named
+        )
         self.adapter, self.match = adapter, match
         self.same_channels, self.reduce = same_channels, reduce
         self.pairs: list[tuple[int, int, int]] = []
@@ -74,8 +80,17 @@ class LevelPairs(nn.Module):
         self._probed: dict[str, int] = {}
         self._sizes: list[str] = []
 
+    def prepare(self, student: nn.Module, teacher: nn.Module) -> bool:
+        """Name the layers that depend on the models; whether there are any."""
+        self.student_layers, self.teacher_layers = (
+            tuple(each if isinstance(each, str) else each(model) for each in names)
+            for names, model in zip(self._named, (student, teacher), strict=True)
+        )
+        return not all(isinstance(each, str) for names in self._named for each in names)
+
     def setup(self, student: Taps, teacher: Taps) -> None:
         """Find the pairs and make the adapters, from the taps of an image."""
+        self.prepare(student.model, teacher.model)
         names = (', '.join(self.student_layers), ', '.join(self.teacher_layers))
         if len(self.student_layers) != len(self.teacher_layers):
             raise ConfigError(
@@ -92,7 +107,13 @@ class LevelPairs(nn.Module):
         self._sizes = [f'{tuple(s.shape[1:])}' for s in features]
 
     def describe(self) -> str:
-        """What was paired with what, in one line."""
+        """What was paired with what, in one line.
+
+        Raises:
+            ConfigError: before :meth:`setup`.
+        """
+        if not self.pairs:
+            raise ConfigError('LevelPairs: its setup has to be called in the setup of the method that has it')
         made = [type(each).__name__ for each in self.adapters if not isinstance(each, nn.Identity)]
         parts = []
         for index, (layer, other) in enumerate(zip(self.student_layers, self.teacher_layers, strict=True)):
@@ -136,14 +157,18 @@ class LevelPairs(nn.Module):
         return [LevelPair(s, t, i, j) for s, t, (_, i, j) in zip(adapted, targets, self.pairs, strict=True)]
 
 
-def layer_names(option: str, layer: str | Sequence[str]) -> tuple[str, ...]:
-    """One name or a list of them as a tuple.
+def layer_names(option: str, layer: Layer | Sequence[Layer]) -> tuple[Layer, ...]:
+    """One name, or what gives it for a model, or a list of them as a tuple.
 
     Raises:
         ConfigError: for anything else, and for an empty list.
     """
-    names = (layer,) if isinstance(layer, str) else layer
-    if not isinstance(names, Sequence) or not names or not all(isinstance(each, str) and each for each in names):
+    names = (layer,) if isinstance(layer, str) or callable(layer) else layer
+    if (
+        not isinstance(names, Sequence)
+        or not names
+        or not all(callable(each) or (isinstance(each, str) and each) for each in names)
+    ):
         raise ConfigError(f"{option}={layer!r}: expected a layer's name, such as 'neck', or a list of names")
     return tuple(names)
 
@@ -205,26 +230,35 @@ def refuse_other_classes(student: Taps, student_layer: str, teacher: Taps, teach
 
     Layers do so where the nearest module around them has ``num_classes`` and as many channels per class in both networks.
     """
-    found = []
+    heads: list[Any] = []
+    channels: list[int] = []
     for taps, layer in ((student, student_layer), (teacher, teacher_layer)):
-        found.append((class_number(taps.model, layer), getattr(taps[layer][0], 'shape', (0, 0))[1]))
-    (s_classes, s_channels), (t_classes, t_channels) = found
-    if not s_classes or not t_classes or s_classes == t_classes:
+        heads.append(head_around(taps.model, layer))
+        channels.append(getattr(taps[layer][0], 'shape', (0, 0))[1])
+    if None in heads:
         return
-    if s_channels % s_classes == 0 and s_channels * t_classes == t_channels * s_classes:
+    classes = [each.num_classes for each in heads]
+    if classes[0] != classes[1]:
+        if channels[0] % classes[0] == 0 and channels[0] * classes[1] == channels[1] * classes[0]:
+            raise ConfigError(
+                f'{student_layer!r} puts out logits of {classes[0]} classes, {teacher_layer!r} of the teacher of {classes[1]}; '
+                f'use a teacher that was trained on the same classes, or a layer before the classifier'
+            )
+    elif channels == [getattr(each, 'out_channels', 0) for each in heads] and channels[0] != channels[1]:
+        # mmseg's two classes: of one channel, a sigmoid's logit, or of two
         raise ConfigError(
-            f'{student_layer!r} puts out logits of {s_classes} classes, {teacher_layer!r} of the teacher of {t_classes}; use '
-            f'a teacher that was trained on the same classes, or a layer before the classifier'
+            f'{student_layer!r} puts out {channels[0]} channels for {classes[0]} classes, {teacher_layer!r} of the teacher '
+            f'{channels[1]}; use decode heads with the same out_channels, or a layer before the classifier'
         )
 
 
-def class_number(model: nn.Module, layer: str) -> int | None:
-    """``num_classes`` of the innermost module around a layer that has it; a head may be one of a list."""
+def head_around(model: nn.Module, layer: str) -> nn.Module | None:
+    """The innermost module around a layer that has ``num_classes``; a head may be one of a list."""
     parts = layer.partition(':')[0].split('.')
     for length in range(len(parts), 0, -1):
-        number = getattr(find_layer(model, '.'.join(parts[:length])), 'num_classes', None)
-        if isinstance(number, int):
-            return number
+        module = find_layer(model, '.'.join(parts[:length]))
+        if isinstance(getattr(module, 'num_classes', None), int):
+            return module
     return None
 
 

@@ -1,7 +1,7 @@
 """What methods keep of the teacher's embeddings from step to step: the same on all processes, and in the checkpoint.
 
-A frozen teacher's embeddings never get stale. Each process adds as many rows in each step, of which some may be empty, so
-that shapes never differ; all processes add the rows of all, in the order of the processes.
+A frozen teacher's embeddings never get stale. Each process adds the same number of rows in each step, of which some may be
+empty, so that shapes never differ. All processes add the rows of all, in the order of the processes.
 """
 
 import torch
@@ -28,13 +28,14 @@ def from_all_processes(rows: torch.Tensor, there: torch.Tensor) -> tuple[torch.T
 class Memory(nn.Module):
     """The teacher's embeddings of regions of the last steps, of all processes; the oldest are overwritten.
 
-    They are kept as the teacher gave them. Each process adds as many in each step, spread evenly over its regions; rows are
-    marked as empty where it has fewer. The shape of the buffers does not depend on the number of processes.
+    Embeddings are stored as the teacher gave them. In each step each process adds exactly ``per_step`` rows, so that all
+    processes gather tensors of one shape: an even choice of its regions if it has more, and rows marked as empty for those
+    that are missing if it has fewer. The shape of the buffers does not depend on the number of processes.
 
     Args:
-        size: Entries.
-        channels: Of an embedding.
-        per_step: Entries that a process adds in a step.
+        size: The number of entries.
+        channels: The channels of an embedding.
+        per_step: The number of rows that a process adds in a step.
     """
 
     def __init__(self, size: int, channels: int, per_step: int):
@@ -91,9 +92,9 @@ class ClassMemory(nn.Module):
     """A queue of the teacher's embeddings for each class, of all processes; the oldest are overwritten.
 
     Args:
-        classes: K.
-        size: Entries of each class.
-        channels: Of an embedding.
+        classes: The number of classes, K.
+        size: The number of entries of each class.
+        channels: The channels of an embedding.
     """
 
     def __init__(self, classes: int, size: int, channels: int):

@@ -13,10 +13,11 @@ from mmengine.registry import MODELS, DefaultScope
 from mmengine.utils import is_installed
 
 from mmkd.errors import ConfigError
-from mmkd.hosts.datasets import class_names, datasets
+from mmkd.hosts.datasets import class_names, datasets, type_name
 from mmkd.hosts.mmengine import config_path
 
 FILES = ('config', 'checkpoint')  # what of a teacher may be a path
+SINGLE = {'config', 'type', 'checkpoint', 'dtype'}  # keys by which one teacher is told from several by name
 
 
 class TeacherConfig(NamedTuple):
@@ -44,16 +45,35 @@ def read_teacher(teacher: str | Mapping) -> TeacherConfig:
     )
 
 
+def described_sources(config: Config) -> Iterator[tuple[str, Any]]:
+    """What a distilled config says of each thing that the student learns from, with its option's name."""
+    found = (config.get('model') or {}).get('teacher')
+    if isinstance(found, Mapping) and not SINGLE & set(found):
+        yield from ((f'model.teacher.{name}', each) for name, each in found.items())
+    elif found is not None:
+        yield 'model.teacher', found
+
+
+def _kind(source: object) -> str:
+    """The name of a source's class; '' of what is no config."""
+    if isinstance(source, str):
+        return 'Teacher'
+    return type_name({'type': 'Teacher', **source}) if isinstance(source, Mapping) else ''
+
+
 def teachers(config: Config) -> Iterator[tuple[str, str | Mapping]]:
     """The frozen teachers of a distilled config, each with its option's name."""
-    found = (config.get('model') or {}).get('teacher')
-    named: dict[str, Any] = {'model.teacher': found}
-    if isinstance(found, Mapping) and 'config' not in found and 'type' not in found:
-        named = {f'model.teacher.{name}': each for name, each in found.items()}
-    for option, spec in named.items():
-        frozen = isinstance(spec, Mapping) and str(spec.get('type', 'Teacher')).rpartition('.')[2] == 'Teacher'
-        if isinstance(spec, str) or (frozen and 'config' in spec):
+    for option, spec in described_sources(config):
+        if _kind(spec) == 'Teacher' and (isinstance(spec, str) or 'config' in spec):
             yield option, spec
+
+
+def trained_models(config: Config) -> Iterator[tuple[str, Mapping]]:
+    """The models that a training initializes, each with its option's name: the student, or a plain model, and peers."""
+    yield ('model.student' if 'student' in config.model else 'model'), plain_model(config)
+    for option, spec in described_sources(config):
+        if _kind(spec) == 'Peer' and 'config' in spec:
+            yield f'{option}.config', read_teacher(dict(config=spec['config'])).model
 
 
 def teacher_classes(teacher: str | Mapping) -> tuple[str, ...] | None:
@@ -91,35 +111,45 @@ def _local_file(value: object) -> TypeGuard[str]:
     return isinstance(value, str) and '::' not in value and '://' not in value
 
 
-def resolve_teachers(config: Config) -> None:
-    """Let a teacher's relative paths begin at the folder of the config's file, where they are there.
+def _named_files(config: Config) -> Iterator[tuple[str, str]]:
+    """The options of a distilled config that name configs and checkpoints by paths, and these."""
+    for option, spec in described_sources(config):
+        named = {option: spec} if isinstance(spec, str) else {f'{option}.{key}': dict(spec).get(key) for key in FILES}
+        yield from ((key, path) for key, path in named.items() if _local_file(path))
+    student = (config.get('model') or {}).get('student')
+    if _local_file(student):
+        yield 'model.student', student
 
-    What is not there stays as it is, and begins at the current folder.
+
+def resolve_files(config: Config) -> None:
+    """Let relative paths of teachers begin at the folder of the config's file, where they are there.
+
+    What is not there stays as it is, and begins at the current folder. The same goes for a student that is named.
     """
-    for option, spec in teachers(config):
-        paths = {option: spec} if isinstance(spec, str) else {f'{option}.{key}': spec.get(key) for key in FILES}
-        for key, path in paths.items():
-            for folder in config_folder(config):
-                if _local_file(path) and (folder / path).is_file():
-                    config.merge_from_dict({key: str(folder / path)})
+    for option, path in list(_named_files(config)):
+        for folder in config_folder(config):
+            if (folder / path).is_file():
+                config.merge_from_dict({option: str(folder / path)})
 
 
-def check_teacher_files(config: Config) -> None:
-    """Check that the configs of the teachers are there; their weights are needed for training alone.
+def check_named_configs(config: Config) -> None:
+    """Check that the configs that a distilled config names are there; weights are needed for training alone.
 
     Raises:
-        ConfigError: naming the folders in which it was looked for.
+        ConfigError: naming the folders in which one was looked for.
     """
-    for _, spec in teachers(config):
-        path = spec if isinstance(spec, str) else spec['config']
-        if _local_file(path) and not Path(path).expanduser().is_file():
+    for option, path in _named_files(config):
+        if not option.endswith('.checkpoint') and not Path(path).expanduser().is_file():
             places = ' and '.join(str(folder.absolute()) for folder in [*config_folder(config), Path.cwd()])
-            raise ConfigError(f'teacher config {path}: no such file (looked in {places})')
+            what = 'student' if option == 'model.student' else 'teacher config'
+            raise ConfigError(f'{what} {path}: no such file (looked in {places})')
 
 
 def plain_model(config: Config) -> ConfigDict:
     """The model that a config trains, without what distills it: of a distilled model, its student."""
     model = config.model.get('student', config.model)
+    if isinstance(model, str) or 'model' in model:  # a config's name, or a whole config
+        model = read_model(model)
     if config.get('data_preprocessor') and 'data_preprocessor' not in model:  # where mmseg has it, as Runner does
         model.data_preprocessor = config.data_preprocessor
     return model

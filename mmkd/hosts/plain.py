@@ -11,7 +11,7 @@ from mmengine.runner import Runner
 
 from mmkd.hosts.configs import plain_model
 from mmkd.hosts.datasets import class_names, dataset_class, datasets
-from mmkd.registry import ADAPTERS, DISTILLERS
+from mmkd.registry import ADAPTERS, DISTILLERS, SOURCES
 
 STOCK = sorted(inspect.signature(Runner.__init__).parameters) + ['tta_model', 'tta_pipeline']
 
@@ -116,7 +116,7 @@ def _keep_rules(optim_wrapper: dict, parameters: list[str]) -> None:
 
 
 def _keep_imports(config: Config) -> None:
-    """Leave out imports that register distillers or adapters and nothing that the config names."""
+    """Leave out imports that register distillers, adapters or sources and nothing that the config names."""
     imports = config.get('custom_imports')
     if not imports:
         return
@@ -124,7 +124,7 @@ def _keep_imports(config: Config) -> None:
     used = {_kind(each).rpartition('.')[2] for each in _parts({key: config[key] for key in config})}
     kept = []
     for module in [modules] if isinstance(modules, str) else modules:
-        distils = any(_registered(registry, module) for registry in (DISTILLERS, ADAPTERS))
+        distils = any(_registered(registry, module) for registry in (DISTILLERS, ADAPTERS, SOURCES))
         if not distils or any(_registered(registry, module) & used for registry in _stock_registries()):
             kept.append(module)
     if kept:

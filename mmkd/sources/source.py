@@ -169,7 +169,13 @@ def build_sources(teacher: object, student: nn.Module) -> dict[str, Source]:
         if isinstance(spec, Mapping):
             spec = build(SOURCES, option, {'type': 'Teacher', **spec}, student=student)
         if not isinstance(spec, Source):
-            raise ConfigError(f"{option}={spec!r}: expected a config's name, a dict with config, or a built model")
+            raise ConfigError(
+                f"{option}={spec!r}: expected a config's name, a dict with config, a built model, or a subclass of "
+                f'mmkd.sources.Source'
+            )
+        for attribute, advice in (('begin', 'has to call super().__init__()'), ('model', 'has to set self.model')):
+            if not hasattr(spec, attribute):
+                raise ConfigError(f'{option}: {type(spec).__name__}.__init__ {advice}')
         spec.name = option
         sources[name] = spec
     return sources

@@ -27,14 +27,17 @@ def random_batch(
 def _segmentation(model: nn.Module, shape: tuple[int, ...], objects: int, random: torch.Generator) -> dict[str, list]:
     from mmseg.structures import SegDataSample
 
+    from mmkd.hosts.segmentation.heads import decode_head
+
+    head = decode_head(model)
     batch, channels, height, width = shape
     inputs, data_samples = [], []
     for index in range(batch):
         inputs.append(torch.randint(0, 256, (channels, height, width), dtype=torch.uint8, generator=random))
-        labels = torch.full((1, height, width), model.decode_head.ignore_index)
+        labels = torch.full((1, height, width), head.ignore_index)
         for _ in range(objects):
             top, left = (int(torch.randint(0, side // 2, (), generator=random)) for side in (height, width))
-            label = torch.randint(0, model.decode_head.num_classes, (), generator=random)
+            label = torch.randint(0, head.num_classes, (), generator=random)
             labels[:, top : top + height // 2, left : left + width // 2] = label
         domain = 'target' if index % 2 else 'source'  # for methods that read it
         sample = SegDataSample(metainfo=dict(img_shape=(height, width), ori_shape=(height, width), domain=domain))

@@ -6,6 +6,7 @@ import pytest
 from mmdet.registry import DATASETS
 
 from mmkd.data import shapes
+from mmkd.errors import ConfigError
 
 
 @pytest.fixture
@@ -31,7 +32,7 @@ def test_data_that_is_there_is_kept_and_other_data_not_overwritten(root):
     image.write_bytes(b'mine')
     shapes.generate(root, size=96, splits={'train': 12, 'val': 4})
     assert image.read_bytes() == b'mine'
-    with pytest.raises(FileExistsError, match='made from'):
+    with pytest.raises(ConfigError, match='made from'):
         shapes.generate(root, size=96, splits={'train': 13, 'val': 4})
 
 
@@ -69,7 +70,7 @@ def test_boxes_are_inside_the_image_and_hold_the_area():
 @pytest.mark.parametrize('shape', shapes.CLASSES)
 def test_each_shape_covers_what_its_geometry_says(shape):
     radius = 150.0  # large: OpenCV fills the pixels on the outline too
-    coverage = shapes._coverage(shape, np.array([240.0, 240.0]), radius, 0.0, 480)
+    coverage = shapes.coverage_of(shape, np.array([240.0, 240.0]), radius, 0.0, 480)
     arm = 0.33
     star = 5 * 0.42 * np.sin(np.pi / 5)
     expected = {

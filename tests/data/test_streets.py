@@ -5,6 +5,7 @@ from mmengine.registry import DefaultScope
 from mmseg.datasets import CityscapesDataset
 
 from mmkd.data import streets
+from mmkd.errors import ConfigError
 
 SPLITS = {'train': 6, 'val': 2}
 IMAGE = 'leftImg8bit/train/streets/streets_000000_000019_leftImg8bit.png'
@@ -36,7 +37,7 @@ def test_data_that_is_there_is_kept_and_other_data_not_overwritten(root):
     (root / IMAGE).write_bytes(b'mine')
     streets.generate(root, SPLITS)
     assert (root / IMAGE).read_bytes() == b'mine'
-    with pytest.raises(FileExistsError, match='made from'):
+    with pytest.raises(ConfigError, match='made from'):
         streets.generate(root, SPLITS, light='dusk')
 
 
@@ -77,5 +78,5 @@ def test_the_road_is_below_the_sky():
 def test_dusk_is_darker_than_day():
     day, dusk = (streets.draw(np.random.default_rng(0), (128, 256), light)[0].mean() for light in streets.LIGHTS)
     assert dusk < 0.7 * day
-    with pytest.raises(ValueError, match="light='noon'"):
+    with pytest.raises(ConfigError, match="light='noon'"):
         streets.generate('unused', light='noon')

@@ -326,7 +326,7 @@ def test_a_teacher_without_weights_is_an_error(teacher_options):
         ('nopackage::teacher/x.py', "'nopackage' is not installed"),
         (dict(checkpoint='x.pth'), 'teacher: Teacher needs config'),
         (dict(config='x.py', checkpiont='x.pth'), "no option 'checkpiont'; the nearest are 'checkpoint'"),
-        (3, "expected a config's name, a dict with config, or a built model"),
+        (3, "expected a config's name, a dict with config, a built model"),
         ({}, "expected a config's name"),
         (dict(type='Techer', config='x.py'), "no source 'Techer'; the nearest are 'Teacher'"),
         (dict(type='Average', momentum=1), 'momentum=1: expected a number'),

@@ -17,7 +17,7 @@ from mmkd.registry import DISTILLERS
 from mmkd.taps import Taps
 
 
-def attention(feature: torch.Tensor, temperature: float = 0.5) -> tuple[torch.Tensor, torch.Tensor]:
+def attention(feature: torch.Tensor, tau: float = 0.5) -> tuple[torch.Tensor, torch.Tensor]:
     r"""Where, and in which channels, a feature is large.
 
     .. math::
@@ -26,15 +26,15 @@ def attention(feature: torch.Tensor, temperature: float = 0.5) -> tuple[torch.Te
 
     Args:
         feature: (B, C, H, W).
-        temperature: T.
+        tau: Temperature, T.
 
     Returns:
         The spatial attention, (B, H, W), and that of the channels, (B, C); the mean of both is 1 in each image.
     """
     size = feature.abs()
     channels, positions = size.shape[1], size[0, 0].numel()
-    spatial = positions * (size.mean(1).flatten(1) / temperature).softmax(1)
-    channel = channels * (size.mean((2, 3)) / temperature).softmax(1)
+    spatial = positions * (size.mean(1).flatten(1) / tau).softmax(1)
+    channel = channels * (size.mean((2, 3)) / tau).softmax(1)
     return spatial.view_as(size[:, 0]), channel
 
 
@@ -43,8 +43,8 @@ def scale_masks(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """How much each cell of a map counts, so that objects of all sizes and the background weigh alike.
 
-    A cell that objects cover counts 1 / area of the smallest of them, the area in cells; one of the background 1 / the
-    number of the image's background cells. See :func:`mmkd.hosts.detection.ground_truth.covered_cells`.
+    A cell that objects cover counts 1 / area of the smallest of them, the area in cells. A cell of the background counts
+    1 / number of the image's background cells. See :func:`mmkd.hosts.detection.ground_truth.covered_cells`.
 
     Args:
         boxes: (B, K, 4), xyxy in pixels of the padded input.
@@ -53,7 +53,7 @@ def scale_masks(
         shape: Height and width of the padded input.
 
     Returns:
-        Of the foreground and of the background, each (B, H, W) and 0 on the other.
+        The foreground's mask and the background's, each (B, H, W) and 0 on the other's cells.
     """
     covered = covered_cells(boxes, valid, size, shape)
     areas = covered.sum((2, 3)).clamp(min=1)
@@ -67,7 +67,7 @@ def focal_losses(
     teacher: torch.Tensor,
     foreground: torch.Tensor,
     background: torch.Tensor,
-    temperature: float = 0.5,
+    tau: float = 0.5,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     r"""Squared distances on foreground and background, weighted by the teacher's attention.
 
@@ -76,20 +76,20 @@ def focal_losses(
     Args:
         student: (B, C, H, W), adapted.
         teacher: The same shape; no gradient flows into it.
-        foreground: (B, H, W), M of the first loss, see :func:`scale_masks`.
-        background: (B, H, W), M of the second.
-        temperature: Of :func:`attention`.
+        foreground: (B, H, W), M of the foreground's loss, see :func:`scale_masks`.
+        background: (B, H, W), M of the background's loss.
+        tau: Temperature of the :func:`attention`.
 
     Returns:
-        Two scalars.
+        The foreground's loss and the background's, scalars.
     """
     teacher = teacher.detach()
-    spatial, channel = attention(teacher, temperature)
+    spatial, channel = attention(teacher, tau)
     distance = spatial * ((teacher - student).square() * channel[:, :, None, None]).sum(1)
     return (distance * foreground).sum() / len(student), (distance * background).sum() / len(student)
 
 
-def attention_loss(student: torch.Tensor, teacher: torch.Tensor, temperature: float = 0.5) -> torch.Tensor:
+def attention_loss(student: torch.Tensor, teacher: torch.Tensor, tau: float = 0.5) -> torch.Tensor:
     r"""Difference of the two networks' attention.
 
     .. math:: L = \frac{1}{B} \big( \lVert A^S_T - A^S_S \rVert_1 + \lVert A^C_T - A^C_S \rVert_1 \big)
@@ -97,12 +97,12 @@ def attention_loss(student: torch.Tensor, teacher: torch.Tensor, temperature: fl
     Args:
         student: (B, C, H, W), adapted.
         teacher: The same shape; no gradient flows into it.
-        temperature: Of :func:`attention`.
+        tau: Temperature of the :func:`attention`.
 
     Returns:
         A scalar.
     """
-    pairs = zip(attention(student, temperature), attention(teacher.detach(), temperature))
+    pairs = zip(attention(student, tau), attention(teacher.detach(), tau))
     return sum((t - s).abs().sum() for s, t in pairs) / len(student)
 
 
@@ -155,38 +155,25 @@ def global_loss(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
 class FGD(Distiller):
     """Focal and global distillation: the feature where the teacher looks, and the relation of all its positions.
 
-    Logs, each summed over levels, ``loss_foreground`` and ``loss_background`` (:func:`focal_losses` with
-    :func:`scale_masks` of the ground truth), ``loss_attention`` (:func:`attention_loss`) and ``loss_global``
-    (:func:`global_loss` between two :class:`GlobalContext` blocks per level, one of the student and one of the
-    teacher, both trained). All are 0 at first for equal networks.
+    Four terms, each added over levels; all are 0 at first for equal networks:
 
-    The defaults are the paper's for RetinaNet and 800x1333 images, where it names alpha, beta, gamma, lambda and T. For
-    other detectors, and where the authors' configs differ from the paper:
+    - ``loss_foreground`` and ``loss_background``: :func:`focal_losses` with the :func:`scale_masks` of the ground truth.
+    - ``loss_attention``: :func:`attention_loss`.
+    - ``loss_global``: :func:`global_loss` between two :class:`GlobalContext` blocks per level, one of the student and one of
+      the teacher. Both are trained.
 
-    ===================  ======  ======  ================  ======  =============
-    detectors            alpha   beta    gamma (configs)   lambda  T (configs)
-    ===================  ======  ======  ================  ======  =============
-    RetinaNet, GFL       1e-3    5e-4    1e-3 (5e-4)       5e-6    0.5
-    FCOS                 1.6e-3  8e-4    8e-3 (8e-4)       8e-6    0.5 (0.8)
-    RepPoints            1.6e-3  8e-4    8e-3 (8e-4)       8e-6    0.5
-    two-stage            5e-5    2.5e-5  5e-5              5e-7    0.5
-    ===================  ======  ======  ================  ======  =============
-
-    Two-stage detectors are compared on P2 to P5 there, which are ``layer=['neck.fpn_convs.0', ...,
-    'neck.fpn_convs.3']``; a FPN's ``'neck'`` has P6 as well. The losses are sums: the attention of positions grows with
-    their number, the global loss with that of positions and channels, the focal ones with that of channels, so the weights
-    have to follow the size of images and features.
-
-    The ground truth lies on the padded input, to which the maps belong (the authors' code: on the unpadded image), and a
-    box covers the cells that it touches (the code: and one row and column more).
+    The defaults are the paper's for RetinaNet and images of 800x1333. The losses are sums, so the weights have to follow the
+    size of images and features. Weights for other detectors, and differences from the authors' code:
+    ``docs/methods/fgd.md``.
 
     Args:
-        layer: The student's layer, or a list. Default ``'neck'``.
-        foreground_weight: alpha, a number or a schedule, as all weights. Default 1e-3.
-        background_weight: beta. Default 5e-4.
-        attention_weight: gamma. Default 1e-3.
-        global_weight: lambda. Default 5e-6.
-        temperature: T, positive. Default 0.5.
+        layer: The student's layer, or a list of layers. Default ``'neck'``.
+        foreground_weight: Weight of ``loss_foreground``, alpha in the paper; a number or a schedule, as all
+            weights. Default 1e-3.
+        background_weight: Weight of ``loss_background``, beta. Default 5e-4.
+        attention_weight: Weight of ``loss_attention``, gamma. Default 1e-3.
+        global_weight: Weight of ``loss_global``, lambda. Default 5e-6.
+        tau: Temperature of the attention, T in the paper, positive. Default 0.5.
         teacher_layer: The teacher's layer, where its name differs.
         adapter: ``'auto'`` (1x1 convolution exactly where channels differ), None or a dict.
         match: ``'stride'`` or ``'index'``: which levels belong together, see
@@ -196,6 +183,8 @@ class FGD(Distiller):
         >>> distillers = dict(fgd=dict(type='FGD'))
     """
 
+    renamed = {'temperature': 'tau'}
+
     def __init__(
         self,
         layer: str | Sequence[str] = 'neck',
@@ -203,7 +192,7 @@ class FGD(Distiller):
         background_weight: float | Mapping = 5e-4,
         attention_weight: float | Mapping = 1e-3,
         global_weight: float | Mapping = 5e-6,
-        temperature: float = 0.5,
+        tau: float = 0.5,
         teacher_layer: str | Sequence[str] | None = None,
         adapter: str | Mapping | None = 'auto',
         match: str = 'stride',
@@ -211,9 +200,9 @@ class FGD(Distiller):
         super().__init__()
         self.levels = LevelPairs(layer, teacher_layer, adapter, match)
         self.student_layers, self.teacher_layers = self.levels.student_layers, self.levels.teacher_layers
-        if not isinstance(temperature, (int, float)) or temperature <= 0:
-            raise ConfigError(f'temperature={temperature!r}: expected a positive number')
-        self.temperature = temperature
+        if not isinstance(tau, (int, float)) or tau <= 0:
+            raise ConfigError(f'tau={tau!r}: expected a positive number')
+        self.tau = tau
         self.foreground_weight, self.background_weight = Weight(foreground_weight), Weight(background_weight)
         self.attention_weight, self.global_weight = Weight(attention_weight), Weight(global_weight)
 
@@ -232,8 +221,8 @@ class FGD(Distiller):
             masks = scale_masks(boxes, valid, s.shape[2:], shape)
             levels.append(
                 (
-                    *focal_losses(s, t, *masks, self.temperature),
-                    attention_loss(s, t, self.temperature),
+                    *focal_losses(s, t, *masks, self.tau),
+                    attention_loss(s, t, self.tau),
                     global_loss(s_context(s), t_context(t.detach())),
                 )
             )

@@ -6,10 +6,11 @@ Wang, Yuan, Zhang, Feng, "Distilling Object Detectors with Fine-grained Feature 
 from collections.abc import Mapping, Sequence
 
 import torch
+from torch import nn
 
 from mmkd.distillers.base import FeatureDistiller
 from mmkd.errors import ConfigError
-from mmkd.hosts.detection.dense_heads import AnchorDenseHead, dense_head
+from mmkd.hosts.detection.dense_heads import AnchorDenseHead, check_levels, dense_head
 from mmkd.hosts.detection.ground_truth import ground_truth
 from mmkd.registry import DISTILLERS
 from mmkd.taps import Taps, find_layer
@@ -21,8 +22,8 @@ ADAPTER = dict(type='ConvAdapter', kernel_size=3, relu=True, init_std=1e-4)
 def grid_iou(boxes: torch.Tensor, anchors: torch.Tensor) -> torch.Tensor:
     """Intersection over union of each box with each anchor of a regular grid.
 
-    The overlap of a box and an anchor is a product of an overlap along x, the same in all rows, and one along y, the same in
-    all columns, so that few tensors of the result's size are made.
+    The overlap of a box and an anchor is a product of one along x, the same in all rows, and one along y, the same in all
+    columns. So few tensors of the result's size are made.
 
     Args:
         boxes: (B, K, 4), xyxy in pixels.
@@ -98,70 +99,70 @@ def imitation_loss(student: torch.Tensor, teacher: torch.Tensor, mask: torch.Ten
 
 @DISTILLERS.register_module()
 class FGFI(FeatureDistiller):
-    """Fine-grained feature imitation: the student's features equal the teacher's near objects, :func:`imitation_loss`.
+    """Fine-grained feature imitation: the student's features equal the teacher's near objects.
 
-    Near is where an anchor of the student's head overlaps an object by more than ``psi`` times the largest IoU
-    that the object has with any anchor, see :func:`imitation_masks`; heads without anchors are refused. The paper has one
-    feature map; with a pyramid each level has its own mask, of the objects that belong to it (as the authors advise in
-    their repository; how to tell where an object belongs is a choice made here: to the level of the anchor that overlaps it
-    most), and its own mean, and levels are added. Logs ``loss``.
+    Near an object is where an anchor of the student's head overlaps it by more than ``psi`` times the largest IoU of that
+    object with any anchor, see :func:`imitation_masks`. ``loss`` is :func:`imitation_loss` within these masks,
+    added over levels. Heads without anchors are refused.
 
-    The adapter, a 3x3 convolution and a ReLU, is always there, for equal channels too. Its initial weights, the weight
-    0.01 and the loss being 0 for the first 400 iterations are those of the authors' code (Faster R-CNN with VGG).
-    After a ReLU no feature is negative, while those of an FPN may be: ``adapter=dict(type='ConvAdapter', kernel_size=3)``
-    has none.
+    The student's features pass a 3x3 convolution and a ReLU first, for equal channels too. After a ReLU no feature is
+    negative, while those of an FPN may be: ``adapter=dict(type='ConvAdapter', kernel_size=3)`` has none.
+
+    Origin of the defaults, differences from the authors' code, and which heads work: ``docs/methods/fgfi.md``.
 
     Args:
-        neck: The layer whose levels are compared.
+        layer: The layer whose levels are compared, the one that the head reads.
         head: The student's head that has the anchors: ``'rpn_head'`` (default) or, for one-stage students, ``'bbox_head'``.
         psi: Fraction of an object's largest IoU, in [0, 1). Default 0.5.
-        levels: Which levels an object marks: ``'best'`` (default) or ``'all'``.
+        levels: Which levels an object marks: ``'best'`` (default), that of the anchor which overlaps it most, or ``'all'``.
         loss_weight: A number or a schedule. Default 0.01 from iteration 400 on, 0 before.
-        adapter: A dict; ``'auto'`` and None, without convolutions where channels agree, are no FGFI.
-        teacher_neck: The teacher's layer, where its name differs.
+        adapter: A dict. ``'auto'`` and None, without convolutions where channels agree, are no FGFI.
+        teacher_layer: The teacher's layer, where its name differs.
 
     Example:
         >>> distillers = dict(fgfi=dict(type='FGFI'))                     # Faster R-CNN
         >>> distillers = dict(fgfi=dict(type='FGFI', head='bbox_head'))   # RetinaNet, GFL, ATSS
     """
 
+    renamed = {**FeatureDistiller.renamed, 'neck': 'layer', 'teacher_neck': 'teacher_layer'}
+
     def __init__(
         self,
-        neck: str = 'neck',
+        layer: str = 'neck',
         head: str = 'rpn_head',
         psi: float = 0.5,
         levels: str = 'best',
         loss_weight: float | Mapping = WEIGHT,
         adapter: str | Mapping | None = ADAPTER,
-        teacher_neck: str | None = None,
+        teacher_layer: str | None = None,
     ):
-        super().__init__(neck, loss_weight, teacher_neck, adapter)
+        super().__init__(layer, loss_weight, teacher_layer, adapter)
         if not (isinstance(psi, (int, float)) and 0 <= psi < 1):
             raise ConfigError(f'psi={psi!r}: expected a number, 0 <= psi < 1')
         if levels not in ('best', 'all'):
             raise ConfigError(f"levels={levels!r}: expected 'best' or 'all'")
-        self.neck, self.head, self.psi, self.marks = neck, head, psi, levels
+        self.layer, self.head, self.psi, self.marks = layer, head, psi, levels
 
-    def setup(self, student: Taps, teacher: Taps) -> None:
-        head = dense_head(find_layer(student.model, self.head))
+    def prepare(self, student: nn.Module, teacher: nn.Module) -> None:
+        super().prepare(student, teacher)
+        head = dense_head(find_layer(student, self.head))
         if not isinstance(head, AnchorDenseHead):
             raise ConfigError(
                 f'{self.head!r} of the student ({type(head.head).__name__}) has no anchors, and FGFI selects locations by '
                 f'them; use a method without, such as GID or FRS'
             )
+
+    def setup(self, student: Taps, teacher: Taps) -> None:
         super().setup(student, teacher)
-        if len(student[self.neck]) != len(head.strides):
-            raise ConfigError(
-                f'{self.neck!r} has {len(student[self.neck])} levels, {self.head!r} anchors for {len(head.strides)}; tap the '
-                f'layer that the head reads'
-            )
+        head = dense_head(student.model.get_submodule(self.head))
+        check_levels(self.layer, student[self.layer], self.head, head)
         if any(self.levels.adapters.resize):
-            raise ConfigError(f'{self.neck!r}: student and teacher have different strides; FGFI needs the same')
+            raise ConfigError(f'{self.layer!r}: student and teacher have different strides; FGFI needs the same')
 
     def masks(self, student: Taps, data_samples: list) -> list[torch.Tensor]:
-        """Per level of the student's neck (B, H, W), bool."""
+        """Per level of the student's layer (B, H, W), bool."""
         head = dense_head(student.model.get_submodule(self.head))
-        maps = (student[self.neck],)  # anchors depend on the maps' sizes alone
+        maps = (student[self.layer],)  # anchors depend on the maps' sizes alone
         anchors = [
             each.view(*level.shape[2:], -1, 4)
             for level, each in zip(maps[0], head.anchors(maps).split(head.sizes(maps)), strict=True)

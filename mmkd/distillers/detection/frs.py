@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from mmkd.distillers.base import Distiller
 from mmkd.distillers.levels import LevelPairs
@@ -17,7 +18,7 @@ from mmkd.registry import DISTILLERS
 from mmkd.taps import Taps, find_layer
 
 FEATURE_WEIGHT = dict(type='linear', value=0.005, end=500)
-CLASS_WEIGHT = dict(type='linear', value=0.02, end=500)
+CLS_WEIGHT = dict(type='linear', value=0.02, end=500)
 ADAPTER = dict(type='ConvAdapter', kernel_size=3)
 
 
@@ -82,32 +83,25 @@ def rich_class_loss(student: torch.Tensor, teacher: torch.Tensor, mask: torch.Te
 class FRS(Distiller):
     """Feature richness: the student learns features and classes where the teacher sees an object of any class.
 
-    On each level the teacher's highest class probability is the mask, :func:`richness`; no ground truth is needed. With it
-    :func:`rich_feature_loss` compares the necks and :func:`rich_class_loss` the class logits of the heads, summed over
-    levels. Of a two-stage detector the head is the RPN. Logs ``loss_feature`` and ``loss_class``.
+    On each level the teacher's highest class probability is the mask, :func:`richness`; no ground truth is needed. Both
+    losses are added over levels:
 
-    Weights rise linearly from 0 over the first 500 iterations. The authors' configs have
+    - ``loss_feature``: :func:`rich_feature_loss` of ``layer``, the student's after a 3x3 convolution.
+    - ``loss_cls``: :func:`rich_class_loss` of the class logits of both heads; of a two-stage detector's RPN the objectness.
 
-    ============  ==============  ============
-    detector      feature_weight  class_weight
-    ============  ==============  ============
-    RetinaNet     0.005           0.02
-    FCOS          0.01            0.05
-    GFL           0.1             0.05
-    Faster R-CNN  0.002           0.1
-    ============  ==============  ============
-
-    of which the first are the defaults. The adapter, a 3x3 convolution for each level, is always there, for
-    equal channels too. The authors' code takes the cross-entropy of probabilities; logits give the same
-    value and are safe in half precision.
+    By default both weights rise linearly from 0 over the first 500 iterations. The defaults are those of the authors'
+    config for RetinaNet; theirs for FCOS, GFL and Faster R-CNN are in ``docs/methods/frs.md``.
 
     Args:
-        neck: The layer whose levels are compared.
+        layer: The layer whose levels are compared, the one that the head reads.
         head: The dense head, ``'bbox_head'`` (default) or, of a two-stage detector, ``'rpn_head'``.
-        feature_weight: A number or a schedule. A number has no warm-up: ``dict(type='linear', value=0.1, end=500)`` has.
-        class_weight: Alike. With 0 the student's head is not read, so that it may differ from the teacher's.
-        adapter: A dict; ``'auto'`` (1x1 convolution exactly where channels differ) or None.
-        teacher_neck: The teacher's layer, where its name differs.
+        feature_weight: Weight of ``loss_feature``, a schedule or a number, which has no warm-up. Default
+            ``dict(type='linear', value=0.005, end=500)``.
+        cls_weight: Weight of ``loss_cls``, a schedule or a number. Default ``dict(type='linear', value=0.02, end=500)``. With
+            0 the student's head is not read, so that it may differ from the teacher's.
+        adapter: A dict; ``'auto'`` (1x1 convolution exactly where channels differ) or None. By default a 3x3 convolution
+            for each level, for equal channels too.
+        teacher_layer: The teacher's layer, where its name differs.
         teacher_head: The teacher's head, where its name differs.
 
     Example:
@@ -115,40 +109,47 @@ class FRS(Distiller):
         >>> distillers = dict(frs=dict(type='FRS', head='rpn_head'))    # Faster R-CNN, with its weights
     """
 
+    renamed = {'neck': 'layer', 'teacher_neck': 'teacher_layer', 'class_weight': 'cls_weight'}
+
     def __init__(
         self,
-        neck: str = 'neck',
+        layer: str = 'neck',
         head: str = 'bbox_head',
         feature_weight: float | Mapping = FEATURE_WEIGHT,
-        class_weight: float | Mapping = CLASS_WEIGHT,
+        cls_weight: float | Mapping = CLS_WEIGHT,
         adapter: str | Mapping | None = ADAPTER,
-        teacher_neck: str | None = None,
+        teacher_layer: str | None = None,
         teacher_head: str | None = None,
     ):
         super().__init__()
-        self.features = LevelPairs(neck, teacher_neck, adapter)
+        self.features = LevelPairs(layer, teacher_layer, adapter)
         self.feature_weight = Weight(feature_weight)
-        self.neck, self.head = neck, head
-        self.teacher_neck, self.teacher_head = teacher_neck or neck, teacher_head or head
-        self.compares_classes = bool(class_weight)
-        self.class_weight = Weight(class_weight)
-        self.student_layers = (neck, head) if self.compares_classes else (neck,)
-        self.teacher_layers = (self.teacher_neck, self.teacher_head)
+        self.layer, self.head = layer, head
+        self.teacher_layer, self.teacher_head = teacher_layer or layer, teacher_head or head
+        self.compares_classes = bool(cls_weight)
+        self.cls_weight = Weight(cls_weight)
+        self.student_layers = (layer, head) if self.compares_classes else (layer,)
+        self.teacher_layers = (self.teacher_layer, self.teacher_head)
+
+    def prepare(self, student: nn.Module, teacher: nn.Module) -> None:
+        dense_head(find_layer(teacher, self.teacher_head))
+        if self.compares_classes:
+            dense_head(find_layer(student, self.head))
 
     def setup(self, student: Taps, teacher: Taps) -> None:
-        t_head = dense_head(find_layer(teacher.model, self.teacher_head))
+        t_head = dense_head(teacher.model.get_submodule(self.teacher_head))
         logits = t_head.class_logits(teacher[self.teacher_head])
         self.features.setup(student, teacher)
-        sizes = [[tuple(each.shape[-2:]) for each in levels] for levels in (teacher[self.teacher_neck], logits)]
+        sizes = [[tuple(each.shape[-2:]) for each in levels] for levels in (teacher[self.teacher_layer], logits)]
         if sizes[0] != sizes[1]:
             raise ConfigError(
-                f'the levels of the teacher have sizes {sizes[0]} in {self.teacher_neck!r} and {sizes[1]} in '
+                f'the levels of the teacher have sizes {sizes[0]} in {self.teacher_layer!r} and {sizes[1]} in '
                 f'{self.teacher_head!r}; name the layer that the head reads'
             )
         if self.compares_classes:
-            s_head = dense_head(find_layer(student.model, self.head))
+            s_head = dense_head(student.model.get_submodule(self.head))
             heads = (s_head, student[self.head]), (t_head, teacher[self.teacher_head])
-            check_same_slots(*heads, 'FRS (unless class_weight=0)', boxes=False)
+            check_same_slots(*heads, 'FRS (unless cls_weight=0)', boxes=False)
 
     def forward(self, student: Taps, teacher: Taps, data_samples: list | None) -> dict[str, torch.Tensor]:
         t_head = dense_head(teacher.model.get_submodule(self.teacher_head))
@@ -160,5 +161,5 @@ class FRS(Distiller):
         if self.compares_classes:
             logits = dense_head(student.model.get_submodule(self.head)).class_logits(student[self.head])
             classes = sum(rich_class_loss(s, t, mask) for s, t, mask in zip(logits, targets, masks, strict=True))
-            losses['loss_class'] = self.class_weight() * classes
+            losses['loss_cls'] = self.cls_weight() * classes
         return losses

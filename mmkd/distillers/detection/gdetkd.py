@@ -14,17 +14,18 @@ from torch import nn
 
 from mmkd.adapters import Adapters
 from mmkd.distillers.base import Distiller
+from mmkd.distillers.detection.mimic import mean_square
 from mmkd.distillers.levels import maps, require_gradient
 from mmkd.distillers.memory import Memory
 from mmkd.distillers.schedule import Weight
 from mmkd.errors import ConfigError
 from mmkd.hosts.detection.boxes import pairwise_iou
-from mmkd.hosts.detection.dense_heads import dense_head
+from mmkd.hosts.detection.dense_heads import check_levels, dense_head
 from mmkd.hosts.detection.ground_truth import ground_truth
 from mmkd.hosts.detection.roi_pool import pool_boxes
-from mmkd.hosts.detection.rois import RoIHead, best_predictions, to_rois
+from mmkd.hosts.detection.rois import RoIHead, best_predictions, check_same_predictions, to_rois
 from mmkd.registry import DISTILLERS
-from mmkd.taps import INPUT, Taps
+from mmkd.taps import INPUT, Taps, find_layer
 
 
 def aggregate_levels(
@@ -47,11 +48,6 @@ def aggregate_levels(
     """
     attention = (torch.einsum('nld,nd->nl', student_keys, teacher_keys) / tau).softmax(1)
     return torch.einsum('nl,nlchw->nchw', attention, student), attention
-
-
-def imitation_loss(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
-    """Mean square of the difference, over regions, channels and cells; 0 for no region at all."""
-    return (student - teacher).square().sum() / max(student.numel(), 1)
 
 
 def negatives(rois: torch.Tensor, max_overlap: float = 0.5) -> torch.Tensor:
@@ -152,98 +148,91 @@ def draw_regions(positive: torch.Tensor, number: int, fraction: float) -> torch.
 
 @DISTILLERS.register_module()
 class GDetKD(Distiller):
-    """G-DetKD, with a two-stage teacher.
+    """G-DetKD: what a two-stage teacher sees in the student's regions, for two-stage and one-stage students.
 
-    Regions are the student's. **Two-stage students** (homogeneous pair): the RoIs that their own sampler drew. **One-stage
-    students** (heterogeneous pair; name their ``head``): of the ``candidates`` best predictions of each image
-    ``regions`` are drawn at random, at most a quarter of which overlap an object by more than 0.5. The teacher's RoI modules
-    are run on them. Two losses compare the regions:
+    Two-stage students: the regions are the RoIs that their own sampler drew. One-stage students, which name their
+    ``head``: ``regions_per_image`` of their ``candidates`` best predictions, drawn by :func:`draw_regions`.
 
-    * *Semantic-guided feature imitation* (SGFI): the student's features are pooled from all its levels, those of
-      its RoI extractor or all of a one-stage student's neck, and mixed by :func:`aggregate_levels`, then compared
-      with what the teacher pools from the one level that the region's size gives (:func:`imitation_loss`). Keys are two
-      convolutions of stride 2, each with a ReLU, over the pooled cells, flattened; the same for student and
-      teacher. Adapter, keys and temperature are trained.
-    * *Contrastive distillation* (CKD): :func:`contrastive_loss` of linear projections, one for each network, of embeddings:
-      what the classifier of a RoI head takes in, or, of a one-stage student, ``tower`` (the neck where it is None)
-      averaged over the region, from the level that its size gives. Negatives are the other regions of the
-      process's batch but those that overlap by more than 0.5 (:func:`negatives`), and a :class:`Memory`.
+    - ``loss_sgfi``, semantic-guided feature imitation: each region is pooled from all of the student's levels, these are
+      mixed by :func:`aggregate_levels`, and compared with the teacher's by a mean square.
+    - ``loss_ckd``, contrastive distillation: :func:`contrastive_loss` of the projected embeddings of both networks, with
+      the regions of :func:`negatives` and those of a :class:`mmkd.distillers.memory.Memory`.
+    - ``loss_cls`` and ``loss_bbox``, for two-stage students and off by default: :func:`class_loss` and
+      :func:`class_aware_box_loss` of what both heads predict.
 
-    Homogeneous pairs can also compare the heads' outputs for the same RoIs: ``class_weight`` (:func:`class_loss`) and
-    ``box_weight`` (:func:`class_aware_box_loss`). The paper has both on, and starts the student's head from the teacher's
-    weights (``inherit`` of :func:`mmkd.distill.distill`); they are off by default. Logs ``loss_sgfi``, ``loss_ckd``,
-    where they are on ``loss_class`` and ``loss_box``, and SGFI's ``temperature``.
-
-    The paper has no public code. Its loss weights, the first temperature of SGFI and its numbers of candidates and keys are
-    not known: 1 and 0.5 for the weights, 128 and 64 channels, temperature 0.07 and a memory of ten batches are those of an
-    independent port; the temperature of SGFI (16, the square root of a key's length for 7x7 cells), kernels of 3x3, 1000
-    candidates, the pooling of embeddings of a one-stage student, weights of 1 where class and box terms are wanted and
-    512 keys a step are choices of this class. A step adds ``keys_per_step`` entries for each process, so that on 8
-    processes ``memory`` holds the last 2.5 steps; a key of 1024 numbers takes 4 KB of the checkpoint (42 MB for
-    10240).
-
-    On the generated data set (``tools/compare.py``) a RetinaNet gains little from a Faster R-CNN (+0.037 AP over three
-    seeds, standard error 0.021), while a Faster R-CNN with class and box terms gains most of all methods (+0.272);
-    which part does it was not taken apart. All levels' regions go through the keys' convolutions: at 256x320 pixels a
-    step of a one-stage student takes six times that of student and teacher alone; fewer ``regions`` cost less in
-    proportion.
+    Also logs ``tau``, the temperature of SGFI, which is trained like the adapter, the keys and the projections.
+    Formulas, origin of the defaults, cost and results: ``docs/methods/gdetkd.md``.
 
     Args:
-        neck: The layer whose levels are pooled.
+        layer: The layer whose levels are pooled.
         head: A one-stage student's dense head. None (default) for a two-stage student.
-        roi_head: A two-stage student's RoI head, and the teacher's.
-        stage: The stage, where ``roi_head`` is a cascade.
-        tower: A one-stage student's layer that its embeddings are taken from, such as ``'bbox_head.cls_convs.3'``, the
-            last of its classification tower, as in the paper. None for the neck.
-        weight: Of SGFI; a number or a schedule, as all weights. Default 1.
-        contrast_weight: Of CKD. Default 0.5.
-        class_weight: Default 0, two-stage students only.
-        box_weight: Default 0, two-stage students only.
-        tau: SGFI's temperature at the start. Default 16.
-        hidden_channels: Between the two convolutions of the keys. Default 128.
-        key_channels: Of a key's cells. Default 64.
-        contrast_tau: CKD's temperature. Default 0.07.
-        projection_channels: Of the projected embeddings. None (default): as many as the teacher's embeddings.
-        memory: Entries. Default 10240.
+        roi_head: The RoI head, of the teacher and of a two-stage student.
+        stage: The student's stage, where its RoI head is a cascade.
+        embedding_layer: The layer that a one-stage student's embeddings are averaged from, such as
+            ``'bbox_head.cls_convs.3'``, the last of its classification tower. Default: ``layer``.
+        sgfi_weight: Weight of ``loss_sgfi``, a number or a schedule, as all weights. Default 1.
+        ckd_weight: Weight of ``loss_ckd``. Default 0.5.
+        cls_weight: Weight of ``loss_cls``. Default 0; for two-stage students.
+        bbox_weight: Weight of ``loss_bbox``. Default 0; for two-stage students.
+        tau: Temperature of SGFI at the start. Default 16.
+        hidden_channels: Channels between the two convolutions of the keys. Default 128.
+        key_channels: Channels of a key. Default 64.
+        ckd_tau: Temperature of the contrastive loss. Default 0.07.
+        projection_channels: Length of a projected embedding. None (default): that of the teacher's embeddings.
+        memory: Entries of the memory. Default 10240.
         keys_per_step: Entries that each process adds in a step. Default 512.
-        max_overlap: The largest IoU of a negative in the same image. Default 0.5.
-        regions: Regions per image of a one-stage student. Default 512.
-        candidates: Best predictions per image of a one-stage student. Default 1000.
-        positive_fraction: The part of the regions that overlaps an object, at most. Default 0.25.
-        positive_iou: From which IoU on. Default 0.5.
-        adapter: ``'auto'`` (1x1 convolution exactly where channels differ), None or a dict. One for all levels.
-        teacher_neck: The teacher's layer, where its name differs.
+        max_overlap: The largest IoU of two negatives in one image. Default 0.5.
+        regions_per_image: Regions per image of a one-stage student. Default 512.
+        candidates: Predictions per image that a one-stage student's regions are drawn from, the best. Default 1000.
+        positive_fraction: The largest part of the drawn regions that overlap an object. Default 0.25.
+        positive_iou: The IoU above which a region overlaps an object. Default 0.5.
+        adapter: ``'auto'`` (1x1 convolution exactly where channels differ), None or a dict. One serves all levels.
+        teacher_layer: The teacher's layer, where its name differs.
+        teacher_stage: The teacher's stage, where its RoI head is a cascade. Default: ``stage``.
 
     Example:
-        >>> distillers = dict(gdetkd=dict(type='GDetKD', class_weight=1.0, box_weight=1.0))   # Faster R-CNN
-        >>> distillers = dict(gdetkd=dict(type='GDetKD', head='bbox_head', tower='bbox_head.cls_convs.3'))  # RetinaNet
+        >>> distillers = dict(gdetkd=dict(type='GDetKD', cls_weight=1.0, bbox_weight=1.0))  # Faster R-CNN
+        >>> distillers = dict(gdetkd=dict(type='GDetKD', head='bbox_head', embedding_layer='bbox_head.cls_convs.3'))
     """
+
+    renamed = {
+        'neck': 'layer',
+        'teacher_neck': 'teacher_layer',
+        'tower': 'embedding_layer',
+        'weight': 'sgfi_weight',
+        'contrast_weight': 'ckd_weight',
+        'class_weight': 'cls_weight',
+        'box_weight': 'bbox_weight',
+        'contrast_tau': 'ckd_tau',
+        'regions': 'regions_per_image',
+    }
 
     def __init__(
         self,
-        neck: str = 'neck',
+        layer: str = 'neck',
         head: str | None = None,
         roi_head: str = 'roi_head',
         stage: int | None = None,
-        tower: str | None = None,
-        weight: float | Mapping = 1.0,
-        contrast_weight: float | Mapping = 0.5,
-        class_weight: float | Mapping = 0.0,
-        box_weight: float | Mapping = 0.0,
+        embedding_layer: str | None = None,
+        sgfi_weight: float | Mapping = 1.0,
+        ckd_weight: float | Mapping = 0.5,
+        cls_weight: float | Mapping = 0.0,
+        bbox_weight: float | Mapping = 0.0,
         tau: float = 16.0,
         hidden_channels: int = 128,
         key_channels: int = 64,
-        contrast_tau: float = 0.07,
+        ckd_tau: float = 0.07,
         projection_channels: int | None = None,
         memory: int = 10240,
         keys_per_step: int = 512,
         max_overlap: float = 0.5,
-        regions: int = 512,
+        regions_per_image: int = 512,
         candidates: int = 1000,
         positive_fraction: float = 0.25,
         positive_iou: float = 0.5,
         adapter: str | Mapping | None = 'auto',
-        teacher_neck: str | None = None,
+        teacher_layer: str | None = None,
+        teacher_stage: int | None = None,
     ):
         super().__init__()
         numbers = dict(
@@ -252,13 +241,13 @@ class GDetKD(Distiller):
             projection_channels=1 if projection_channels is None else projection_channels,
             memory=memory,
             keys_per_step=keys_per_step,
-            regions=regions,
+            regions_per_image=regions_per_image,
             candidates=candidates,
         )
         for name, value in numbers.items():
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ConfigError(f'{name}={value!r}: expected a whole number of at least 1')
-        for name, value in (('tau', tau), ('contrast_tau', contrast_tau)):
+        for name, value in (('tau', tau), ('ckd_tau', ckd_tau)):
             if not isinstance(value, (int, float)) or value <= 0:
                 raise ConfigError(f'{name}={value!r}: expected a positive temperature')
         for name, value in (
@@ -268,69 +257,81 @@ class GDetKD(Distiller):
         ):
             if not isinstance(value, (int, float)) or not 0 <= value <= 1:
                 raise ConfigError(f'{name}={value!r}: expected a number from 0 to 1')
-        self.compare_heads = bool(class_weight or box_weight)
-        if head is not None and self.compare_heads:
-            raise ConfigError(f'head={head!r}: class_weight and box_weight are for two-stage students')
-        if head is None and tower is not None:
-            raise ConfigError(f'tower={tower!r} is for one-stage students; name their head as well')
-        self.neck, self.teacher_neck, self.head = neck, teacher_neck or neck, head
-        self.roi_head = RoIHead(roi_head, stage)
-        self.embedding = (tower or neck) if head else self.roi_head.embedding
-        self.weight, self.contrast_weight = Weight(weight), Weight(contrast_weight)
-        self.class_weight, self.box_weight = Weight(class_weight), Weight(box_weight)
-        self.tau, self.contrast_tau, self.max_overlap = tau, contrast_tau, max_overlap
+        self.compares_classes, self.compares_boxes = bool(cls_weight), bool(bbox_weight)
+        compares_heads = self.compares_classes or self.compares_boxes
+        if head is not None and compares_heads:
+            raise ConfigError(f'head={head!r}: cls_weight and bbox_weight are for two-stage students')
+        if head is None and embedding_layer is not None:
+            raise ConfigError(f'embedding_layer={embedding_layer!r} is for one-stage students; name their head as well')
+        self.layer, self.teacher_layer, self.head = layer, teacher_layer or layer, head
+        self.roi_head, self.teacher_stage = RoIHead(roi_head, stage), teacher_stage
+        self.embedding = (embedding_layer or layer) if head else self.roi_head.embedding
+        self.sgfi_weight, self.ckd_weight = Weight(sgfi_weight), Weight(ckd_weight)
+        self.cls_weight, self.bbox_weight = Weight(cls_weight), Weight(bbox_weight)
+        self.tau, self.ckd_tau, self.max_overlap = tau, ckd_tau, max_overlap
         self.hidden_channels, self.key_channels = hidden_channels, key_channels
         self.projection_channels = projection_channels
         self.memory_size, self.keys_per_step = memory, keys_per_step
-        self.regions, self.candidates = regions, candidates
+        self.regions_per_image, self.candidates = regions_per_image, candidates
         self.positive_fraction, self.positive_iou = positive_fraction, positive_iou
         self.adapter = adapter
-        self.student_layers = (neck, head) if head else (neck, self.roi_head.extractor + INPUT)
+        self.student_layers = (layer, head) if head else (layer, self.roi_head.extractor + INPUT)
         self.student_layers = tuple(dict.fromkeys((*self.student_layers, self.embedding)))
-        if self.compare_heads:
+        if compares_heads:
             self.student_layers += (self.roi_head.bbox_head,)
-        self.teacher_layers = (self.teacher_neck,)
+        self.teacher_layers = (self.teacher_layer,)
 
-    def setup(self, student: Taps, teacher: Taps) -> None:
-        self.roi_head.check_teacher(teacher)
-        if self.compare_heads:
-            self.roi_head.check_predictions(student, teacher, 'GDetKD')
-        extractor = teacher.model.get_submodule(self.roi_head.extractor)
-        layer = extractor.roi_layers[0]
+    def prepare(self, student: nn.Module, teacher: nn.Module) -> None:
+        if self.head:
+            dense_head(find_layer(student, self.head))
+        else:
+            self.roi_head.check(student)
+        teacher_roi_head = self.roi_head.of_teacher(teacher, self.teacher_stage)
+        teacher_roi_head.check_input(teacher, 'teacher')
+        if self.compares_classes or self.compares_boxes:
+            heads = (self.roi_head, student), (teacher_roi_head, teacher)
+            check_same_predictions(*heads, 'GDetKD', self.compares_boxes)
+        layer = teacher.get_submodule(teacher_roi_head.extractor).roi_layers[0]
         if not isinstance(layer, RoIAlign):
             raise ConfigError(
-                f"the teacher's {self.roi_head.extractor!r} pools with {type(layer).__name__}, not RoIAlign"
+                f"the teacher's {teacher_roi_head.extractor!r} pools with {type(layer).__name__}, not RoIAlign"
             )
+
+    def setup(self, student: Taps, teacher: Taps) -> None:
+        self.teacher_roi_head = self.roi_head.of_teacher(teacher.model, self.teacher_stage)
+        extractor = teacher.model.get_submodule(self.teacher_roi_head.extractor)
+        layer = extractor.roi_layers[0]
         levels = self._levels(student)
-        pixels = maps(teacher, self.teacher_neck)[0].shape[-1] * extractor.featmap_strides[0]
+        pixels = maps(teacher, self.teacher_layer)[0].shape[-1] * extractor.featmap_strides[0]
         # mmcv's RoIAlign, as the teacher's
         self.poolers = [
             RoIAlign(layer.output_size, level.shape[-1] / pixels, layer.sampling_ratio, aligned=layer.aligned)
             for level in levels
         ]
-        pooled = [
-            levels[0].new_zeros(1, each, *layer.output_size) for each in (levels[0].shape[1], extractor.out_channels)
-        ]
-        self.adapters = Adapters(self.adapter, pooled[:1], pooled[1:], (self.neck, self.teacher_neck))
+        channels, target_channels = levels[0].shape[1], extractor.out_channels
+        self.adapters = Adapters.of_regions(self.adapter, channels, target_channels, (self.layer, self.teacher_layer))
         convolutions = dict(kernel_size=3, stride=2, padding=1)
         self.keys = nn.Sequential(
-            nn.Conv2d(extractor.out_channels, self.hidden_channels, **convolutions),
+            nn.Conv2d(target_channels, self.hidden_channels, **convolutions),
             nn.ReLU(),
             nn.Conv2d(self.hidden_channels, self.key_channels, **convolutions),
             nn.ReLU(),
         )
         self.log_tau = nn.Parameter(torch.tensor(math.log(self.tau)))
 
-        channels = self._embedding_channels(student)
-        embedding, _, _ = self.roi_head.embed_teacher(teacher, pooled[1].to(next(teacher.model.parameters()).device))
+        own = self._embedding_channels(student)
+        device = next(teacher.model.parameters()).device
+        with torch.no_grad():
+            region = torch.zeros(1, target_channels, *layer.output_size, device=device)
+            embedding, _, _ = self.teacher_roi_head.embed(teacher, region)
         projected = self.projection_channels or embedding.shape[1]
-        self.projection = nn.Linear(channels, projected, bias=False)
+        self.projection = nn.Linear(own, projected, bias=False)
         self.teacher_projection = nn.Linear(embedding.shape[1], projected, bias=False)
         self.memory = Memory(self.memory_size, embedding.shape[1], self.keys_per_step)
 
     def _levels(self, student: Taps) -> Sequence[torch.Tensor]:
         """The student's levels that regions are pooled from."""
-        levels = maps(student, self.neck)
+        levels = maps(student, self.layer)
         if self.head:
             return levels
         return levels[: student.model.get_submodule(self.roi_head.extractor).num_inputs]
@@ -339,9 +340,7 @@ class GDetKD(Distiller):
         if not self.head:
             return student[self.embedding][0].shape[1]
         levels = maps(student, self.embedding)
-        strides = dense_head(student.model.get_submodule(self.head)).strides
-        if len(levels) != len(strides):
-            raise ConfigError(f'{self.embedding!r} has {len(levels)} levels, {self.head!r} {len(strides)} strides')
+        check_levels(self.embedding, levels, self.head, dense_head(student.model.get_submodule(self.head)))
         return levels[0].shape[1]
 
     @torch.no_grad()
@@ -352,7 +351,7 @@ class GDetKD(Distiller):
         boxes = best_predictions(head, student[self.head], self.candidates, metas)
         objects = ground_truth(data_samples)
         overlaps = pairwise_iou(boxes, objects.boxes.to(boxes.dtype)) * objects.valid[:, None]
-        chosen = draw_regions(overlaps.amax(2) > self.positive_iou, self.regions, self.positive_fraction)
+        chosen = draw_regions(overlaps.amax(2) > self.positive_iou, self.regions_per_image, self.positive_fraction)
         return boxes.gather(1, chosen[..., None].expand(-1, -1, 4))
 
     def _embeddings(self, student: Taps, boxes: torch.Tensor | None) -> torch.Tensor:
@@ -365,11 +364,12 @@ class GDetKD(Distiller):
         return pooled.flatten(0, 1).flatten(1)
 
     def forward(self, student: Taps, teacher: Taps, data_samples: list | None) -> dict[str, torch.Tensor]:
-        require_gradient(self.neck, student[self.neck])
+        require_gradient(self.layer, student[self.layer])
         boxes = self.draw(student, data_samples) if self.head else None
         rois = self.roi_head.rois(student) if boxes is None else to_rois(boxes)
-        target = self.roi_head.pool_teacher(teacher, self.teacher_neck, rois)
-        embedding, t_logits, t_deltas = self.roi_head.embed_teacher(teacher, target)
+        with torch.no_grad():
+            target = self.teacher_roi_head.pool(teacher, self.teacher_layer, rois)
+            embedding, t_logits, t_deltas = self.teacher_roi_head.embed(teacher, target)
 
         # mmcv's RoIAlign reads memory in the order of NCHW, whatever the strides say
         pooled = [
@@ -392,17 +392,18 @@ class GDetKD(Distiller):
             negatives(rois, self.max_overlap),
             memory,
             self.memory.filled,
-            self.contrast_tau,
+            self.ckd_tau,
         )
         self.memory.add(embedding)
 
         losses = {
-            'loss_sgfi': self.weight() * imitation_loss(mixed, target),
-            'loss_ckd': self.contrast_weight() * contrast,
-            'temperature': tau.detach(),
+            'loss_sgfi': self.sgfi_weight() * mean_square(mixed, target),
+            'loss_ckd': self.ckd_weight() * contrast,
+            'tau': tau.detach(),
         }
-        if self.compare_heads:
-            logits, deltas = student[self.roi_head.bbox_head]
-            losses['loss_class'] = self.class_weight() * class_loss(logits, t_logits)
-            losses['loss_box'] = self.box_weight() * class_aware_box_loss(deltas, t_deltas, t_logits)
+        if self.compares_classes:
+            losses['loss_cls'] = self.cls_weight() * class_loss(student[self.roi_head.bbox_head][0], t_logits)
+        if self.compares_boxes:
+            deltas = student[self.roi_head.bbox_head][1]
+            losses['loss_bbox'] = self.bbox_weight() * class_aware_box_loss(deltas, t_deltas, t_logits)
         return losses

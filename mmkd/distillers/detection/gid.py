@@ -7,18 +7,19 @@ from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from mmkd.adapters import Adapters
 from mmkd.distillers.base import Distiller
-from mmkd.distillers.levels import require_gradient
+from mmkd.distillers.levels import maps, require_gradient
 from mmkd.distillers.schedule import Weight
 from mmkd.errors import ConfigError
 from mmkd.hosts.detection.boxes import pairwise_iou
-from mmkd.hosts.detection.dense_heads import DenseHead, check_same_slots, dense_head
+from mmkd.hosts.detection.dense_heads import DenseHead, check_levels, check_same_slots, dense_head
 from mmkd.hosts.detection.roi_pool import pool_boxes
 from mmkd.hosts.detection.rois import clip
 from mmkd.registry import DISTILLERS
-from mmkd.taps import Taps
+from mmkd.taps import Taps, find_layer
 
 
 def instance_scores(
@@ -98,7 +99,7 @@ def feature_loss(
 
 
 def relation_loss(student: torch.Tensor, teacher: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
-    r"""Difference of the normalised distances between instances, within each group.
+    r"""Difference of the normalized distances between instances, within each group.
 
     .. math::
         L = \frac{1}{G} \sum_g \frac{1}{n(n-1)} \sum_{i \ne j}
@@ -171,59 +172,52 @@ def response_losses(
 
 @DISTILLERS.register_module()
 class GID(Distiller):
-    """General Instance Distillation, for detectors with a dense head: RetinaNet, ATSS, GFL, FCOS, and the RPN of others.
+    """General Instance Distillation, for detectors with a dense head, and for the RPN of two-stage detectors.
 
-    Selects the instances at which the two networks differ most, without ground truth: at each slot
-    the score of :func:`instance_scores` and the box of the network that is surer; NMS; the first ``topk`` of each
-    image. There it compares pooled features (:func:`feature_loss`), the relations between them (:func:`relation_loss`)
-    and, at the slots that the detector's own assigner gives to these boxes, the heads' outputs
-    (:func:`response_losses`). Logs ``loss_feature``, ``loss_relation``, ``loss_class``, ``loss_box`` and the number of
-    ``instances`` per image.
+    Selects, without ground truth, the instances at which the two networks differ most. At each slot the score is that of
+    :func:`instance_scores` and the box that of the network that is surer; NMS and the first ``topk`` of each image follow.
 
-    Weights, ``topk`` and ``nms_iou`` are those of the authors' detectron2 code (RetinaNet, 800x1333 images). Where that
-    code differs from the paper this class follows the paper: the score is the maximum of the class-wise
-    differences (the code: the difference of the maxima), and relations are taken within each image (the code: over
-    the batch; ``relation='batch'``). Adapters, which the code builds but never applies, are applied to the pooled
-    features and trained. Two choices follow the code, because its weights belong to them: the feature distance is
-    squared and divided by the number of cells (``feature_distance='l2'`` gives the paper's plain norm), and at most 3000
-    slots per image enter the NMS. The code also drops boxes with a side of at most 10 pixels (``min_box_side=10``).
+    - ``loss_feature``: :func:`feature_loss` of the features that are pooled from the selected boxes.
+    - ``loss_relation``: :func:`relation_loss` of the distances between these features.
+    - ``loss_cls``, ``loss_bbox``: :func:`response_losses` of both heads' outputs, at the slots that the student's own
+      assigner would give to the selected boxes.
 
-    The paper gives RetinaNet, FCOS and Faster R-CNN the same weights (from memory, unverified). **Two-stage detectors**:
-    ``head='rpn_head'``; scores are the objectness, boxes and responses the RPN's. **FCOS, GFL**: boxes are compared as
-    distances in strides, whatever unit the head puts out, GFL's as the means of its distributions; responses are
-    compared where the head's own assignment (FCOS's ranges and centre sampling, ATSS) puts the selected boxes. A
-    slot in the padding can be selected where its box reaches into the image, as mmdet predicts from it, too.
-
-    ``relation='batch'`` compares each instance with all others of the batch: its memory grows with the square of their
-    number (16 images: 160 x 160 x 25600 float32, 2.6 GB, if the backward pass of ``cdist`` holds all
-    differences; arithmetic, not measured).
+    Also logs the number of ``instances`` per image. Origin of the defaults, differences from the authors' code, and which
+    heads work: ``docs/methods/gid.md``.
 
     Args:
-        neck: The layer whose levels are pooled.
-        head: The dense head.
+        layer: The layer whose levels are pooled, the one that the head reads.
+        head: The dense head; of a two-stage detector ``'rpn_head'``.
         topk: Instances per image. Default 10.
         nms_iou: A box that overlaps a better one by more is dropped. Default 0.3.
         nms_pre: Slots per image that enter the NMS, best first. Default 3000.
-        min_box_side: Boxes with a side of at most this many pixels, after clipping to the image, are not selected.
-        feature_weight: A number or a schedule, as all weights. Default 5e-4.
-        relation_weight: Default 40.
-        class_weight: Default 0.1.
-        box_weight: Default 1.
-        relation: ``'image'`` or ``'batch'``.
-        feature_distance: ``'squared_l2'`` or ``'l2'``.
+        min_box_side: Boxes with a side of at most this many pixels, after clipping to the image, are not selected. Default 0.
+        feature_weight: Weight of ``loss_feature``, a number or a schedule, as all weights. Default 5e-4.
+        relation_weight: Weight of ``loss_relation``. Default 40.
+        cls_weight: Weight of ``loss_cls``. Default 0.1.
+        bbox_weight: Weight of ``loss_bbox``. Default 1.
+        relation: Whether relations are taken within each ``'image'`` (default) or over the ``'batch'``.
+        feature_distance: ``'squared_l2'`` (default) or ``'l2'``, see :func:`feature_loss`.
         pooled_size: Cells along each side of a pooled box. Default 10.
         sampling_ratio: Samples along each side of a cell. Default 2.
-        adapter: ``'auto'`` (1x1 convolution exactly where channels differ), None or a dict. One for all levels.
-        teacher_neck: The teacher's layer, where its name differs.
+        adapter: ``'auto'`` (1x1 convolution exactly where channels differ), None or a dict. One serves all levels.
+        teacher_layer: The teacher's layer, where its name differs.
         teacher_head: The teacher's head, where its name differs.
 
     Example:
         >>> distillers = dict(gid=dict(type='GID', topk=10))
     """
 
+    renamed = {
+        'neck': 'layer',
+        'teacher_neck': 'teacher_layer',
+        'class_weight': 'cls_weight',
+        'box_weight': 'bbox_weight',
+    }
+
     def __init__(
         self,
-        neck: str = 'neck',
+        layer: str = 'neck',
         head: str = 'bbox_head',
         topk: int = 10,
         nms_iou: float = 0.3,
@@ -231,14 +225,14 @@ class GID(Distiller):
         min_box_side: float = 0.0,
         feature_weight: float | Mapping = 5e-4,
         relation_weight: float | Mapping = 40.0,
-        class_weight: float | Mapping = 0.1,
-        box_weight: float | Mapping = 1.0,
+        cls_weight: float | Mapping = 0.1,
+        bbox_weight: float | Mapping = 1.0,
         relation: str = 'image',
         feature_distance: str = 'squared_l2',
         pooled_size: int = 10,
         sampling_ratio: int = 2,
         adapter: str | Mapping | None = 'auto',
-        teacher_neck: str | None = None,
+        teacher_layer: str | None = None,
         teacher_head: str | None = None,
     ):
         super().__init__()
@@ -248,13 +242,13 @@ class GID(Distiller):
             raise ConfigError(f"feature_distance={feature_distance!r}: expected 'squared_l2' or 'l2'")
         if not (isinstance(topk, int) and isinstance(nms_pre, int) and 1 <= topk <= nms_pre):
             raise ConfigError(f'topk={topk!r}, nms_pre={nms_pre!r}: expected whole numbers, 1 <= topk <= nms_pre')
-        self.neck, self.head = neck, head
-        self.teacher_neck, self.teacher_head = teacher_neck or neck, teacher_head or head
-        self.student_layers = (self.neck, self.head)
-        self.teacher_layers = (self.teacher_neck, self.teacher_head)
+        self.layer, self.head = layer, head
+        self.teacher_layer, self.teacher_head = teacher_layer or layer, teacher_head or head
+        self.student_layers = (self.layer, self.head)
+        self.teacher_layers = (self.teacher_layer, self.teacher_head)
         self.topk, self.nms_iou, self.nms_pre, self.min_box_side = topk, nms_iou, nms_pre, min_box_side
         self.feature_weight, self.relation_weight = Weight(feature_weight), Weight(relation_weight)
-        self.class_weight, self.box_weight = Weight(class_weight), Weight(box_weight)
+        self.cls_weight, self.bbox_weight = Weight(cls_weight), Weight(bbox_weight)
         self.relation, self.feature_distance = relation, feature_distance
         self.pooled_size, self.sampling_ratio = pooled_size, sampling_ratio
         self.adapter = adapter
@@ -265,20 +259,18 @@ class GID(Distiller):
             dense_head(teacher.model.get_submodule(self.teacher_head)),
         )
 
+    def prepare(self, student: nn.Module, teacher: nn.Module) -> None:
+        dense_head(find_layer(student, self.head)).check_assigner()
+        dense_head(find_layer(teacher, self.teacher_head))
+
     def setup(self, student: Taps, teacher: Taps) -> None:
         s, t = self._heads(student, teacher)
-        s.check_assigner()
         check_same_slots((s, student[self.head]), (t, teacher[self.teacher_head]), 'GID')
-        levels, targets = student[self.neck], teacher[self.teacher_neck]
-        if not len(levels) == len(targets) == len(s.strides):
-            raise ConfigError(
-                f'{self.neck!r} has {len(levels)} (student) and {len(targets)} (teacher) levels, the head {len(s.strides)}'
-            )
-        # pooled features have one size whatever the level, so one adapter serves all
-        pooled = [
-            level.new_zeros(1, level.shape[1], self.pooled_size, self.pooled_size) for level in (levels[0], targets[0])
-        ]
-        self.adapters = Adapters(self.adapter, pooled[:1], pooled[1:], (self.neck, self.teacher_neck))
+        levels, targets = maps(student, self.layer), maps(teacher, self.teacher_layer)
+        check_levels(self.layer, levels, self.head, s)
+        check_levels(self.teacher_layer, targets, self.teacher_head, t, 'teacher')
+        channels = levels[0].shape[1], targets[0].shape[1]
+        self.adapters = Adapters.of_regions(self.adapter, *channels, (self.layer, self.teacher_layer))
 
     @torch.no_grad()
     def select(
@@ -310,12 +302,12 @@ class GID(Distiller):
     def forward(self, student: Taps, teacher: Taps, data_samples: list | None) -> dict[str, torch.Tensor]:
         metas = [sample.metainfo for sample in data_samples]
         s, t = self._heads(student, teacher)
-        require_gradient(self.neck, student[self.neck])
+        require_gradient(self.layer, student[self.layer])
         boxes, _, valid = self.select(student, teacher, metas)
 
-        pooled_s = pool_boxes(student[self.neck], boxes, s.strides, self.pooled_size, self.sampling_ratio)
+        pooled_s = pool_boxes(student[self.layer], boxes, s.strides, self.pooled_size, self.sampling_ratio)
         with torch.no_grad():
-            pooled_t = pool_boxes(teacher[self.teacher_neck], boxes, s.strides, self.pooled_size, self.sampling_ratio)
+            pooled_t = pool_boxes(teacher[self.teacher_layer], boxes, s.strides, self.pooled_size, self.sampling_ratio)
         adapted = self.adapters([pooled_s.flatten(0, 1)], [pooled_t.flatten(0, 1)])[0].view_as(pooled_t)
         groups = (lambda each: each) if self.relation == 'image' else (lambda each: each.flatten(0, 1)[None])
         relation = relation_loss(groups(adapted), groups(pooled_t), groups(valid))
@@ -331,7 +323,7 @@ class GID(Distiller):
         return {
             'loss_feature': self.feature_weight() * feature_loss(adapted, pooled_t, valid, self.feature_distance),
             'loss_relation': self.relation_weight() * relation,
-            'loss_class': self.class_weight() * classification,
-            'loss_box': self.box_weight() * regression,
+            'loss_cls': self.cls_weight() * classification,
+            'loss_bbox': self.bbox_weight() * regression,
             'instances': valid.sum(1).float().mean(),
         }

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from mmdet.models.task_modules.assigners import ATSSAssigner
 from mmdet.utils import reduce_mean
+from torch import nn
 
 from mmkd.distillers.base import Distiller
 from mmkd.distillers.levels import require_gradient
@@ -20,7 +21,7 @@ from mmkd.hosts.detection.boxes import pairwise_diou
 from mmkd.hosts.detection.dense_heads import DistributionDenseHead, dense_head
 from mmkd.hosts.detection.ground_truth import ground_truth
 from mmkd.registry import DISTILLERS
-from mmkd.taps import Taps
+from mmkd.taps import Taps, find_layer
 
 
 def distribution_divergence(
@@ -56,12 +57,15 @@ def valuable_region(
     selection: ATSS,
     gamma: float = 0.25,
 ) -> torch.Tensor:
-    r"""Weights of the valuable localisation region: slots near an object that were not near enough to be positive.
+    r"""Weights of the valuable localization region: slots near an object that were not near enough to be positive.
 
     .. math:: w_i = \max_k \mathbf{1}[\gamma t_k \le \operatorname{DIoU}(a_i, b_k) < t_k] \operatorname{IoU}(a_i, b_k)
 
-    Slots of all levels take part, wherever their centre is; one that is positive for an object may belong to the
-    region of the same object, whose threshold t is one of the IoU and not of the DIoU, or of another.
+    Slots of all levels take part, wherever their center is. A slot that is positive for an object may also be in a region:
+    in that of another object, or in its own, as the threshold t is one of the IoU and not of the DIoU.
+
+    This is the paper's DIoU. The authors' code divides the intersection by the anchor's area instead of the union, which
+    gives another region, see ``docs/methods/ld.md``.
 
     Args:
         anchors: (N, 4), xyxy in pixels.
@@ -129,84 +133,83 @@ def class_divergence(
 class LD(Distiller):
     """Localization Distillation for heads that predict a distribution of each side's distance: GFL and its kin.
 
-    Compares these distributions in two regions, the main one of the student's assigned positives and the valuable
-    localisation region around them (:func:`region_losses`), and the class logits of the positives
-    (:func:`class_divergence`). Positives and regions come from the student's own ATSS assigner and the ground truth. Logs
-    ``loss_main``, ``loss_valuable``, ``loss_class`` and, per image, the number of ``positives`` and of
-    slots in the ``valuable`` region.
+    Positives and regions come from the student's own ATSS assigner and the ground truth.
 
-    Weights, temperatures and the divisors 4 and 16 are those of the authors' code for GFL (800x1333 images), whose divergence is
-    a mean over the 17 bins or the classes (``over_bins='sum'`` for the plain Kullback-Leibler divergence).
-    What the two localisation terms are divided by, the paper does not say. The code sums over all slots of 2
-    images per process, so that more images make the sum larger until training diverges. ``normalise`` says what to
-    do:
+    - ``loss_ld`` and ``loss_ld_vlr``: :func:`region_losses` of these distributions, in the main region of the positives and
+      in the valuable localization region around them.
+    - ``loss_kd``: :func:`class_divergence` of the class logits of the positives.
 
-    ================  ==================================================================================
-    ``'images'``      (default) twice the mean over images: the published value with 2 images per process, to
-                      which the weights belong, and the same with any other number
-    ``'weights'``     divided by the sum of each region's weights, as GFL divides its own box losses; this is
-                      smaller by about that sum, some tens for 2 COCO-like images, so raise the weights
-    ``'none'``        the plain sum of the code
-    ================  ==================================================================================
+    Also logs, per image, the number of ``positives`` and of slots in the ``valuable`` region.
 
-    The class term is a mean over the batch's positives. The code takes that mean level by level and adds the levels'
-    (``class_mean='level'``), which is more, up to five times on five levels. The optional feature imitation of the code
-    is another method: add :class:`mmkd.distillers.detection.mimic.Mimic` or the like.
+    The paper does not say what the first two are divided by. ``normalize`` chooses:
 
-    On the generated data set (``tools/compare.py ld_gfl``) the gain over three seeds is not significant (+0.063 AP,
-    standard error 0.033: two seeds gain 0.1, one loses 0.014). The class term, a mean over the classes, is there the
-    largest of all losses: a mean over 6 classes is some 13 times that over 80. With ``class_weight=1`` the seed that
-    lost had 0.129 instead of 0.105 (alone 0.119), so this explains a part of it at most.
+    =============  ==========================================================================================
+    ``'images'``   (default) Twice the mean over images. This is the authors' value with 2 images per process.
+    ``'weights'``  The sum, divided by the sum of the region's weights, as GFL divides its own box losses.
+    ``'none'``     The plain sum over the batch, as in the authors' code.
+    =============  ==========================================================================================
+
+    Origin of the defaults and differences from the authors' code: ``docs/methods/ld.md``.
 
     Args:
         head: The student's dense head.
         tau: Temperature of the distances' distributions. Default 10.
-        class_tau: Temperature of the class logits. Default 2.
-        weight: Of the main region; a number or a schedule, as all weights. Default 0.25.
-        valuable_weight: Of the valuable localisation region. Default 0.25.
-        class_weight: Default 10.
+        kd_tau: Temperature of the class logits. Default 2.
+        ld_weight: Weight of ``loss_ld``, a number or a schedule, as all weights. Default 0.25.
+        ld_vlr_weight: Weight of ``loss_ld_vlr``. Default 0.25, which was published with another region, that of the authors'
+            code. The sum of its weights is about 0.7 of that of :func:`valuable_region`.
+        kd_weight: Weight of ``loss_kd``. Default 10.
         gamma: The valuable region's least DIoU, as a part of the ATSS threshold. Default 0.25.
-        normalise: ``'images'``, ``'weights'`` or ``'none'``.
-        class_mean: ``'all'`` or ``'level'``.
-        over_bins: ``'mean'`` or ``'sum'``.
+        normalize: ``'images'``, ``'weights'`` or ``'none'``.
+        kd_mean: Whether ``loss_kd`` is a mean over ``'all'`` positives (default) or each ``'level'``, whose means are added.
+        over_bins: Whether the divergence of a distance's distribution is a ``'mean'`` (default) over its bins or a ``'sum'``.
         teacher_head: The teacher's head, where its name differs.
 
     Example:
         >>> distillers = dict(ld=dict(type='LD'))
     """
 
+    renamed = {
+        'weight': 'ld_weight',
+        'valuable_weight': 'ld_vlr_weight',
+        'class_weight': 'kd_weight',
+        'class_tau': 'kd_tau',
+        'class_mean': 'kd_mean',
+        'normalise': 'normalize',
+    }
+
     def __init__(
         self,
         head: str = 'bbox_head',
         tau: float = 10.0,
-        class_tau: float = 2.0,
-        weight: float | Mapping = 0.25,
-        valuable_weight: float | Mapping = 0.25,
-        class_weight: float | Mapping = 10.0,
+        kd_tau: float = 2.0,
+        ld_weight: float | Mapping = 0.25,
+        ld_vlr_weight: float | Mapping = 0.25,
+        kd_weight: float | Mapping = 10.0,
         gamma: float = 0.25,
-        normalise: str = 'images',
-        class_mean: str = 'all',
+        normalize: str = 'images',
+        kd_mean: str = 'all',
         over_bins: str = 'mean',
         teacher_head: str | None = None,
     ):
         super().__init__()
-        for name, value in (('tau', tau), ('class_tau', class_tau)):
+        for name, value in (('tau', tau), ('kd_tau', kd_tau)):
             if not isinstance(value, (int, float)) or value <= 0:
                 raise ConfigError(f'{name}={value!r}: expected a positive temperature')
         if not isinstance(gamma, (int, float)) or not 0 <= gamma < 1:
             raise ConfigError(f'gamma={gamma!r}: expected a number of at least 0 and below 1')
-        if normalise not in ('images', 'weights', 'none'):
-            raise ConfigError(f"normalise={normalise!r}: expected 'images', 'weights' or 'none'")
-        if class_mean not in ('all', 'level'):
-            raise ConfigError(f"class_mean={class_mean!r}: expected 'all' or 'level'")
+        if normalize not in ('images', 'weights', 'none'):
+            raise ConfigError(f"normalize={normalize!r}: expected 'images', 'weights' or 'none'")
+        if kd_mean not in ('all', 'level'):
+            raise ConfigError(f"kd_mean={kd_mean!r}: expected 'all' or 'level'")
         if over_bins not in ('mean', 'sum'):
             raise ConfigError(f"over_bins={over_bins!r}: expected 'mean' or 'sum'")
         self.head, self.teacher_head = head, teacher_head or head
         self.student_layers, self.teacher_layers = (self.head,), (self.teacher_head,)
-        self.tau, self.class_tau, self.gamma = tau, class_tau, gamma
-        self.weight, self.valuable_weight = Weight(weight), Weight(valuable_weight)
-        self.class_weight = Weight(class_weight)
-        self.normalise, self.class_mean, self.over_bins = normalise, class_mean, over_bins
+        self.tau, self.kd_tau, self.gamma = tau, kd_tau, gamma
+        self.ld_weight, self.ld_vlr_weight = Weight(ld_weight), Weight(ld_vlr_weight)
+        self.kd_weight = Weight(kd_weight)
+        self.normalize, self.kd_mean, self.over_bins = normalize, kd_mean, over_bins
 
     def _heads(self, student: Taps, teacher: Taps) -> tuple[DistributionDenseHead, DistributionDenseHead]:
         return (
@@ -214,8 +217,9 @@ class LD(Distiller):
             dense_head(teacher.model.get_submodule(self.teacher_head)),
         )
 
-    def setup(self, student: Taps, teacher: Taps) -> None:
-        heads = s, t = self._heads(student, teacher)
+    def prepare(self, student: nn.Module, teacher: nn.Module) -> None:
+        named = (student, self.head), (teacher, self.teacher_head)
+        heads = s, _ = [dense_head(find_layer(model, name)) for model, name in named]
         for head, whose in zip(heads, ('student', 'teacher')):
             if not isinstance(head, DistributionDenseHead):
                 raise ConfigError(
@@ -237,6 +241,9 @@ class LD(Distiller):
                     f'the heads have {what} {values[0]} (student) and {values[1]} (teacher), and LD compares their '
                     f'distributions bin by bin; give both the same'
                 )
+
+    def setup(self, student: Taps, teacher: Taps) -> None:
+        s, t = self._heads(student, teacher)
         priors = [s.priors(student[self.head]), t.priors(teacher[self.teacher_head])]
         if not torch.equal(*priors):
             raise ConfigError(
@@ -245,7 +252,7 @@ class LD(Distiller):
             )
 
     @torch.no_grad()
-    def regions(
+    def assign(
         self, student: Taps, data_samples: Sequence, head: DistributionDenseHead
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The student's positives, (B, slots), bool, and the weights of the valuable region, (B, slots)."""
@@ -260,7 +267,7 @@ class LD(Distiller):
         s, t = self._heads(student, teacher)
         s_out, t_out = student[self.head], teacher[self.teacher_head]
         require_gradient(self.head, [*s_out[0], *s_out[1]])
-        positive, region = self.regions(student, data_samples, s)
+        positive, region = self.assign(student, data_samples, s)
         s_classes, t_classes = (
             torch.cat([level.permute(0, 3, 4, 1, 2).flatten(1, 3) for level in head.class_logits(outputs)], 1)
             for head, outputs in ((s, s_out), (t, t_out))
@@ -268,16 +275,16 @@ class LD(Distiller):
         score = s_classes.amax(2).sigmoid()
         divergence = distribution_divergence(s.distributions(s_out), t.distributions(t_out), self.tau, self.over_bins)
         main, valuable = region_losses(divergence, score, positive, region)
-        if self.normalise == 'images':
+        if self.normalize == 'images':
             main, valuable = (each * 2 / len(positive) for each in (main, valuable))
-        elif self.normalise == 'weights':
+        elif self.normalize == 'weights':
             main = main / reduce_mean((score * positive).sum()).clamp(min=1e-6)
             valuable = valuable / reduce_mean(region.sum()).clamp(min=1e-6)
-        sizes = s.sizes(s_out) if self.class_mean == 'level' else [positive.shape[1]]
+        sizes = s.sizes(s_out) if self.kd_mean == 'level' else [positive.shape[1]]
         return {
-            'loss_main': self.weight() * main,
-            'loss_valuable': self.valuable_weight() * valuable,
-            'loss_class': self.class_weight() * class_divergence(s_classes, t_classes, positive, self.class_tau, sizes),
+            'loss_ld': self.ld_weight() * main,
+            'loss_ld_vlr': self.ld_vlr_weight() * valuable,
+            'loss_kd': self.kd_weight() * class_divergence(s_classes, t_classes, positive, self.kd_tau, sizes),
             'positives': positive.sum(1).float().mean(),
             'valuable': (region > 0).sum(1).float().mean(),
         }

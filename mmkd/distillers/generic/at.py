@@ -65,15 +65,15 @@ def attention_distance(student: torch.Tensor, teacher: torch.Tensor, form: str =
 
 @DISTILLERS.register_module()
 class AT(FeatureDistiller):
-    """Attention transfer: where a feature is strong, whatever its channels; summed over levels.
+    """Attention transfer: where a feature is strong, whatever its channels; ``docs/methods/at.md``.
 
     ``loss = loss_weight * sum over levels of attention_distance(attention_map(student), attention_map(teacher))``, see
-    :func:`attention_map` and :func:`attention_distance`. Numbers of channels may differ, and nothing is trained beside
-    the student. Where strides differ the student's map is resized (bilinear) to the teacher's.
+    :func:`attention_map` and :func:`attention_distance`. Numbers of channels may differ, nothing is trained beside the
+    student, and no ground truth is needed. A map of another size is resized (bilinear) to the teacher's.
 
-    ``mean`` divides by the number of positions of the map, so large maps need large weights: 1000 is the authors' for
-    classification, 10000 CIRKD's for segmentation. For ``norm`` the paper's is 500, half its beta of 1000 [from memory,
-    unverified].
+    ``'mean'`` divides by the number of positions of the map, so large maps need large weights: 1000 is the authors' for
+    classification, 10000 CIRKD's for segmentation, of a single map. A map that is the same at all positions, such as that
+    of a layer norm over channels, teaches nothing.
 
     Args:
         layer: The student's layer, or a list, such as the stages of a backbone.

@@ -39,25 +39,11 @@ def channel_wise_divergence(student: torch.Tensor, teacher: torch.Tensor, tau: f
 
 @DISTILLERS.register_module()
 class CWD(FeatureDistiller):
-    """Channel-wise distillation on any tapped layer, see :func:`channel_wise_divergence`; summed over levels.
+    """Channel-wise distillation on any tapped layer; ``docs/methods/cwd.md``.
 
-    The defaults suit an FPN (tau 1, weight 10, as MMRazor's detection configs). For class logits of a dense
-    detection head (``bbox_head.retina_cls``) the published value is tau 1, weight 5. Published for segmentation:
-
-    ========================================= ===== ========== ====================================================
-    layer                                     tau   weight     who has it so
-    ========================================= ===== ========== ====================================================
-    ``decode_head.conv_seg``, Cityscapes      4     3          the authors' code, CIRKD; SegFormer 0.3, CIRKD
-    the same                                  1     5          MMRazor; ADE20K 10, mmsegmentation-distiller
-    ``decode_head.bottleneck``, Cityscapes    4     50         CIRKD; SegFormer 5; the paper's [from memory,
-                                                               unverified]; 35 to 40 in the authors' logs
-    ========================================= ===== ========== ====================================================
-
-    The feature before the classifier is ``decode_head.bottleneck`` of PSPNet and DeepLabV3, ``decode_head.convs`` of FCN,
-    ``decode_head.fusion_conv`` of SegFormer. The authors adapt it by a 1x1 convolution without bias, batch norm and ReLU:
-    ``adapter=dict(type='ConvAdapter', bias=False, norm=True, relu=True)``, where theirs has a leaky ReLU of 0.01 after the
-    batch norm besides. CIRKD's script uses features and logits at once, two entries here. Ignored pixels take part, as in
-    all public code.
+    ``loss = loss_weight * sum over levels of channel_wise_divergence``, see :func:`channel_wise_divergence`. It needs no
+    ground truth. The defaults suit the neck of a detector. For the class logits of a dense head it is tau 1 and weight
+    5, for those of a segmentor tau 4 and weight 3; the page has what is published for other layers.
 
     Args:
         layer: The student's layer, or a list.

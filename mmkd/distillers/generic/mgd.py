@@ -54,20 +54,14 @@ def generation_loss(
 
 @DISTILLERS.register_module()
 class MGD(FeatureDistiller):
-    """Lets a small network generate the teacher's feature out of the student's, of which a part is masked.
+    """Generates the teacher's feature out of the student's, of which a part is masked; ``docs/methods/mgd.md``.
 
-    See :func:`generation_loss`; summed over levels. The mask is drawn anew at each step and for each level. The
-    generator, 3x3 convolution - ReLU - 3x3 convolution of the teacher's channels, is one per level, is trained with
-    the student and is not needed afterwards. No ground truth. The loss is not 0 for equal networks: the generator has to
-    learn the identity first.
+    ``loss = loss_weight * sum over levels of generation_loss``, see :func:`generation_loss`. The mask is drawn anew in
+    each step and for each level. There is one generator per level, which is trained with the student and not needed
+    afterwards. No ground truth. The loss is not 0 for equal networks.
 
-    The defaults are the paper's alpha and lambda for one-stage detectors, all levels of the neck, 800x1333 images; for
-    two-stage ones ``loss_weight=5e-7, mask_ratio=0.45``. The loss is a sum, so the weight has to follow the number of
-    channels and positions: times 4 for images of half the height and width.
-
-    For segmentation the authors' code takes the last stage of the backbone alone, ``layer='backbone.layer4',
-    mask_ratio=0.75, loss_weight=2e-5``, for crops of 512x512, and by default adds CWD on the class logits, an entry of its own:
-    ``dict(type='CWD', layer='decode_head.conv_seg', tau=4.0, loss_weight=3.0)``.
+    The loss is a sum over channels and positions, so its weight belongs to a size of the map: 4 times as much for images
+    of half the height and width. The defaults are for one-stage detectors and images of 800x1333.
 
     Args:
         layer: The student's layer, or a list.

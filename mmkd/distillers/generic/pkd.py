@@ -13,7 +13,7 @@ from mmkd.errors import ConfigError
 from mmkd.registry import DISTILLERS
 
 
-def standardise(feature: torch.Tensor, eps: float = 1e-6) -> torch.Tensor:
+def standardize(feature: torch.Tensor, eps: float = 1e-6) -> torch.Tensor:
     r"""Each channel with mean 0 and standard deviation 1 over all images and positions.
 
     .. math:: \tilde x_{bci} = \frac{x_{bci} - \mu_c}{\sigma_c + \epsilon}
@@ -37,14 +37,14 @@ def standardise(feature: torch.Tensor, eps: float = 1e-6) -> torch.Tensor:
 
 
 def pearson_loss(student: torch.Tensor, teacher: torch.Tensor, eps: float = 1e-6) -> torch.Tensor:
-    r"""Half the mean square of the difference of the standardised features.
+    r"""Half the mean square of the difference of the standardized features.
 
     .. math:: L = \frac{1}{2} \cdot \frac{1}{B C H W} \sum_{b, c, i} (\tilde s_{bci} - \tilde t_{bci})^2 \approx
         \frac{1}{C} \sum_c (1 - r_c)
 
     with r the Pearson correlation coefficient of a channel of both; equal but for eps and the factor (n - 1) / n of
     the unbiased deviation, n = B*H*W. Zero for equal inputs; unchanged when a channel of either is scaled by a positive
-    number or gets a constant added. See :func:`standardise`.
+    number or gets a constant added. See :func:`standardize`.
 
     Args:
         student: (B, C, H, W).
@@ -54,25 +54,20 @@ def pearson_loss(student: torch.Tensor, teacher: torch.Tensor, eps: float = 1e-6
     Returns:
         A scalar.
     """
-    return 0.5 * (standardise(student, eps) - standardise(teacher.detach(), eps)).square().mean()
+    return 0.5 * (standardize(student, eps) - standardize(teacher.detach(), eps)).square().mean()
 
 
 @DISTILLERS.register_module()
 class PKD(FeatureDistiller):
-    """Correlates each channel of both networks, see :func:`pearson_loss`; summed over levels.
+    """Correlates each channel of both networks; ``docs/methods/pkd.md``.
 
-    It needs no ground truth, and as it ignores the scale of features it works across families of detectors. The
-    statistics are those of the images of one process. A student's level of another size is resized to the teacher's
-    (bilinear) before they are taken.
-
-    The paper has no adapter; here ``'auto'`` adds one only where channels differ, as the method is not defined there,
-    and never between two pyramids of 256 channels. The weights are those of MMRazor, which publishes 10 for one-stage
-    teachers and 6 for two-stage ones, on the first four levels of the pyramid. Its two-stage teacher of a one-stage
-    student is compared level by level in order, P2 with P3 (``match='index'``); by default levels of equal stride are.
+    ``loss = loss_weight * sum over levels of pearson_loss``, see :func:`pearson_loss`. It needs no ground truth, and as
+    it ignores the scale of features it works across families of detectors. The statistics are those of the images of
+    one process. A student's level of another size is resized to the teacher's (bilinear) before they are taken.
 
     Args:
         layer: The student's layer, or a list.
-        loss_weight: A number or a schedule. Default 10.
+        loss_weight: A number or a schedule. Default 10, for one-stage teachers; 6 for two-stage ones.
         eps: Added to the standard deviations. Default 1e-6.
         teacher_layer: The teacher's layer, where its name differs.
         adapter: ``'auto'`` (1x1 convolution exactly where channels differ), None or a dict.

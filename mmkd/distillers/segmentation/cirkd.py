@@ -17,7 +17,8 @@ from mmkd.distillers.memory import ClassMemory
 from mmkd.distillers.schedule import Weight
 from mmkd.distillers.segmentation.kd import pixel_divergence
 from mmkd.errors import ConfigError
-from mmkd.hosts.segmentation.labels import class_masks, decode_head
+from mmkd.hosts.segmentation.heads import decode_head, feature_layer
+from mmkd.hosts.segmentation.labels import class_masks
 from mmkd.registry import DISTILLERS
 from mmkd.taps import Taps
 
@@ -25,20 +26,23 @@ ABSENT = -1e9
 """The logit of what is not there: its probability is 0, and what the divergence makes of it is finite."""
 
 
-def pool_labelled(feature: torch.Tensor, valid: torch.Tensor, most: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """A map of at most ``most`` positions: the mean of the valid ones in each of the smallest square windows that will do.
+def pool_labeled(feature: torch.Tensor, valid: torch.Tensor, max_positions: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Downsample a map to at most ``max_positions`` positions.
+
+    It takes the smallest square windows that suffice; each output is the mean of the valid inputs in its window. A map that
+    is small enough is returned unchanged.
 
     Args:
         feature: (B, C, H, W).
         valid: (B, H, W) bool.
-        most: At least 1.
+        max_positions: At least 1.
 
     Returns:
-        (B, C, h, w), and where a window has any valid position, (B, h, w) bool. Both as they are where H*W is small enough.
+        (B, C, h, w), and where a window has any valid position, (B, h, w) bool.
     """
     height, width = feature.shape[2:]
-    window = math.ceil(math.sqrt(height * width / most))
-    while math.ceil(height / window) * math.ceil(width / window) > most:
+    window = math.ceil(math.sqrt(height * width / max_positions))
+    while math.ceil(height / window) * math.ceil(width / window) > max_positions:
         window += 1
     if window == 1:
         return feature, valid
@@ -158,84 +162,71 @@ def class_means(embedding: torch.Tensor, masks: torch.Tensor) -> tuple[torch.Ten
 
 @DISTILLERS.register_module()
 class CIRKD(Distiller):
-    """Relations of pixels across images: within the batch, and to pixels and regions in a memory.
+    """Relations of pixels across images: in the batch, and to a memory of the teacher's; ``docs/methods/cirkd.md``.
 
-    =========== =========================================================================================================
-    loss_batch  ``weight * batch_loss``, see :func:`batch_loss`: relations to the pixels of all images of the batch of a
-                process. The features as they are: the numbers of channels may differ
-    loss_pixel  ``pixel_weight * memory_loss``, see :func:`memory_loss`: relations to pixels of earlier steps
-    loss_region ``region_weight * memory_loss``: relations to regions, means of a class in an image, of earlier steps
-    =========== =========================================================================================================
+    =========== ======================================================================================================
+    loss_batch  ``batch_weight`` times :func:`batch_loss`: relations to the pixels of all images of a process's batch
+    loss_pixel  ``pixel_weight`` times :func:`memory_loss`: relations to pixels of earlier steps
+    loss_region ``region_weight`` times :func:`memory_loss`: relations to means of a class in an image, of earlier steps
+    =========== ======================================================================================================
 
-    The published recipe adds soft targets, ``kd=dict(type='KD')``. A trained projection (1x1 convolution, batch norm,
-    ReLU, 1x1 convolution, without bias) makes the teacher's channels out of the student's for the memory's terms; it is
-    not needed afterwards. Ignored pixels, by the label of the nearest pixel, are neither anchors nor what these are compared
-    with.
-
-    **Memory.** A queue of the teacher's embeddings, of length 1, for each class of the student's decode head
-    (:class:`mmkd.distillers.memory.ClassMemory`). After its losses each step adds, of each image and class, at most
-    ``pixels_per_image`` random pixels *of that class* (the public code takes random pixels of the image, of any class)
-    and the class's mean; of all processes, which need batches of one size. ``pixels`` and ``regions`` of them are drawn
-    as the contrast set of the next step: ``pixels // K + 1`` of each class, at the same places in all queues. While
-    queues are not full the draw is from the filled part; a class without entries is left out, and both losses are 0
-    in the very first step. The queues are buffers in each checkpoint, of
-    ``K * (pixel_memory + region_memory) * channels * 4`` bytes: for 19 classes and 512 channels 156 MB, and 856 MB with the
-    paper's ``pixel_memory=20000``; for the 150 classes of ADE20K 1.2 GB, so reduce both there. The default 2000 is that
-    of the authors' script for SegFormer.
-
-    **Positions.** Similarities of all pairs of the batch's pixels take ``max_positions ** 2 * 4`` bytes a matrix, 268 MB by
-    default; two are kept for the backward pass, and more are alive for moments. Those to the memory take
-    ``max_positions * (pixels + regions) * 4``, 168 MB. Where the batch's maps have more positions they are averaged,
-    over labelled positions, in the smallest square windows that bring them down, for all three losses; what is kept in
-    the memory is not. With two images per process that is no pooling for maps of 64x64 (512x512 pixels, stride 8),
-    windows of 2x2 for 64x128, an option of the public code, and of 4x4 for 256x256, as in its second version, which
-    both pool for the relations within the batch alone.
-
-    The paper could not be read: this is from notes on the authors' public code. That the memory is read before this step's
-    embeddings are added, and that means are those of embeddings of length 1, are choices of this class.
+    A trained projection maps the student's channels to the teacher's for the memory's terms. The memory has a queue for
+    each class, is in each checkpoint and is equal on all processes. Its losses are 0 in the first step. Ignored pixels are
+    neither anchors nor what these are compared with.
 
     Args:
-        layer: The student's layer before its classifier. Default ``'decode_head.bottleneck'`` (PSPNet, DeepLabV3);
-            ``'decode_head.fusion_conv'`` for SegFormer.
-        batch_weight: Of the relations within the batch; a number or a schedule, as all weights. Default 1.
-        pixel_weight: Of the relations to the memory's pixels. Default 0.1; the authors have 0.01 for Pascal VOC.
-        region_weight: Of the relations to the memory's regions. Default 0.1; the authors have 0.01 for Pascal VOC.
+        layer: The student's layer before its classifier. Default: found by its decode head, see
+            :func:`mmkd.hosts.segmentation.heads.feature_layer`.
+        batch_weight: A number or a schedule, as all weights. Default 1.
+        pixel_weight: Default 0.1.
+        region_weight: Default 0.1.
         tau: Temperature of all, positive. Default 0.1.
-        pixels: Pixels in the contrast set, of all classes together. Default 4096.
-        regions: Regions in the contrast set. Default 1024.
-        pixel_memory: Pixels kept, of each class. Default 2000.
-        region_memory: Regions kept, of each class. Default 2000.
+        pixel_contrast_size: Pixels drawn from the memory in a step, of all classes together. Default 4096.
+        region_contrast_size: Regions drawn. Default 1024.
+        pixel_memory_size: Pixels kept, of each class. Default 2000.
+        region_memory_size: Regions kept, of each class. Default 2000.
         pixels_per_image: Pixels added, of each image and class. Default 16.
-        max_positions: Positions of the compared maps, of all images of a process's batch together. Default 8192.
-        teacher_layer: The teacher's layer, where its name differs.
+        max_positions: Positions of the compared maps, of all images of a process's batch together; larger maps are
+            pooled. Default 8192.
+        teacher_layer: The teacher's layer, where its name differs from ``layer``. Default, without either: as ``layer``.
+
+    Raises:
+        ConfigError: for a memory that is smaller than what is drawn of it.
 
     Example:
         >>> distillers = dict(kd=dict(type='KD'), cirkd=dict(type='CIRKD'))
     """
 
+    renamed = {
+        'weight': 'batch_weight',
+        'pixels': 'pixel_contrast_size',
+        'regions': 'region_contrast_size',
+        'pixel_memory': 'pixel_memory_size',
+        'region_memory': 'region_memory_size',
+    }
+
     def __init__(
         self,
-        layer: str = 'decode_head.bottleneck',
+        layer: str | None = None,
         batch_weight: float | Mapping = 1.0,
         pixel_weight: float | Mapping = 0.1,
         region_weight: float | Mapping = 0.1,
         tau: float = 0.1,
-        pixels: int = 4096,
-        regions: int = 1024,
-        pixel_memory: int = 2000,
-        region_memory: int = 2000,
+        pixel_contrast_size: int = 4096,
+        region_contrast_size: int = 1024,
+        pixel_memory_size: int = 2000,
+        region_memory_size: int = 2000,
         pixels_per_image: int = 16,
         max_positions: int = 8192,
         teacher_layer: str | None = None,
     ):
         super().__init__()
-        self.levels = LevelPairs(layer, teacher_layer, same_channels=False)
-        self.student_layers, self.teacher_layers = self.levels.student_layers, self.levels.teacher_layers
+        self.levels = LevelPairs(layer or feature_layer, teacher_layer, same_channels=False)
         numbers = dict(
-            pixels=pixels,
-            regions=regions,
-            pixel_memory=pixel_memory,
-            region_memory=region_memory,
+            pixel_contrast_size=pixel_contrast_size,
+            region_contrast_size=region_contrast_size,
+            pixel_memory_size=pixel_memory_size,
+            region_memory_size=region_memory_size,
             pixels_per_image=pixels_per_image,
             max_positions=max_positions,
         )
@@ -247,24 +238,30 @@ class CIRKD(Distiller):
         self.batch_weight = Weight(batch_weight)
         self.pixel_weight, self.region_weight = Weight(pixel_weight), Weight(region_weight)
         self.tau = tau
-        self.pixels, self.regions = pixels, regions
-        self.pixel_memory, self.region_memory = pixel_memory, region_memory
+        self.pixel_contrast_size, self.region_contrast_size = pixel_contrast_size, region_contrast_size
+        self.pixel_memory_size, self.region_memory_size = pixel_memory_size, region_memory_size
         self.pixels_per_image = pixels_per_image
         self.max_positions = max_positions
+
+    def prepare(self, student: nn.Module, teacher: nn.Module) -> None:
+        self.levels.prepare(student, teacher)
+        self.student_layers, self.teacher_layers = self.levels.student_layers, self.levels.teacher_layers
 
     def setup(self, student: Taps, teacher: Taps) -> None:
         self.levels.setup(student, teacher)
         levels = self.levels.unadapted(student, teacher)
         if len(self.levels.pairs) != 1:
             raise ConfigError(
-                f'layer={self.student_layers[0]!r} puts out {len(self.levels.pairs)} maps; name one that puts out one'
+                f'layer={self.levels.student_layers[0]!r} puts out {len(self.levels.pairs)} maps; name one that puts out one'
             )
         in_channels, channels = (maps[0].shape[1] for maps in levels)
         classes = decode_head(student.model).num_classes
-        self.pixels_per_class, self.regions_per_class = (each // classes + 1 for each in (self.pixels, self.regions))
+        self.pixels_per_class, self.regions_per_class = (
+            each // classes + 1 for each in (self.pixel_contrast_size, self.region_contrast_size)
+        )
         for name, kept, drawn in (
-            ('pixel_memory', self.pixel_memory, self.pixels_per_class),
-            ('region_memory', self.region_memory, self.regions_per_class),
+            ('pixel_memory_size', self.pixel_memory_size, self.pixels_per_class),
+            ('region_memory_size', self.region_memory_size, self.regions_per_class),
         ):
             if kept < drawn:
                 raise ConfigError(
@@ -274,8 +271,8 @@ class CIRKD(Distiller):
             ConvAdapter(in_channels, channels, bias=False, norm=True, relu=True),
             nn.Conv2d(channels, channels, 1, bias=False),
         )
-        self.pixel_queues = ClassMemory(classes, self.pixel_memory, channels)
-        self.region_queues = ClassMemory(classes, self.region_memory, channels)
+        self.pixel_queues = ClassMemory(classes, self.pixel_memory_size, channels)
+        self.region_queues = ClassMemory(classes, self.region_memory_size, channels)
 
     @torch.no_grad()
     def remember(self, teacher: torch.Tensor, masks: torch.Tensor) -> None:
@@ -288,8 +285,8 @@ class CIRKD(Distiller):
         ((s, t, *_),) = self.levels(student, teacher)
         masks = class_masks(student.model, data_samples, t.shape[2:])
         most = max(self.max_positions // len(t), 1)
-        own, _ = pool_labelled(s, masks.any(1), most)
-        other, valid = pool_labelled(t, masks.any(1), most)
+        own, _ = pool_labeled(s, masks.any(1), most)
+        other, valid = pool_labeled(t, masks.any(1), most)
         projected = self.projection(own)
         pixels = self.pixel_queues.draw(self.pixels_per_class)
         regions = self.region_queues.draw(self.regions_per_class)

@@ -15,12 +15,13 @@ from torch import nn
 from mmkd.data.domains import split_domains
 from mmkd.distillers.base import Distiller
 from mmkd.distillers.critic import with_constant_weights
-from mmkd.distillers.levels import LevelPairs, maps, require_gradient
+from mmkd.distillers.levels import LevelPairs, maps
 from mmkd.distillers.schedule import Weight
 from mmkd.distillers.segmentation.kd import REDUCTIONS, pixel_divergence
 from mmkd.errors import ConfigError
-from mmkd.hosts.segmentation.labels import ground_truth, ignore_index, resize_labels
-from mmkd.hosts.segmentation.logits import require_class_logits, resize_logits
+from mmkd.hosts.segmentation import heads
+from mmkd.hosts.segmentation.labels import ground_truth, pixels_of, resize_labels
+from mmkd.hosts.segmentation.logits import compared_logits, require_class_logits, resize_logits
 from mmkd.registry import DISTILLERS
 from mmkd.taps import Taps
 
@@ -175,91 +176,58 @@ class Domains(NamedTuple):
         """The source's and the target's part of something that has an entry for each image."""
         return each.index_select(0, self.source), each.index_select(0, self.target)
 
-    def on_images(self, size: Sequence[int]) -> torch.Tensor:
-        """Which positions of a (h, w) map lie on images and not on padding, (B, h, w) bool.
-
-        Position i stands for pixel floor(i * H / h), as in :func:`resize_labels`.
-        """
+    def on_images(self, size: Sequence[int], align_corners: bool = False) -> torch.Tensor:
+        """Which positions of a (h, w) map lie on images and not on padding, (B, h, w) bool."""
         rows, columns = (
-            torch.arange(number, device=self.labels.device) * side // number
+            pixels_of(number, side, align_corners, self.labels.device)
             for number, side in zip(size, self.labels.shape[1:])
         )
         return (rows < self.extents[:, :1])[:, :, None] & (columns < self.extents[:, 1:])[:, None]
 
-    def valid(self, size: Sequence[int], ignored: int) -> torch.Tensor:
-        """Which positions of a (h, w) map count: the source's labelled ones and all on the target's images."""
-        unlabelled = torch.zeros_like(self.extents[:, 0], dtype=torch.bool).index_fill_(0, self.target, True)
-        labelled = resize_labels(self.labels, size) != ignored
-        return self.on_images(size) & (labelled | unlabelled[:, None, None])
+    def valid(self, size: Sequence[int], ignored: int, align_corners: bool = False) -> torch.Tensor:
+        """Which positions of a (h, w) map count: the source's labeled ones and all on the target's images."""
+        unlabeled = torch.zeros_like(self.extents[:, 0], dtype=torch.bool).index_fill_(0, self.target, True)
+        labeled = resize_labels(self.labels, size, align_corners) != ignored
+        return self.on_images(size, align_corners) & (labeled | unlabeled[:, None, None])
 
 
 @DISTILLERS.register_module()
 class DAKD(Distiller):
-    r"""Distils a segmentor for a target domain that has no labels, while its outputs are aligned between the domains.
+    """Distils a segmentor for a target domain without labels, aligning its outputs; ``docs/methods/dakd.md``.
 
-    Each batch holds labelled images of a source and unlabelled ones of the target: see :mod:`mmkd.data.domains` for the data
-    side and ``configs/dakd_deeplabv3.py`` for all of it. Both models are read at their decode head's and their auxiliary
-    head's class logits:
+    ========================== ====================================================================================
+    loss_kl                    ``kl_weight`` times the divergence of the decode heads' pixels
+    loss_auxiliary_kl          ``auxiliary_kl_weight`` times that of the auxiliary heads
+    loss_mse                   ``mse_weight`` times :func:`log_probability_distance` of the auxiliary heads
+    loss_pseudo                ``pseudo_weight`` times :func:`pseudo_label_loss` of the decode heads
+    loss_adversarial           ``adversarial_weight`` times the student's :func:`adversarial_losses`
+    loss_auxiliary_adversarial ``auxiliary_adversarial_weight`` times the same of the auxiliary head
+    loss_critic                both critics' :func:`adversarial_losses`
+    ========================== ====================================================================================
 
-    .. math::
-        L = \sum_{d \in \{source, target\}} \gamma_d \,
-            (\lambda_{kl} L_{kl}^d + \lambda_{mse} L_{mse}^d + \lambda_{ce} L_{ce}^d)
-            + \lambda_a L_a + \lambda_a' L_a' + L_D, \qquad \gamma_{source} = 1
-
-    ================ =============================================================================================
-    key              what it is
-    ================ =============================================================================================
-    loss_kl          :func:`mmkd.distillers.segmentation.kd.pixel_divergence` of the decode heads, plus
-                     ``auxiliary_weight`` times that of the auxiliary heads
-    loss_mse         :func:`log_probability_distance` of the auxiliary heads
-    loss_pseudo      :func:`pseudo_label_loss` of the decode heads
-    loss_adversarial what the student pays where a critic does not take its target outputs for source ones, for both heads
-    loss_critic      what the two critics pay for not telling the domains apart, half for each domain
-    ================ =============================================================================================
-
-    The first three are means over each domain's own pixels: the source's labelled ones, and all of the target's images
-    but their padding. The critics, one for each head, see the student's class probabilities, and are trained in the same
-    backward pass, see :mod:`mmkd.distillers.critic`. The authors train them with a second optimizer (Adam, 1e-4,
-    beside SGD, 2.5e-4). Here they get a learning rate of their own in the student's; 0.4 times mmseg's 0.01 of SGD made
-    a critic learn about as fast as Adam's 1e-4 did, on generated maps::
-
-        optim_wrapper = dict(paramwise_cfg=dict(custom_keys={'dakd.critics': dict(lr_mult=0.4, decay_mult=0)}))
-
-    What is implemented are the losses and weights that the authors' public code has; which of them the four paradigms of
-    the paper combine could not be read. It differs from that code in this:
-
-    - The code passes log-probabilities where the divergence takes probabilities, which gives NaN today; here it is the
-      divergence, with the code's weight and its division by pixels and classes (``reduction``).
-    - Divergence, distance and pseudo labels are at the size of the logits; the code's are at the images'
-      (``label_size``). The critics see the images' size in both (``upsample``).
-    - The teacher is in evaluation mode; the code never sets it so. The critics' initial weights suit SGD, see
-      :func:`domain_critic`.
-    - Ignored pixels of the source and padding are left out.
-    - Both domains pass through the student in one batch, and its batch norms see a mixture of them; the code runs one
-      domain after the other.
-
-    The student's own loss leaves the target out, as its pixels are ignored, given ``avg_non_ignore=True``, see
-    :class:`mmkd.data.domains.Unlabelled`. The adversarial terms and the pseudo labels are not 0 for equal networks.
+    The first four are sums of the source's labeled pixels' mean and ``target_weight`` times that of all pixels on the
+    target's images. Each batch needs images of both domains, see :mod:`mmkd.data.domains`. The critics are trained by the
+    student's optimizer and need a learning rate of their own, by the name of the entry, see ``configs/dakd_deeplabv3.py``.
 
     Args:
-        layer: The student's layer that puts out class logits. Default ``'decode_head.conv_seg'``.
-        auxiliary_layer: The one of its auxiliary head. Default ``'auxiliary_head.conv_seg'``.
+        layer: The student's layer that puts out class logits. Default: its decode head's, ``'decode_head.conv_seg'`` or
+            of a cascade ``'decode_head.1.conv_seg'``.
+        auxiliary_layer: The one of its auxiliary head. Default ``'auxiliary_head.conv_seg'``, where it has one such head.
         kl_weight: A number or a schedule, as all weights are. Default 0.1.
+        auxiliary_kl_weight: Default 0.01.
         mse_weight: Default 0.01.
         pseudo_weight: Default 1.
-        adversarial_weight: Of the decode head. Default 1e-3.
-        auxiliary_adversarial_weight: Of the auxiliary head. Default 2e-4.
-        auxiliary_weight: Of the auxiliary heads' divergence within ``loss_kl``. Default 0.1.
-        target_weight: gamma of the target. Default 1.
+        adversarial_weight: Default 1e-3.
+        auxiliary_adversarial_weight: Default 2e-4.
+        target_weight: Of the target in the first four losses. Default 1.
         reduction: Of the divergence: ``'element_mean'`` (default), ``'pixel_mean'``, ``'image_sum'`` or ``'sum'``.
         threshold: The teacher's least probability for a pseudo label. Default None: every one counts.
         label_size: Whether the logits of both are first resized to the size of the labels. Default False.
-        upsample: Whether the student's logits are resized to the size of the images before the critics see them, as in
-            the authors' code. Default True. False takes the size of the logits, 32 at least: for output stride 8 that
-            is 1/64 of the critics' operations, and a decision rests on a field 8 times as wide.
+        upsample: Whether the student's logits are resized to the size of the images before the critics see them. Default
+            True. False takes the size of the logits, 32 at least.
         critic_channels: Of the critics' first layer. Default 64.
-        teacher_layer: The teacher's layer, where its name differs.
-        auxiliary_teacher_layer: The teacher's auxiliary layer, where its name differs.
+        teacher_layer: The teacher's layer, where its name differs from ``layer``. Default, without either: as ``layer``.
+        teacher_auxiliary_layer: The same of its auxiliary layer.
 
     Raises:
         ConfigError: in training, if a batch has no image of one of the domains.
@@ -268,16 +236,21 @@ class DAKD(Distiller):
         >>> distillers = dict(dakd=dict(type='DAKD'))
     """
 
+    renamed = {
+        'auxiliary_weight': 'auxiliary_kl_weight = auxiliary_weight * kl_weight',
+        'auxiliary_teacher_layer': 'teacher_auxiliary_layer',
+    }
+
     def __init__(
         self,
-        layer: str = 'decode_head.conv_seg',
-        auxiliary_layer: str = 'auxiliary_head.conv_seg',
+        layer: str | None = None,
+        auxiliary_layer: str | None = None,
         kl_weight: float | Mapping = 0.1,
+        auxiliary_kl_weight: float | Mapping = 0.01,
         mse_weight: float | Mapping = 0.01,
         pseudo_weight: float | Mapping = 1.0,
         adversarial_weight: float | Mapping = 1e-3,
         auxiliary_adversarial_weight: float | Mapping = 2e-4,
-        auxiliary_weight: float | Mapping = 0.1,
         target_weight: float | Mapping = 1.0,
         reduction: str = 'element_mean',
         threshold: float | None = None,
@@ -285,29 +258,34 @@ class DAKD(Distiller):
         upsample: bool = True,
         critic_channels: int = 64,
         teacher_layer: str | None = None,
-        auxiliary_teacher_layer: str | None = None,
+        teacher_auxiliary_layer: str | None = None,
     ):
-        teacher_layers = (teacher_layer or layer, auxiliary_teacher_layer or auxiliary_layer)
         super().__init__()
-        self.levels = LevelPairs((layer, auxiliary_layer), teacher_layers)
-        self.student_layers, self.teacher_layers = self.levels.student_layers, self.levels.teacher_layers
+        layer, auxiliary_layer = layer or heads.logits_layer, auxiliary_layer or heads.auxiliary_layer
+        self.levels = LevelPairs(
+            (layer, auxiliary_layer), (teacher_layer or layer, teacher_auxiliary_layer or auxiliary_layer)
+        )
         if reduction not in REDUCTIONS:
             raise ConfigError(f'reduction={reduction!r}: expected one of {", ".join(REDUCTIONS)}')
         if threshold is not None and (not isinstance(threshold, (int, float)) or not 0 <= threshold <= 1):
             raise ConfigError(f'threshold={threshold!r}: expected a probability, or None')
         if not isinstance(critic_channels, int) or critic_channels < 1:
             raise ConfigError(f'critic_channels={critic_channels!r}: expected a positive number of channels')
-        self.kl_weight = Weight(kl_weight)
+        self.kl_weight, self.auxiliary_kl_weight = Weight(kl_weight), Weight(auxiliary_kl_weight)
         self.mse_weight = Weight(mse_weight)
         self.pseudo_weight = Weight(pseudo_weight)
-        self.adversarial_weights = nn.ModuleList([Weight(adversarial_weight), Weight(auxiliary_adversarial_weight)])
-        self.auxiliary_weight = Weight(auxiliary_weight)
+        self.adversarial_weight = Weight(adversarial_weight)
+        self.auxiliary_adversarial_weight = Weight(auxiliary_adversarial_weight)
         self.target_weight = Weight(target_weight)
         self.reduction = reduction
         self.threshold = threshold
         self.label_size = label_size
         self.upsample = upsample
         self.critic_channels = critic_channels
+
+    def prepare(self, student: nn.Module, teacher: nn.Module) -> None:
+        self.levels.prepare(student, teacher)
+        self.student_layers, self.teacher_layers = self.levels.student_layers, self.levels.teacher_layers
 
     def setup(self, student: Taps, teacher: Taps) -> None:
         for layer, other in zip(self.student_layers, self.teacher_layers):
@@ -326,40 +304,37 @@ class DAKD(Distiller):
 
     def distillation(self, student: Taps, teacher: Taps, domains: Domains) -> dict[str, torch.Tensor]:
         """What the student learns from the teacher."""
-        if self.label_size:  # from their own sizes, not from each other's
-            own, other = self.levels.unadapted(student, teacher)
-            require_gradient(', '.join(self.student_layers), own)
-            size = domains.labels.shape[1:]
-            logits = [
-                (resize_logits(s, size, student.model), resize_logits(t, size, teacher.model))
-                for s, t in zip(own, other)
-            ]
-        else:
-            logits = [(pair.student, pair.teacher) for pair in self.levels(student, teacher)]
+        size = domains.labels.shape[1:] if self.label_size else None
+        logits = compared_logits(self.levels, student, teacher, size)
         sizes = {s.shape[2:] for s, _ in logits}  # one, but for heads of different strides
-        valid = {size: domains.split(domains.valid(size, ignore_index(student.model))) for size in sizes}
+        head = heads.decode_head(student.model)
+        valid = {size: domains.split(domains.valid(size, head.ignore_index, head.align_corners)) for size in sizes}
         main, auxiliary = (zip(domains.split(s), domains.split(t), valid[s.shape[2:]]) for s, t in logits)
-        kl = mse = pseudo = 0.0
+        kl = auxiliary_kl = mse = pseudo = 0.0
         for gamma, (s, t, v), (s_aux, t_aux, v_aux) in zip((1.0, self.target_weight()), main, auxiliary):
-            of_auxiliary = self.auxiliary_weight() * pixel_divergence(s_aux, t_aux, 1.0, self.reduction, v_aux)
-            kl = kl + gamma * (pixel_divergence(s, t, 1.0, self.reduction, v) + of_auxiliary)
+            kl = kl + gamma * pixel_divergence(s, t, 1.0, self.reduction, v)
+            auxiliary_kl = auxiliary_kl + gamma * pixel_divergence(s_aux, t_aux, 1.0, self.reduction, v_aux)
             mse = mse + gamma * log_probability_distance(s_aux, t_aux, v_aux)
             pseudo = pseudo + gamma * pseudo_label_loss(s, t, v, self.threshold)
         return {
             'loss_kl': self.kl_weight() * kl,
+            'loss_auxiliary_kl': self.auxiliary_kl_weight() * auxiliary_kl,
             'loss_mse': self.mse_weight() * mse,
             'loss_pseudo': self.pseudo_weight() * pseudo,
         }
 
     def adversarial(self, student: Taps, domains: Domains) -> dict[str, torch.Tensor]:
         """What the student pays for being found out, and the critics for not finding it out."""
-        deceive = tell = 0.0
-        for layer, critic, weight in zip(self.student_layers, self.critics.values(), self.adversarial_weights):
+        tell, losses = 0.0, {}
+        weights = dict(
+            loss_adversarial=self.adversarial_weight(), loss_auxiliary_adversarial=self.auxiliary_adversarial_weight()
+        )
+        for layer, critic, (key, weight) in zip(self.student_layers, self.critics.values(), weights.items()):
             (logits,) = maps(student, layer)
             size = domains.labels.shape[1:] if self.upsample else logits.shape[2:]
             size = [max(side, CRITIC_STRIDE) for side in size]
             source, target = (resize_logits(each, size, student.model).softmax(1) for each in domains.split(logits))
             valid = domains.split(domains.on_images([side // CRITIC_STRIDE for side in size]))
             deceives, tells = adversarial_losses(critic, source, target, valid)
-            deceive, tell = deceive + weight() * deceives, tell + tells
-        return {'loss_adversarial': deceive, 'loss_critic': tell}
+            losses[key], tell = weight * deceives, tell + tells
+        return losses | {'loss_critic': tell}

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 from mmkd.distillers.base import FeatureDistiller
 from mmkd.errors import ConfigError
+from mmkd.hosts.segmentation.heads import feature_layer
 from mmkd.hosts.segmentation.labels import class_masks
 from mmkd.registry import DISTILLERS
 from mmkd.taps import Taps
@@ -63,24 +64,20 @@ def intra_class_variation_loss(
 
 @DISTILLERS.register_module()
 class IFVD(FeatureDistiller):
-    """Lets features vary around the mean of their class as the teacher's do, see :func:`intra_class_variation_loss`.
+    """Lets features vary around the mean of their class as the teacher's do; ``docs/methods/ifvd.md``.
 
-    Labels are those of the nearest pixel, the classes those of the student's decode head. The numbers of channels may
-    differ, so there is no adapter; where sizes differ the student's map is resized (bilinear).
-
-    The published recipe adds soft targets and a critic: the authors' code trains with IFVD 200, pixel-wise KD 10 of
-    ``element_mean`` (0.5 of ``pixel_mean`` for 19 classes) and an adversarial term 0.001, see ``configs/ifvd_pspnet.py``.
-    With that weight users report results below the plain student where the other terms are missing; CIRKD's code, which
-    publishes a gain of 1.4 mIoU for a DeepLabV3-R18, has 20 beside pixel-wise KD 1 of ``pixel_mean``. The default is the
-    latter. The weights of the paper itself could not be checked.
+    ``loss = loss_weight * intra_class_variation_loss``, see :func:`intra_class_variation_loss`, summed over layers.
+    Classes are those of the student's decode head. The numbers of channels may differ, so there is no adapter. Where
+    sizes differ the student's map is resized (bilinear) to the teacher's. The published recipes have soft targets and a
+    critic beside it, see ``configs/ifvd_pspnet.py``.
 
     Args:
-        layer: The student's layer before its classifier, or a list. Default ``'decode_head.bottleneck'`` (PSPNet,
-            DeepLabV3); ``'decode_head.fusion_conv'`` for SegFormer.
+        layer: The student's layer before its classifier, or a list. Default: found by its decode head, see
+            :func:`mmkd.hosts.segmentation.heads.feature_layer`.
         loss_weight: A number or a schedule. Default 20.
-        count_ignored: Whether ignored positions, which contribute 0, count in the mean, as in the public code. Its loss is
-            then this one times the labelled part of the batch. Default False.
-        teacher_layer: The teacher's layer, where its name differs.
+        count_ignored: Whether ignored positions, which contribute 0, count in the mean, as in the authors' code.
+            Default False.
+        teacher_layer: The teacher's layer, where its name differs from ``layer``. Default, without either: as ``layer``.
         match: ``'stride'`` or ``'index'``: which levels belong together, see
             :class:`mmkd.distillers.levels.LevelPairs`.
 
@@ -92,13 +89,13 @@ class IFVD(FeatureDistiller):
 
     def __init__(
         self,
-        layer: str | Sequence[str] = 'decode_head.bottleneck',
+        layer: str | Sequence[str] | None = None,
         loss_weight: float | Mapping = 20.0,
         count_ignored: bool = False,
         teacher_layer: str | Sequence[str] | None = None,
         match: str = 'stride',
     ):
-        super().__init__(layer, loss_weight, teacher_layer, match=match)
+        super().__init__(layer or feature_layer, loss_weight, teacher_layer, match=match)
         if not isinstance(count_ignored, bool):
             raise ConfigError(f'count_ignored={count_ignored!r}: expected True or False')
         self.count_ignored = count_ignored

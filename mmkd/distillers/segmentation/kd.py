@@ -3,16 +3,16 @@
 Hinton, Vinyals, Dean, "Distilling the Knowledge in a Neural Network", 2015, arXiv 1503.02531, applied to each pixel.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
 
 from mmkd.distillers.base import FeatureDistiller
-from mmkd.distillers.levels import require_gradient
 from mmkd.errors import ConfigError
-from mmkd.hosts.segmentation.labels import ground_truth, labelled
-from mmkd.hosts.segmentation.logits import require_class_logits, resize_logits
+from mmkd.hosts.segmentation.heads import logits_layer
+from mmkd.hosts.segmentation.labels import ground_truth, labeled
+from mmkd.hosts.segmentation.logits import compared_logits, require_class_logits
 from mmkd.registry import DISTILLERS
 from mmkd.taps import Taps
 
@@ -80,23 +80,26 @@ def pixel_divergence(
 
 @DISTILLERS.register_module()
 class KD(FeatureDistiller):
-    """Soft targets for every pixel, see :func:`pixel_divergence`.
+    """Soft targets for every pixel, see :func:`pixel_divergence`; ``docs/methods/kd.md``.
 
-    ``loss = loss_weight * pixel_divergence``, between the class logits of both networks; where these differ in size the
-    student's are resized to the teacher's. Positions are left out whose nearest pixel has the label that the student's
+    ``loss = loss_weight * pixel_divergence``, between the class logits of both networks, summed over layers. Where the
+    logits differ in size the student's are resized to the teacher's. Positions are left out whose label the student's
     decode head ignores (255), padding included.
 
     Args:
-        layer: The student's layer that puts out class logits. Default ``'decode_head.conv_seg'``.
+        layer: The student's layer that puts out class logits, or a list. Default: its decode head's,
+            ``'decode_head.conv_seg'`` or of a cascade ``'decode_head.1.conv_seg'``.
         tau: Temperature, positive. Default 1.
-        loss_weight: A number or a schedule. Default 1, which is CIRKD's with ``pixel_mean``. The 10 of SKD's script is of
-            ``image_sum``, the 10 of IFVD's of ``element_mean``.
+        loss_weight: A number or a schedule. Default 1, for ``'pixel_mean'``.
         reduction: ``'pixel_mean'`` (default), ``'image_sum'``, ``'element_mean'`` or ``'sum'``.
         label_size: Whether both logits are first resized (bilinear, with the decode head's ``align_corners``) to the
-            size of the labels, as SegDistill does. Default False: compared at the size of the logits.
-        use_labels: Whether ignored pixels are left out. Default True; False needs no ground truth, but for
+            size of the labels. Default False: they are compared at the size of the logits.
+        use_labels: Whether ignored pixels are left out. Default True. False needs no ground truth, but for
             ``label_size``.
-        teacher_layer: The teacher's layer, where its name differs.
+        teacher_layer: The teacher's layer, where its name differs from ``layer``. Default, without either: as ``layer``.
+
+    Raises:
+        ConfigError: for layers that do not put out logits of the same classes.
 
     Example:
         >>> distillers = dict(kd=dict(type='KD'))
@@ -104,15 +107,15 @@ class KD(FeatureDistiller):
 
     def __init__(
         self,
-        layer: str = 'decode_head.conv_seg',
+        layer: str | Sequence[str] | None = None,
         tau: float = 1.0,
         loss_weight: float | Mapping = 1.0,
         reduction: str = 'pixel_mean',
         label_size: bool = False,
         use_labels: bool = True,
-        teacher_layer: str | None = None,
+        teacher_layer: str | Sequence[str] | None = None,
     ):
-        super().__init__(layer, loss_weight, teacher_layer)
+        super().__init__(layer or logits_layer, loss_weight, teacher_layer)
         if not isinstance(tau, (int, float)) or tau <= 0:
             raise ConfigError(f'tau={tau!r}: expected a positive temperature')
         if reduction not in REDUCTIONS:
@@ -123,16 +126,14 @@ class KD(FeatureDistiller):
         self.use_labels = use_labels
 
     def setup(self, student: Taps, teacher: Taps) -> None:
-        require_class_logits(student, *self.student_layers, teacher, *self.teacher_layers)
+        for layer, other in zip(self.student_layers, self.teacher_layers):
+            require_class_logits(student, layer, teacher, other)
         super().setup(student, teacher)
 
     def forward(self, student: Taps, teacher: Taps, data_samples: list | None) -> dict[str, torch.Tensor]:
-        if self.label_size:  # from their own sizes, not from each other's
-            (s,), (t,) = self.levels.unadapted(student, teacher)
-            require_gradient(*self.student_layers, [s])
-            size = ground_truth(data_samples).shape[1:]
-            s, t = resize_logits(s, size, student.model), resize_logits(t, size, teacher.model)
-        else:
-            ((s, t, *_),) = self.levels(student, teacher)
-        valid = labelled(student.model, data_samples, s.shape[2:]) if self.use_labels else None
-        return {'loss': self.loss_weight() * pixel_divergence(s, t, self.tau, self.reduction, valid)}
+        size = ground_truth(data_samples).shape[1:] if self.label_size else None
+        loss = 0.0
+        for s, t in compared_logits(self.levels, student, teacher, size):
+            valid = labeled(student.model, data_samples, s.shape[2:]) if self.use_labels else None
+            loss = loss + pixel_divergence(s, t, self.tau, self.reduction, valid)
+        return {'loss': self.loss_weight() * loss}

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from mmkd.distillers.base import Distiller
 from mmkd.distillers.critic import MODES, Critic, critic_loss, deception_loss, enlarge
@@ -15,7 +16,8 @@ from mmkd.distillers.levels import maps, require_gradient
 from mmkd.distillers.schedule import Weight
 from mmkd.distillers.segmentation.kd import REDUCTIONS, pixel_divergence
 from mmkd.errors import ConfigError
-from mmkd.hosts.segmentation.labels import labelled
+from mmkd.hosts.segmentation import heads
+from mmkd.hosts.segmentation.labels import labeled
 from mmkd.hosts.segmentation.logits import require_class_logits
 from mmkd.registry import DISTILLERS
 from mmkd.taps import Taps
@@ -28,9 +30,9 @@ def pool_nodes(feature: torch.Tensor, kernel: int | None = None, scale: float | 
 
     Args:
         feature: (B, C, H, W).
-        kernel: Height and width of a window, in positions; or
-        scale: both as a fraction of the map's, rounded down to whole positions, at least 1. 0.5 gives 2x2 nodes of a map
-            of even height and width, and 3x3 of an odd one.
+        kernel: Height and width of a window, in positions. Default None: see ``scale``.
+        scale: Height and width of a window as a part of the map's, rounded down to whole positions, at least 1. 0.5 gives
+            2x2 nodes of a map of even height and width, and 3x3 of an odd one.
 
     Returns:
         (B, C, h, w).
@@ -50,7 +52,7 @@ def pair_wise_loss(student: torch.Tensor, teacher: torch.Tensor, max_nodes: int 
     as constants, at the same value of the loss.
 
     A matrix of similarities takes B*R*R*4 bytes: 134 MB for two images of 4096 nodes, and several are alive at a time.
-    Above ``max_nodes`` none is made: with F the (R, C) matrix of an image's normalised nodes, the same sum is
+    Above ``max_nodes`` none is made: with F the (R, C) matrix of an image's normalized nodes, the same sum is
     :math:`\lVert F_S^\top F_S \rVert^2 - 2 \lVert F_S^\top F_T \rVert^2 + \lVert F_T^\top F_T \rVert^2`, of matrices of C*C
     entries, whatever the size of the image. That is a small difference of large numbers, hence not used for few nodes: in
     float32 the value is right to about 1e-5 where similarities differ by 0.02, to 2e-3 where they differ by 0.002.
@@ -76,64 +78,47 @@ def pair_wise_loss(student: torch.Tensor, teacher: torch.Tensor, max_nodes: int 
 
 @DISTILLERS.register_module()
 class SKD(Distiller):
-    """Pixel-wise, pair-wise and holistic distillation.
+    """Pixel-wise, pair-wise and holistic distillation; ``docs/methods/skd.md``.
 
     ============= ===================================================================================================
-    loss_pixel    ``pixel_weight * pixel_divergence``, see :func:`mmkd.distillers.segmentation.kd.pixel_divergence`;
-                  ignored pixels (255), padding included, are left out
-    loss_pair     ``pair_weight * pair_wise_loss`` of the features before the classifier, which a max-pooling has made nodes
-                  of; see :func:`pool_nodes` and :func:`pair_wise_loss`. Channels may differ, there is no adapter
-    loss_holistic ``-holistic_weight * mean D(student's logits)``: the student deceives a critic D that tells the logits of
-                  both networks apart
-    loss_critic   ``critic_weight`` times the critic's own loss, see
-                  :func:`mmkd.distillers.critic.critic_loss`
+    loss_pixel    ``pixel_weight`` times :func:`mmkd.distillers.segmentation.kd.pixel_divergence`, ignored pixels left out
+    loss_pair     ``pair_weight`` times :func:`pair_wise_loss` of the :func:`pool_nodes` of the features
+    loss_holistic ``-holistic_weight * mean D(student's logits)``: the student deceives a critic D
+    loss_critic   ``critic_weight`` times :func:`mmkd.distillers.critic.critic_loss`
     ============= ===================================================================================================
 
-    A term whose weight is 0 is left out, and what it would read is not tapped. Pair-wise and holistic terms see all
-    positions, ignored ones too, and read no labels. Where the two networks' maps differ in size the student's are resized
-    to the teacher's (bilinear); logits whose shorter side is below 64 are enlarged for the critic, which needs as many.
-
-    The critic (:class:`mmkd.distillers.critic.Critic`) is trained in the same step by the same optimizer, see
-    :mod:`mmkd.distillers.critic`. The authors train it with SGD and a learning rate of 4e-4, the student with one of
-    1e-2: ``optim_wrapper = dict(paramwise_cfg=dict(custom_keys={'distillers.skd.critic': dict(lr_mult=0.04)}))``. Leave
-    ``clip_grad`` at None: its norm would be the critic's, up to a thousand times the student's. The
-    critic's checkpoint keys are beside the student's, ``distillers.<name>.critic.*``.
-
-    Weights: the paper could not be read; this is from notes on the authors' public code. Its script has 10, 0.5 and 0.1
-    (student and critic) and a penalty of 10. The TPAMI text reportedly has 10 for the pair-wise term too; asked about it,
-    the first author recommends the script's. The public code sums the pixel-wise term over the images of a batch: its 10
-    is that of ``pixel_reduction='image_sum'``, or 10*B of ``'pixel_mean'`` for B images per process (80 for its batch of 8).
-    It has the cross-entropy in place of the divergence, of the same gradient but not 0 for equal networks, and leaves no
-    pixel out. The paper's pixel-wise formula is that of one image [from memory, unverified], so the default 10 is of
-    ``'pixel_mean'``; ``holistic_weight`` is 0.001 at the same ``critic_weight``, as in the first author's later code
-    (TorchDistiller), in IFVD and in CIRKD. With 0.1 the critic's gradient, which a penalty keeps near length 1 for a whole
-    image, outweighs the mean over pixels: on the generated streets the student then ended below the one alone. For the
-    script's balance: ``pixel_reduction='image_sum', holistic_weight=0.1``. CIRKD has ``pixel_weight=1, kernel=2,
-    pair_weight=10``.
+    A term whose weight is 0 is left out. Pair-wise and holistic terms see ignored positions too. Where maps differ in
+    size the student's are resized to the teacher's (bilinear). The critic is trained by the student's optimizer, in the
+    same step, and needs a learning rate of its own: ``optim_wrapper = dict(paramwise_cfg=dict(
+    custom_keys={'distillers.skd.critic': dict(lr_mult=0.04)}))``, by the name of the entry. Leave ``clip_grad`` at None.
 
     Args:
-        layer: The student's layer that puts out class logits. Default ``'decode_head.conv_seg'``.
-        feature_layer: The student's layer whose positions are compared in pairs. Default ``'decode_head.bottleneck'``,
-            before the classifier of PSPNet and DeepLabV3; ``'decode_head.fusion_conv'`` of SegFormer.
-        pixel_weight: A number or a schedule. Default 10.
-        pair_weight: A number or a schedule. Default 0.5.
-        holistic_weight: The student's, a number or a schedule. Default 0.001.
-        critic_weight: The critic's, a number or a schedule. Default 0.1.
+        layer: The student's layer that puts out class logits. Default: its decode head's, ``'decode_head.conv_seg'`` or
+            of a cascade ``'decode_head.1.conv_seg'``.
+        feature_layer: The student's layer whose positions are compared in pairs. Default: the one before its classifier,
+            found by its decode head, see :func:`mmkd.hosts.segmentation.heads.feature_layer`.
+        pixel_weight: A number or a schedule, as the next three. Default 10.
+        pair_weight: Default 0.5.
+        holistic_weight: The student's. Default 0.001.
+        critic_weight: The critic's. Default 0.1.
         penalty_weight: Of the gradient penalty in the critic's loss. Default 10.
         tau: Temperature of the pixel-wise term, positive. Default 1.
         pixel_reduction: ``'pixel_mean'`` (default), ``'image_sum'``, ``'element_mean'`` or ``'sum'``.
-        use_labels: Whether the pixel-wise term leaves ignored pixels out. Default True; False needs no ground truth.
-        kernel: Height and width of the windows that make the nodes, in positions; or
-        scale: both as a fraction of the map's height and width. Default, without ``kernel``: 0.5.
-        max_nodes: The largest number of nodes per image for which similarities are held in memory, max_nodes squared
-            times 4 bytes per image and matrix; beyond, the same loss is computed without them. Default 4096.
+        use_labels: Whether the pixel-wise term leaves ignored pixels out. Default True. False needs no ground truth.
+        kernel: Height and width of the windows that make the nodes, in positions. Default None: see ``scale``.
+        scale: Height and width of the windows as a part of the map's. Default, without ``kernel``: 0.5.
+        max_nodes: The largest number of nodes per image for which matrices of similarities are made, of its square
+            times 4 bytes per image. Beyond, the same loss is computed without them. Default 4096.
         mode: ``'wgan-gp'`` (default) or ``'hinge'``, which has no penalty.
-        critic_norm: What normalises the logits for the critic: ``'batch'`` (default), ``'tanh'`` or None.
+        critic_norm: What normalizes the logits for the critic: ``'batch'`` (default), ``'tanh'`` or None.
         spectral_norm: Whether the critic's convolutions have it. Default True.
-        condition_on_image: Whether the critic sees the image (normalised, at the size of the logits) beside the logits, as in
-            the paper. Default False, as in the public code.
-        teacher_layer: The teacher's logits, where the name differs.
-        teacher_feature_layer: The teacher's features, where the name differs.
+        condition_on_image: Whether the critic sees the image, normalized and at the size of the logits, as well. Default
+            False.
+        teacher_layer: The teacher's logits, where the name differs from ``layer``. Default, without either: as ``layer``.
+        teacher_feature_layer: The same of its features.
+
+    Raises:
+        ConfigError: for logits of other classes, layers that put out several maps, or weights that teach nothing.
 
     Example:
         >>> distillers = dict(skd=dict(type='SKD'))
@@ -141,8 +126,8 @@ class SKD(Distiller):
 
     def __init__(
         self,
-        layer: str = 'decode_head.conv_seg',
-        feature_layer: str = 'decode_head.bottleneck',
+        layer: str | None = None,
+        feature_layer: str | None = None,
         pixel_weight: float | Mapping = 10.0,
         pair_weight: float | Mapping = 0.5,
         holistic_weight: float | Mapping = 0.001,
@@ -183,8 +168,7 @@ class SKD(Distiller):
             raise ConfigError('pixel_weight, pair_weight and holistic_weight are all 0: nothing would be learnt')
         if self.holistic and critic_weight == 0:
             raise ConfigError('critic_weight=0 with holistic_weight: the critic would never learn; set both or neither')
-        self.layer, self.teacher_layer = layer, teacher_layer or layer
-        self.feature_layer, self.teacher_feature_layer = feature_layer, teacher_feature_layer or feature_layer
+        self.named = layer, teacher_layer or layer, feature_layer, teacher_feature_layer or feature_layer
         self.pixel_weight, self.pair_weight = Weight(pixel_weight), Weight(pair_weight)
         self.holistic_weight, self.critic_weight = Weight(holistic_weight), Weight(critic_weight)
         self.penalty_weight = penalty_weight
@@ -192,9 +176,20 @@ class SKD(Distiller):
         self.kernel, self.scale, self.max_nodes = kernel, 0.5 if scale is None else scale, max_nodes
         self.mode, self.critic_norm, self.spectral_norm = mode, critic_norm, spectral_norm
         self.condition_on_image = condition_on_image and self.holistic
-        logits = self.pixel or self.holistic
-        self.student_layers = (layer,) * logits + (feature_layer,) * self.pair + (IMAGE,) * self.condition_on_image
-        self.teacher_layers = (self.teacher_layer,) * logits + (self.teacher_feature_layer,) * self.pair
+
+    def prepare(self, student: nn.Module, teacher: nn.Module) -> None:
+        layer, teacher_layer, feature_layer, teacher_feature_layer = self.named
+        self.student_layers = self.teacher_layers = ()
+        if self.pixel or self.holistic:
+            self.layer = layer or heads.logits_layer(student)
+            self.teacher_layer = teacher_layer or heads.logits_layer(teacher)
+            self.student_layers, self.teacher_layers = (self.layer,), (self.teacher_layer,)
+        if self.pair:
+            self.feature_layer = feature_layer or heads.feature_layer(student)
+            self.teacher_feature_layer = teacher_feature_layer or heads.feature_layer(teacher)
+            self.student_layers += (self.feature_layer,)
+            self.teacher_layers += (self.teacher_feature_layer,)
+        self.student_layers += (IMAGE,) * self.condition_on_image
 
     def setup(self, student: Taps, teacher: Taps) -> None:
         for taps, layers in ((student, self.student_layers), (teacher, self.teacher_layers)):
@@ -219,7 +214,7 @@ class SKD(Distiller):
         if self.pixel or self.holistic:
             s, t = same_size(student, self.layer, teacher, self.teacher_layer)
         if self.pixel:
-            valid = labelled(student.model, data_samples, s.shape[2:]) if self.use_labels else None
+            valid = labeled(student.model, data_samples, s.shape[2:]) if self.use_labels else None
             losses['loss_pixel'] = self.pixel_weight() * pixel_divergence(s, t, self.tau, self.reduction, valid)
         if self.pair:
             features = same_size(student, self.feature_layer, teacher, self.teacher_feature_layer)

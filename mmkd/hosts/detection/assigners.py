@@ -18,7 +18,7 @@ def max_iou_assigned(
     not needed here.
 
     Args:
-        assigner: Its thresholds are used.
+        assigner: The assigner, for its thresholds.
         priors: (N, 4).
         boxes: (B, K, 4).
         valid: (B, K), False for a box that is not there.
@@ -45,7 +45,7 @@ class ATSS(NamedTuple):
     """What adaptive training sample selection finds for each box."""
 
     positive: torch.Tensor
-    """(B, K, N), bool: anchors that are candidates of the box, overlap it by the threshold and have their centre in it."""
+    """(B, K, N), bool: anchors that are candidates of the box, overlap it by the threshold and have their center in it."""
     overlaps: torch.Tensor
     """(B, K, N): IoU."""
     threshold: torch.Tensor
@@ -62,7 +62,7 @@ def atss(
 ) -> ATSS:
     """Adaptive training sample selection as in mmdet's ``ATSSAssigner``, for a batch of images at once.
 
-    Candidates of a box are, on each level, the ``topk`` anchors whose centres are nearest to its own. A slot that is
+    Candidates of a box are, on each level, the ``topk`` anchors whose centers are nearest to its own. A slot that is
     positive for several boxes belongs to the one it overlaps most.
 
     Args:
@@ -77,8 +77,8 @@ def atss(
     inside = inside.repeat_interleave(number, 0).t()  # (N, B * K)
     boxes = boxes.flatten(0, 1)
     overlaps = pairwise_iou(anchors, boxes)  # (N, B * K)
-    centres, box_centres = (anchors[:, :2] + anchors[:, 2:]) / 2, (boxes[:, :2] + boxes[:, 2:]) / 2
-    distances = (centres[:, None] - box_centres[None]).pow(2).sum(-1).sqrt()
+    centers, box_centers = (anchors[:, :2] + anchors[:, 2:]) / 2, (boxes[:, :2] + boxes[:, 2:]) / 2
+    distances = (centers[:, None] - box_centers[None]).pow(2).sum(-1).sqrt()
     distances = distances.masked_fill(~inside, torch.inf)
     candidates, start = [], 0
     for level in distances.split(list(sizes)):
@@ -91,7 +91,7 @@ def atss(
     mean = (candidate_overlaps * there).sum(0) / count
     variance = ((candidate_overlaps - mean).square() * there).sum(0) / (count - 1)
     threshold = mean + variance.sqrt()
-    sides = torch.cat([centres[:, None] - boxes[:, :2], boxes[:, 2:] - centres[:, None]], -1)  # (N, B * K, 4)
+    sides = torch.cat([centers[:, None] - boxes[:, :2], boxes[:, 2:] - centers[:, None]], -1)  # (N, B * K, 4)
     chosen = (candidate_overlaps >= threshold) & (sides.amin(-1) > 0.01).gather(0, index) & there & valid.flatten()
     positive = torch.zeros_like(overlaps, dtype=torch.bool).scatter_(0, index, chosen)
     shape = (batch, number, len(anchors))

@@ -33,7 +33,7 @@ def pairwise_diou(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
 
     .. math:: \operatorname{DIoU} = \operatorname{IoU} - d^2 / c^2
 
-    with d between the two centres and c the diagonal of the smallest box around both.
+    with d between the two centers and c the diagonal of the smallest box around both.
 
     Args:
         first: (..., N, 4).
@@ -42,8 +42,8 @@ def pairwise_diou(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
     Returns:
         (..., N, M), in (-1, 1].
     """
-    centres = [(boxes[..., :2] + boxes[..., 2:]) / 2 for boxes in (first, second)]
-    distance = (centres[0][..., :, None, :] - centres[1][..., None, :, :]).square().sum(-1)
+    centers = [(boxes[..., :2] + boxes[..., 2:]) / 2 for boxes in (first, second)]
+    distance = (centers[0][..., :, None, :] - centers[1][..., None, :, :]).square().sum(-1)
     top_left = torch.minimum(first[..., :, None, :2], second[..., None, :, :2])
     bottom_right = torch.maximum(first[..., :, None, 2:], second[..., None, :, 2:])
     diagonal = (bottom_right - top_left).square().sum(-1)
@@ -59,13 +59,14 @@ def decode_deltas(
 ) -> torch.Tensor:
     """Boxes from deltas (dx, dy, dw, dh) relative to priors, equal to mmdet's ``delta2bbox`` without clipping.
 
-    ``x = px + pw dx, w = pw exp(dw)``, alike for y and h, the deltas first times ``stds`` plus ``means``.
+    ``x = px + pw dx`` and ``w = pw exp(dw)``, and so for y and h. The deltas are first multiplied by ``stds`` and ``means``
+    are added.
 
     Args:
         priors: (..., 4).
         deltas: (..., 4).
-        means: Of the four deltas.
-        stds: Of the four deltas.
+        means: Means of the four deltas.
+        stds: Standard deviations of the four deltas.
         max_ratio: Sides grow and shrink at most by this factor.
 
     Returns:

@@ -141,8 +141,27 @@ def check_same_slots(
         )
     if s.unit == t.unit and not torch.equal(s.priors(s_outputs), t.priors(t_outputs)):
         raise ConfigError(
-            f'the heads have different anchors (anchor_generator: scales, ratios or centres), and {method} compares them '
+            f'the heads have different anchors (anchor_generator: scales, ratios or centers), and {method} compares them '
             f'anchor by anchor; give both the same'
+        )
+
+
+def check_levels(
+    layer: str, levels: Sequence[torch.Tensor], name: str, head: DenseHead, whose: str = 'student'
+) -> None:
+    """Raise ConfigError unless a layer has a level for each stride of a head, so that it can be what the head reads.
+
+    Args:
+        layer: The layer's name.
+        levels: The layer's levels.
+        name: The head's name.
+        head: The head, for its strides.
+        whose: ``'student'`` or ``'teacher'``, for the error.
+    """
+    if len(levels) != len(head.strides):
+        raise ConfigError(
+            f'{layer!r} of the {whose} has {len(levels)} levels and {name!r} {len(head.strides)} strides; name the layer that '
+            f'the head reads'
         )
 
 
@@ -280,9 +299,9 @@ class PointDenseHead(DistanceDenseHead):
         largest = distances.amax(-1)
         inside = distances.amin(-1) > 0
         if self.head.center_sampling:
-            centre, radius = (boxes[..., :2] + boxes[..., 2:]) / 2, priors[:, 2:] * self.head.center_sample_radius
-            top_left = torch.maximum(centre - radius, boxes[..., :2])
-            bottom_right = torch.minimum(centre + radius, boxes[..., 2:])
+            center, radius = (boxes[..., :2] + boxes[..., 2:]) / 2, priors[:, 2:] * self.head.center_sample_radius
+            top_left = torch.maximum(center - radius, boxes[..., :2])
+            bottom_right = torch.minimum(center + radius, boxes[..., 2:])
             inside = torch.cat([points - top_left, bottom_right - points], -1).amin(-1) > 0
         return (inside & (largest >= ranges[0]) & (largest <= ranges[1]) & valid[:, :, None]).any(1)
 

@@ -49,12 +49,12 @@ def pool_boxes(
     boxes = boxes.detach()
     level = box_levels(boxes, strides)
     samples = output_size * sampling_ratio
-    centre = (torch.arange(samples, device=boxes.device, dtype=boxes.dtype) + 0.5) / samples
+    center = (torch.arange(samples, device=boxes.device, dtype=boxes.dtype) + 0.5) / samples
     pooled: torch.Tensor | float = 0.0
     for index, (feature, stride) in enumerate(zip(levels, strides, strict=True)):
         corners = boxes / stride - 0.5
-        x = corners[..., 0, None] + (corners[..., 2] - corners[..., 0])[..., None] * centre  # (B, K, samples)
-        y = corners[..., 1, None] + (corners[..., 3] - corners[..., 1])[..., None] * centre
+        x = corners[..., 0, None] + (corners[..., 2] - corners[..., 0])[..., None] * center  # (B, K, samples)
+        y = corners[..., 1, None] + (corners[..., 3] - corners[..., 1])[..., None] * center
         rows = _weights(y, feature.shape[2], output_size) * (level == index)[..., None, None]  # (B, K, P, H)
         columns = _weights(x, feature.shape[3], output_size)  # (B, K, Q, W)
         strips = torch.einsum('bkph,bhwc->bkpwc', rows, feature.permute(0, 2, 3, 1))

@@ -1,8 +1,10 @@
 """Regions of interest: the student's own, and what both networks see in them."""
 
+import inspect
 from collections.abc import Sequence
 
 import torch
+from mmdet.models.roi_heads.bbox_heads import BBoxHead
 from torch import nn
 
 from mmkd.errors import ConfigError
@@ -11,25 +13,84 @@ from mmkd.taps import INPUT, Taps
 
 
 class RoIHead:
-    """The layers of a two-stage detector's RoI head that distillers read.
+    """The RoI head of one two-stage detector: the layers that distillers read, and its parts run on given RoIs.
 
     A student's RoIs are the ones that its own sampler drew in this step, ground truth among them where its config has
-    ``add_gt_as_proposals``; its features of them are pooled already. The teacher is run on the same RoIs.
+    ``add_gt_as_proposals``; its features of them are pooled already. A teacher is run on the same RoIs.
 
     Args:
-        roi_head: The RoI head, a dotted name. Of a cascade, whose parts are lists, give one ``stage``.
-        stage: The stage of a cascade.
+        name: The RoI head, a dotted name.
+        stage: The stage of a cascade, whose parts are lists.
     """
 
-    def __init__(self, roi_head: str = 'roi_head', stage: int | None = None):
-        self.name = roi_head
+    def __init__(self, name: str = 'roi_head', stage: int | None = None):
+        self.name, self.stage = name, stage
         suffix = '' if stage is None else f'.{stage}'
-        self.extractor = f'{roi_head}.bbox_roi_extractor{suffix}'
-        self.bbox_head = f'{roi_head}.bbox_head{suffix}'
+        self.extractor = f'{name}.bbox_roi_extractor{suffix}'
+        self.bbox_head = f'{name}.bbox_head{suffix}'
         self.layers = (self.extractor, self.extractor + INPUT)
-        """What a student has to tap for :meth:`rois` and :meth:`features`."""
+        """What has to be tapped for :meth:`rois` and :meth:`features`."""
         self.embedding = f'{self.bbox_head}.fc_cls{INPUT}'
         """What the classifier takes in, (n, D): a region's last features."""
+
+    def check(self, student: nn.Module) -> None:
+        """Raise ConfigError unless :meth:`rois` and :meth:`features` can be read from this student."""
+        stages = _stages(student, self.name)
+        kind = type(student).__name__
+        if stages is None:
+            raise ConfigError(
+                f'the student ({kind}) has no {self.name!r} with boxes; name its head, if it is one-stage'
+            )
+        if stages:
+            RoIHead(self.name, stages[0]).check_input(student, 'student')
+        if stages and self.stage not in stages:
+            raise ConfigError(
+                f'{self.name!r} of the student ({kind}) is a cascade, found stage={self.stage!r}; name the stage that '
+                f'learns, stage={stages[0]} to {stages[-1]}'
+            )
+        if not stages and self.stage is not None:
+            raise ConfigError(
+                f'stage={self.stage!r}: {self.name!r} of the student ({kind}) is no cascade; leave it out'
+            )
+        self.check_input(student, 'student')
+
+    def of_teacher(self, teacher: nn.Module, stage: int | None = None) -> 'RoIHead':
+        """The teacher's RoI head of the same name.
+
+        Args:
+            teacher: The teacher.
+            stage: Its stage, where it is a cascade. None for the student's.
+
+        Raises:
+            ConfigError: if the teacher has none, or no such stage.
+        """
+        kind = type(teacher).__name__
+        stages = _stages(teacher, self.name)
+        if stages is None:
+            raise ConfigError(f'the teacher ({kind}) has no {self.name!r} with boxes; a two-stage teacher is needed')
+        if not stages:
+            if stage is not None:
+                raise ConfigError(
+                    f'teacher_stage={stage!r}: {self.name!r} of the teacher ({kind}) is no cascade; leave it out'
+                )
+            return RoIHead(self.name)
+        chosen = self.stage if stage is None else stage
+        if chosen not in stages:
+            raise ConfigError(
+                f'{self.name!r} of the teacher ({kind}) is a cascade, found teacher_stage={chosen!r}; name the stage to '
+                f'learn from, teacher_stage={stages[0]} to {stages[-1]}'
+            )
+        return RoIHead(self.name, chosen)
+
+    def check_input(self, model: nn.Module, whose: str) -> None:
+        """Raise ConfigError if the box head needs more than the pooled features, as Double-Head's and Sparse R-CNN's do."""
+        head = model.get_submodule(self.bbox_head)
+        inputs = list(inspect.signature(head.forward).parameters)
+        if len(inputs) != 1:
+            raise ConfigError(
+                f'{self.bbox_head!r} of the {whose} ({type(head).__name__} of {type(model).__name__}) takes '
+                f'{" and ".join(inputs)}; a head that takes one pooled feature for each region is needed, as that of Faster R-CNN'
+            )
 
     def rois(self, student: Taps) -> torch.Tensor:
         """(n, 5): index of the image, then xyxy in pixels of the padded input; no gradient."""
@@ -39,65 +100,75 @@ class RoIHead:
         """(n, C, h, w): what the student pooled from its RoIs."""
         return student[self.extractor][0]
 
-    def check(self, student: Taps, teacher: Taps) -> None:
-        """Raise ConfigError unless the teacher has a RoI head that pools RoIs of the same size."""
-        self.check_teacher(teacher)
-        sizes = [_pooled_size(taps.model.get_submodule(self.extractor)) for taps in (student, teacher)]
-        if sizes[0] != sizes[1]:
-            raise ConfigError(
-                f'{self.extractor!r} pools {sizes[0]} (student) and {sizes[1]} (teacher) cells; make them equal'
-            )
-
-    def check_teacher(self, teacher: Taps) -> None:
-        """Raise ConfigError unless the teacher has this RoI head."""
-        try:
-            teacher.model.get_submodule(self.extractor)
-            teacher.model.get_submodule(self.bbox_head)
-        except AttributeError:
-            raise ConfigError(
-                f'the teacher ({type(teacher.model).__name__}) has no {self.extractor!r}; a two-stage teacher is needed'
-            ) from None
-
-    def check_predictions(self, student: Taps, teacher: Taps, method: str) -> None:
-        """Raise ConfigError unless both box heads predict the same classes, and deltas in one unit; ``method`` asks."""
-        heads = [taps.model.get_submodule(self.bbox_head) for taps in (student, teacher)]
-        said = [(head.num_classes, head.reg_class_agnostic, tuple(head.bbox_coder.stds)) for head in heads]
-        if said[0] != said[1]:
-            raise ConfigError(
-                f'{self.bbox_head!r} differs in (classes, class-agnostic boxes, stds of deltas): {said[0]} (student), '
-                f'{said[1]} (teacher); {method} compares them'
-            )
-
-    def pool(self, taps: Taps, neck: str, rois: torch.Tensor) -> torch.Tensor:
-        """(n, C, h, w): a model's features of RoIs, pooled as its own RoI head does."""
+    def pool(self, taps: Taps, layer: str, rois: torch.Tensor) -> torch.Tensor:
+        """(n, C, h, w): a network's features of RoIs, pooled from the levels of ``layer`` as its own RoI head does."""
         extractor = taps.model.get_submodule(self.extractor)
         # mmcv's RoIAlign reads memory in the order of NCHW, whatever the strides say
-        levels = [level.contiguous() for level in taps[neck][: extractor.num_inputs]]
+        levels = [level.contiguous() for level in taps[layer][: extractor.num_inputs]]
         return extractor(levels, rois)
 
-    @torch.no_grad()
-    def pool_teacher(self, teacher: Taps, neck: str, rois: torch.Tensor) -> torch.Tensor:
-        """:meth:`pool` for the teacher."""
-        return self.pool(teacher, neck, rois)
-
-    @torch.no_grad()
-    def predict_teacher(self, teacher: Taps, features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The teacher's class logits, (n, classes + 1) with the background last, and deltas, (n, 4 or 4 * classes)."""
-        roi_head = teacher.model.get_submodule(self.name)
+    def predict(self, taps: Taps, features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """A network's class logits, (n, classes + 1) with the background last, and deltas, (n, 4 or 4 * classes)."""
+        roi_head = taps.model.get_submodule(self.name)
         if roi_head.with_shared_head:
             features = roi_head.shared_head(features)
-        return teacher.model.get_submodule(self.bbox_head)(features)
+        return taps.model.get_submodule(self.bbox_head)(features)
 
-    @torch.no_grad()
-    def embed_teacher(self, teacher: Taps, features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """What the teacher's classifier takes in, (n, D), and what :meth:`predict_teacher` returns."""
-        with Taps(teacher.model, [self.embedding]) as taps:
-            logits, deltas = self.predict_teacher(teacher, features)
-        return taps[self.embedding][0], logits, deltas
+    def embed(self, taps: Taps, features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """What a network's classifier takes in, (n, D), and what :meth:`predict` returns."""
+        with Taps(taps.model, [self.embedding]) as read:
+            logits, deltas = self.predict(taps, features)
+        return read[self.embedding][0], logits, deltas
 
 
-def _pooled_size(extractor: nn.Module) -> tuple[int, int]:
-    return tuple(extractor.roi_layers[0].output_size)
+def check_same_regions(student: tuple[RoIHead, nn.Module], teacher: tuple[RoIHead, nn.Module]) -> None:
+    """Raise ConfigError unless two detectors' RoI heads pool regions of the same size."""
+    sizes = [tuple(model.get_submodule(head.extractor).roi_layers[0].output_size) for head, model in (student, teacher)]
+    if sizes[0] != sizes[1]:
+        raise ConfigError(
+            f'{student[0].extractor!r} pools {sizes[0]} (student) and {sizes[1]} (teacher) cells; make them equal'
+        )
+
+
+def check_same_predictions(
+    student: tuple[RoIHead, nn.Module], teacher: tuple[RoIHead, nn.Module], method: str, boxes: bool = True
+) -> None:
+    """Raise ConfigError unless two detectors' box heads predict the same classes, and deltas in one unit.
+
+    Args:
+        student: The student's RoI head, and the student.
+        teacher: The teacher's, and the teacher.
+        method: Who compares them, for the error.
+        boxes: Whether deltas are compared as well as classes.
+    """
+    said = []
+    for (roi_head, model), whose in ((student, 'student'), (teacher, 'teacher')):
+        roi_head.check_input(model, whose)
+        head = model.get_submodule(roi_head.bbox_head)
+        if not isinstance(head, BBoxHead) or not head.with_cls or (boxes and not head.with_reg):
+            raise ConfigError(
+                f'{roi_head.bbox_head!r} of the {whose} ({type(head).__name__} of {type(model).__name__}) does not predict '
+                f'{"classes and boxes" if boxes else "classes"} as a BBoxHead does; {method} compares them'
+            )
+        said.append([head.num_classes])
+        if boxes:
+            said[-1] += [head.reg_class_agnostic, tuple(head.bbox_coder.stds)]
+    if said[0] != said[1]:
+        what = '(classes, class-agnostic boxes, stds of deltas)' if boxes else 'classes'
+        raise ConfigError(
+            f'{student[0].bbox_head!r} differs in {what}: {tuple(said[0])} (student), {tuple(said[1])} (teacher); {method} '
+            f'compares them'
+        )
+
+
+def _stages(model: nn.Module, roi_head: str) -> range | None:
+    """The stages of a cascade, an empty range for a RoI head that is none, None where there is no RoI head."""
+    try:
+        model.get_submodule(f'{roi_head}.bbox_roi_extractor')
+        bbox_head = model.get_submodule(f'{roi_head}.bbox_head')
+    except AttributeError:
+        return None
+    return range(len(bbox_head)) if isinstance(bbox_head, nn.ModuleList) else range(0)
 
 
 def to_rois(boxes: torch.Tensor) -> torch.Tensor:
@@ -112,7 +183,7 @@ def best_predictions(head: DenseHead, outputs: tuple, number: int, metas: Sequen
 
     Args:
         head: The dense head.
-        outputs: What it put out.
+        outputs: The dense head's outputs.
         number: Boxes per image.
         metas: Each image's meta data; boxes are clipped to its ``img_shape``.
 

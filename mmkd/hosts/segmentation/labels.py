@@ -1,12 +1,18 @@
-"""The ground truth of a batch, for methods that compare pixels by their class or leave ignored ones out."""
+"""The ground truth of a batch, for methods that compare pixels by their class or leave ignored ones out.
+
+A position of a map stands for a pixel of the image: the one nearest to where the decode head puts it when it resizes its
+logits for its loss. With ``align_corners=False``, mmseg's usual, position i of h lies at (i + 0.5) * H / h - 0.5 of H
+pixels, the middle of its cell; with ``align_corners=True`` at i * (H - 1) / (h - 1). Of two pixels that are equally near
+it is the latter.
+"""
 
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from mmkd.errors import ConfigError
+from mmkd.hosts.segmentation.heads import decode_head
 
 
 def ground_truth(data_samples: Sequence | None) -> torch.Tensor:
@@ -22,27 +28,48 @@ def ground_truth(data_samples: Sequence | None) -> torch.Tensor:
     return torch.cat([sample.gt_sem_seg.data for sample in data_samples])
 
 
-def decode_head(model: nn.Module) -> nn.Module:
-    """A segmentor's decode head, the last one of a cascade."""
-    head = model.decode_head
-    return head[-1] if isinstance(head, nn.ModuleList) else head
-
-
 def ignore_index(model: nn.Module) -> int:
     """The label that a segmentor's decode head leaves out of its loss; mmseg's default is 255."""
     return decode_head(model).ignore_index
 
 
-def resize_labels(labels: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
-    """Label maps (B, H, W) at another size, (B, h, w): position i takes the label of pixel floor(i * H / h)."""
+def pixels_of(
+    positions: int, pixels: int, align_corners: bool = False, device: torch.device | str | None = None
+) -> torch.Tensor:
+    """Which of a row of pixels each of a row of positions stands for, see above.
+
+    Args:
+        positions: h, at least 1.
+        pixels: H.
+        align_corners: How the map is resized to the image.
+        device: Where the result is made.
+
+    Returns:
+        (h,) int64, from 0 to H - 1.
+    """
+    i = torch.arange(positions, device=device)
+    if align_corners and positions > 1:
+        return (2 * i * (pixels - 1) + positions - 1) // (2 * (positions - 1))
+    return (2 * i + 1) * pixels // (2 * positions)
+
+
+def resize_labels(labels: torch.Tensor, size: Sequence[int], align_corners: bool = False) -> torch.Tensor:
+    """Label maps (B, H, W) at another size, (B, h, w): each position has the label of the pixel that it stands for."""
     if tuple(labels.shape[1:]) == tuple(size):
         return labels
-    return F.interpolate(labels[:, None].float(), tuple(size), mode='nearest')[:, 0].long()
+    for dim, positions in enumerate(size, 1):
+        labels = labels.index_select(dim, pixels_of(positions, labels.shape[dim], align_corners, labels.device))
+    return labels
 
 
-def labelled(model: nn.Module, data_samples: Sequence | None, size: Sequence[int]) -> torch.Tensor:
+def labels_at(model: nn.Module, data_samples: Sequence | None, size: Sequence[int]) -> torch.Tensor:
+    """The labels of a batch at the positions of a (h, w) map of the model, (B, h, w) int64."""
+    return resize_labels(ground_truth(data_samples), size, decode_head(model).align_corners)
+
+
+def labeled(model: nn.Module, data_samples: Sequence | None, size: Sequence[int]) -> torch.Tensor:
     """Which positions of a (h, w) map have a label that the model's decode head does not ignore, (B, h, w) bool."""
-    return resize_labels(ground_truth(data_samples), size) != ignore_index(model)
+    return labels_at(model, data_samples, size) != ignore_index(model)
 
 
 def class_masks(model: nn.Module, data_samples: Sequence | None, size: Sequence[int]) -> torch.Tensor:
@@ -50,7 +77,7 @@ def class_masks(model: nn.Module, data_samples: Sequence | None, size: Sequence[
 
     Ignored positions belong to none.
     """
-    labels = resize_labels(ground_truth(data_samples), size)
+    labels = labels_at(model, data_samples, size)
     labels = labels.masked_fill(labels == ignore_index(model), -1)
     classes = torch.arange(decode_head(model).num_classes, device=labels.device)
     return labels[:, None] == classes[:, None, None]

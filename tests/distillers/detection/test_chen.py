@@ -13,14 +13,14 @@ from mmkd.testing import detectors, models
 from mmkd.testing.batches import random_batch
 
 
-def softmax(logits, temperature=1.0):
-    values = [math.exp(each / temperature) for each in logits]
+def softmax(logits, tau=1.0):
+    values = [math.exp(each / tau) for each in logits]
     return [each / sum(values) for each in values]
 
 
-def divergence(student, teacher, background=1.5, temperature=1.0):
+def divergence(student, teacher, background=1.5, tau=1.0):
     """Of one row of logits, the background last; the paper's cross-entropy less that of the teacher with itself."""
-    s, t = softmax(student, temperature), softmax(teacher, temperature)
+    s, t = softmax(student, tau), softmax(teacher, tau)
     weights = [1.0] * (len(s) - 1) + [background]
     return sum(-w * b * math.log(a) + w * b * math.log(b) for w, a, b in zip(weights, s, t))
 
@@ -30,12 +30,12 @@ def bounded(student, teacher, target, margin=0.0):
     return error if error + margin > bound else 0.0
 
 
-@pytest.mark.parametrize(('background', 'temperature'), [(1.5, 1.0), (1.0, 1.0), (0.3, 2.0)])
-def test_divergence_as_plain_loops(background, temperature):
+@pytest.mark.parametrize(('background', 'tau'), [(1.5, 1.0), (1.0, 1.0), (0.3, 2.0)])
+def test_divergence_as_plain_loops(background, tau):
     student, teacher = 2 * torch.randn(2, 7, 5, dtype=torch.float64)
-    found = chen.weighted_divergence(student, teacher, background, temperature)
+    found = chen.weighted_divergence(student, teacher, background, tau)
     for row in range(7):
-        expected = divergence(student[row].tolist(), teacher[row].tolist(), background, temperature)
+        expected = divergence(student[row].tolist(), teacher[row].tolist(), background, tau)
         assert found[row].item() == pytest.approx(expected, rel=1e-6)
 
 
@@ -94,7 +94,8 @@ def losses(model, objects=4, images=2):
 def test_the_shell_compares_what_the_students_own_losses_sampled(agnostic, tmp_path, monkeypatch):
     """From the arguments of mmdet's loss functions, in their layout, by plain loops over anchors and RoIs."""
     head = dict(roi_head=dict(bbox_head=dict(reg_class_agnostic=agnostic)))
-    options = dict(mu=0.8, nu=0.3, margin=0.01, rcn_weight=2.0, hint_weight=0.1)
+    weights = dict(rpn_cls_weight=0.25, rpn_bbox_weight=0.3, cls_weight=0.6, bbox_weight=0.7, hint_weight=0.1)
+    options = dict(**weights, margin=0.01, bg_cls_weight=1.7, tau=2.0)
     model = pair(tmp_path, student=head, teacher=head, **options)
     # predictions at the start are all near 0
     for seed, module in enumerate((model, model.sources['teacher'].model)):
@@ -135,7 +136,7 @@ def test_the_shell_compares_what_the_students_own_losses_sampled(agnostic, tmp_p
                             continue
                         count += 1
                         z_s, z_t = (each[image, anchor, row, column].item() for each in (scores, t_rpn[0][level]))
-                        soft += divergence([z_s, 0.0], [z_t, 0.0])
+                        soft += divergence([z_s, 0.0], [z_t, 0.0], 1.7, 2.0)
                         if box_weights[image, slot, 0] > 0:
                             positives += 1
                             place = slice(4 * anchor, 4 * anchor + 4)
@@ -143,13 +144,13 @@ def test_the_shell_compares_what_the_students_own_losses_sampled(agnostic, tmp_p
                             box += bounded(s, t, targets[image, slot].tolist(), 0.01)
     assert 0 < positives < count
     assert box > 0
-    assert found['loss_rpn_class'].item() == pytest.approx(0.25 * soft / count, rel=1e-4)
-    assert found['loss_rpn_box'].item() == pytest.approx(0.3 * box / count, rel=1e-4)
+    assert found['loss_rpn_cls'].item() == pytest.approx(0.25 * soft / count, rel=1e-4)
+    assert found['loss_rpn_bbox'].item() == pytest.approx(0.3 * box / count, rel=1e-4)
 
     logits, deltas, rois, labels, _, targets, _ = (each.detach() for each in seen['rcn'][:7])
     soft = box = positives = 0
     for roi in range(len(rois)):
-        soft += divergence(logits[roi].tolist(), t_rcn['cls_score'][roi].tolist())
+        soft += divergence(logits[roi].tolist(), t_rcn['cls_score'][roi].tolist(), 1.7, 2.0)
         label = labels[roi].item()
         if label < 3:
             positives += 1
@@ -158,8 +159,8 @@ def test_the_shell_compares_what_the_students_own_losses_sampled(agnostic, tmp_p
             box += bounded(s, t, targets[roi].tolist(), 0.01)
     assert 0 < positives < len(rois)
     assert box > 0
-    assert found['loss_class'].item() == pytest.approx(2 * 0.25 * soft / len(rois), rel=1e-4)
-    assert found['loss_box'].item() == pytest.approx(2 * 0.3 * box / len(rois), rel=1e-4)
+    assert found['loss_cls'].item() == pytest.approx(0.6 * soft / len(rois), rel=1e-4)
+    assert found['loss_bbox'].item() == pytest.approx(0.7 * box / len(rois), rel=1e-4)
 
     own = model.extract_feat(batch['inputs'])
     adapters = model.distillers['it'].hint.adapters
@@ -167,12 +168,46 @@ def test_the_shell_compares_what_the_students_own_losses_sampled(agnostic, tmp_p
     torch.testing.assert_close(found['loss_hint'], 0.1 * hint, rtol=1e-4, atol=0)
 
 
-def test_with_the_students_loss_weight_mu_the_class_losses_are_the_papers(tmp_path):
-    """hard + (1 - mu) / mu soft, times mu; and the bounded box loss stays nu times the student's."""
-    plain, _ = losses(pair(tmp_path, mu=0.4))
+@pytest.mark.parametrize('empty', [0, 1, 2])
+def test_the_rpn_terms_have_the_divisor_of_the_students_own(empty, tmp_path, monkeypatch):
+    """mmdet counts one positive anchor at least in each image, so one more for each image without."""
+    model = pair(tmp_path)
+    rpn_loss, seen = model.rpn_head.loss_by_feat_single, []
+
+    def record(*args, **kwargs):
+        seen.append((args, kwargs['avg_factor']))
+        return rpn_loss(*args, **kwargs)
+
+    monkeypatch.setattr(model.rpn_head, 'loss_by_feat_single', record)
+    torch.manual_seed(0)
+    batch = model.data_preprocessor(random_batch(model, (2, 3, 96, 128)), True)
+    for sample in batch['data_samples'][:empty]:
+        sample.gt_instances = sample.gt_instances[:0]
+    found = model(**batch, mode='loss')
+    with torch.no_grad():
+        t_logits = model.sources['teacher'].model.rpn_head(
+            [each.contiguous() for each in model.sources['teacher'].model.extract_feat(batch['inputs'])]
+        )[0]
+    total = sampled = 0
+    for ((logits, _, _, _, weights, *_), _), target in zip(seen, t_logits, strict=True):
+        pairs = [
+            torch.nn.functional.pad(each.permute(0, 2, 3, 1).reshape(2, -1, 1), (0, 1)) for each in (logits, target)
+        ]
+        total += (chen.weighted_divergence(*pairs) * weights).sum()
+        sampled += int((weights > 0).sum())
+    (divisor,) = {factor for _, factor in seen}
+    assert divisor == sampled + empty
+    torch.testing.assert_close(found['it.loss_rpn_cls'], total / divisor)
+    assert total > 0
+
+
+def test_weights_are_relative_to_those_of_the_students_own_losses(tmp_path):
+    """With mu there, and (1 - mu) / mu here, the sum is the paper's mu hard + (1 - mu) soft."""
+    options = dict(rpn_cls_weight=1.5, cls_weight=1.5)
+    plain, _ = losses(pair(tmp_path, **options))
     weighted = dict(loss_cls=dict(loss_weight=0.4), loss_bbox=dict(loss_weight=3.0))
-    scaled, _ = losses(pair(tmp_path, mu=0.4, student=dict(rpn_head=weighted, roi_head=dict(bbox_head=weighted))))
-    for key, factor in (('class', 0.4), ('box', 3.0)):
+    scaled, _ = losses(pair(tmp_path, **options, student=dict(rpn_head=weighted, roi_head=dict(bbox_head=weighted))))
+    for key, factor in (('cls', 0.4), ('bbox', 3.0)):
         for name in (f'loss_rpn_{key}', f'loss_{key}'):
             torch.testing.assert_close(scaled[name], factor * plain[name])
             assert plain[name] > 0
@@ -196,10 +231,10 @@ def test_gradients_reach_student_and_adapters_and_never_the_teacher(objects, tmp
     model = pair(tmp_path)
     found, _ = losses(model, objects)
     assert all(torch.isfinite(value) and value.requires_grad for value in found.values())
-    for name in ('loss_rpn_box', 'loss_box'):
+    for name in ('loss_rpn_bbox', 'loss_bbox'):
         assert (found[name] > 0) == bool(objects)
-    assert found['loss_rpn_class'] > 0
-    assert found['loss_class'] > 0
+    assert found['loss_rpn_cls'] > 0
+    assert found['loss_cls'] > 0
     sum(found.values()).backward()
     for head in (model.rpn_head, model.roi_head.bbox_head):
         assert all(each.grad is not None and torch.isfinite(each.grad).all() for each in head.parameters())
@@ -217,17 +252,17 @@ def test_no_roi_at_all_is_a_differentiable_zero(tmp_path):
     rcnn = dict(sampler=dict(num=0))
     found, _ = losses(pair(tmp_path, student=dict(train_cfg=dict(rcnn=rcnn))))
     sum(found.values()).backward()
-    assert found['loss_class'].item() == found['loss_box'].item() == 0
+    assert found['loss_cls'].item() == found['loss_bbox'].item() == 0
 
 
 def test_a_pyramid_of_one_level(tmp_path):
-    """The losses are called once then, and their taps have another form."""
-    one = dict(neck=dict(num_outs=4), rpn_head=dict(anchor_generator=dict(strides=[4, 8, 16, 32])))
+    """The losses are called once then."""
+    one = dict(
+        neck=dict(start_level=3, num_outs=1),
+        rpn_head=dict(anchor_generator=dict(strides=[32])),
+        roi_head=dict(bbox_roi_extractor=dict(featmap_strides=[32])),
+    )
     model = pair(tmp_path, student=one, teacher=one)
-    layer = 'rpn_head.loss_cls:input'
-    logits, labels, weights = torch.randn(6, 1), torch.zeros(6), torch.ones(6)
-    assert len(chen.per_call({layer: (logits, labels, weights)}, layer)) == 1
-    assert len(chen.per_call({layer: ((logits, labels, weights),) * 3}, layer)) == 3
     assert len(losses(model)[0]) == 5
 
 
@@ -259,12 +294,10 @@ def test_pairs_that_cannot_be_compared_are_errors(options, message, tmp_path):
 @pytest.mark.parametrize(
     'options',
     [
-        dict(mu=0),
-        dict(mu=1.1),
         dict(margin=-1),
-        dict(background_weight=0),
-        dict(temperature=0.0),
-        dict(temperature='1'),
+        dict(bg_cls_weight=0),
+        dict(tau=0.0),
+        dict(tau='1'),
     ],
 )
 def test_options_out_of_range_are_errors(options):

@@ -5,6 +5,7 @@ import torch
 from mmengine.registry import DefaultScope
 
 from mmkd.distill import distill
+from mmkd.distillers.schedule import Weight
 from mmkd.taps import Taps
 from mmkd.testing import detectors, models
 from mmkd.testing.batches import random_batch
@@ -57,7 +58,7 @@ METHODS = {
     'Mimic Faster R-CNN': (
         'faster_rcnn',
         'faster_rcnn',
-        dict(type='Mimic', class_weight=1.0, box_weight=1.0),
+        dict(type='Mimic', cls_weight=1.0, bbox_weight=1.0),
         {'batch': SAMPLED, 'bf16': NO_NMS, 'padding': SAMPLED},
     ),
     'Quantization Mimic': (
@@ -126,7 +127,7 @@ METHODS = {
     'FRS': (
         'retinanet',
         'retinanet',
-        dict(type='FRS', feature_weight=0.005, class_weight=0.02),
+        dict(type='FRS', feature_weight=0.005, cls_weight=0.02),
         {'zero': 'its adapters, always there, are not the identity', 'padding': 'the mask is of the whole map'},
     ),
 }
@@ -154,6 +155,25 @@ def batch_of(model, images=2, objects=4, copies=1):
     data = random_batch(model, (images, 3, 96, 128), objects)
     data = {key: value * copies for key, value in data.items()}
     return model.data_preprocessor(data, True)
+
+
+@pytest.mark.parametrize('method', METHODS)
+def test_each_loss_has_a_weight_of_its_name(method, tmp_path):
+    """``loss_cls`` has ``cls_weight``; and without any weight nothing is left."""
+    model = pair(method, tmp_path)
+    distiller = model.distillers['it']
+    names = {key.removeprefix('it.') for key in losses(model, batch_of(model))}
+    weights = {'loss_weight' if name == 'loss' else f'{name.removeprefix("loss_")}_weight' for name in names}
+    assert all(isinstance(getattr(distiller, weight), Weight) for weight in weights)
+    for weight in weights:
+        setattr(distiller, weight, Weight(0.0))
+    with Taps(model, model.distillers.student_layers) as student:
+        batch = batch_of(model)
+        model.loss(batch['inputs'], batch['data_samples'])
+    with torch.no_grad():
+        teacher = model.sources['teacher'](batch['inputs'], batch['data_samples'])
+    found = distiller(student, teacher, batch['data_samples'])
+    assert all(value == 0 for key, value in found.items() if key.startswith('loss'))
 
 
 @holds('zero')
@@ -206,7 +226,7 @@ def test_what_is_in_the_padding_does_not_matter(method, tmp_path):
         taps = []
         for network, layers in (
             (model, model.distillers.student_layers),
-            (model.sources['teacher'].model, model.distillers.teacher_layers),
+            (model.sources['teacher'].model, model.distillers['it'].teacher_layers),
         ):
             with Taps(network, layers) as read, DefaultScope.overwrite_default_scope('mmdet'):
                 features = network.extract_feat(batch['inputs'][:2])
@@ -224,7 +244,7 @@ class Noisy(dict):
 
     def __init__(self, taps, noise):
         super().__init__()
-        self.model, self.calls = taps.model, taps.calls
+        self.model, self.calls, self.images = taps.model, taps.calls, taps.images
         random = torch.Generator().manual_seed(0)
 
         def noisy(value):

@@ -38,14 +38,14 @@ def softmax(values):
     return [each / sum(exponentials) for each in exponentials]
 
 
-def attention_plain_loops(feature, temperature):
+def attention_plain_loops(feature, tau):
     """Of one image, (C, H, W): position to attention, and attention of each channel."""
     channels, height, width = feature.shape
     cells = [(y, x) for y in range(height) for x in range(width)]
     means = [sum(abs(feature[c, y, x].item()) for c in range(channels)) / channels for y, x in cells]
-    spatial = softmax([each / temperature for each in means])
+    spatial = softmax([each / tau for each in means])
     sizes = [sum(abs(feature[c, y, x].item()) for y, x in cells) / len(cells) for c in range(channels)]
-    channel = softmax([each / temperature for each in sizes])
+    channel = softmax([each / tau for each in sizes])
     return {cell: len(cells) * each for cell, each in zip(cells, spatial)}, [channels * each for each in channel]
 
 
@@ -69,12 +69,12 @@ def masks_plain_loops(boxes, size, shape):
     )
 
 
-@pytest.mark.parametrize('temperature', [0.5, 0.8])
-def test_attention_as_plain_loops(temperature):
+@pytest.mark.parametrize('tau', [0.5, 0.8])
+def test_attention_as_plain_loops(tau):
     feature = features()[0]
-    spatial, channel = fgd.attention(feature, temperature)
+    spatial, channel = fgd.attention(feature, tau)
     for image in range(2):
-        positions, channels = attention_plain_loops(feature[image], temperature)
+        positions, channels = attention_plain_loops(feature[image], tau)
         assert channel[image].tolist() == pytest.approx(channels, rel=1e-6)
         for (y, x), expected in positions.items():
             assert spatial[image, y, x].item() == pytest.approx(expected, rel=1e-6)
@@ -102,14 +102,14 @@ def test_masks_of_an_image_without_objects_and_of_one_without_background():
     assert (background[1] == 0).all()
 
 
-@pytest.mark.parametrize('temperature', [0.5, 0.8])
-def test_focal_and_attention_losses_as_plain_loops(temperature):
+@pytest.mark.parametrize('tau', [0.5, 0.8])
+def test_focal_and_attention_losses_as_plain_loops(tau):
     student, teacher = features()
     masks = fgd.scale_masks(*padded(BOXES), (6, 8), SHAPE)
     expected = [0.0, 0.0, 0.0]
     for image in range(2):
-        spatial, channel = attention_plain_loops(teacher[image], temperature)
-        own_spatial, own_channel = attention_plain_loops(student[image], temperature)
+        spatial, channel = attention_plain_loops(teacher[image], tau)
+        own_spatial, own_channel = attention_plain_loops(student[image], tau)
         expected[2] += sum(abs(spatial[cell] - own_spatial[cell]) for cell in spatial) / 2
         expected[2] += sum(abs(t - s) for t, s in zip(channel, own_channel)) / 2
         for kind, scales in enumerate(masks_plain_loops(BOXES[image], (6, 8), SHAPE)):
@@ -117,8 +117,8 @@ def test_focal_and_attention_losses_as_plain_loops(temperature):
                 for c in range(6):
                     difference = (teacher[image, c, y, x] - student[image, c, y, x]).item()
                     expected[kind] += scale * spatial[y, x] * channel[c] * difference**2 / 2
-    found = [*fgd.focal_losses(student, teacher, *masks, temperature)]
-    found.append(fgd.attention_loss(student, teacher, temperature))
+    found = [*fgd.focal_losses(student, teacher, *masks, tau)]
+    found.append(fgd.attention_loss(student, teacher, tau))
     assert [each.item() for each in found] == pytest.approx(expected, rel=1e-6)
     assert min(expected) > 0
 
@@ -208,7 +208,7 @@ def test_all_losses_are_zero_for_equal_networks(boxes):
 def test_losses_are_weighted_sums_over_levels_on_the_padded_input():
     student, teacher = (models.build(detectors.retinanet(), seed=seed) for seed in (0, 1))
     weights = dict(foreground_weight=2.0, background_weight=3.0, attention_weight=5.0, global_weight=7.0)
-    distiller = ready(FGD(**weights, temperature=0.8), student, teacher)
+    distiller = ready(FGD(**weights, tau=0.8), student, teacher)
     taps = tapped(student, teacher, distiller, torch.randn(2, 3, *SHAPE))
     losses = distiller(*taps, samples())
     expected = torch.zeros(4)
@@ -263,7 +263,7 @@ def test_the_value_does_not_depend_on_the_number_of_images():
         torch.testing.assert_close(three[name], one[name], rtol=1e-4, atol=1e-7)
 
 
-@pytest.mark.parametrize('options', [dict(temperature=0.0), dict(match='size'), dict(global_weight='1')])
+@pytest.mark.parametrize('options', [dict(tau=0.0), dict(match='size'), dict(global_weight='1')])
 def test_options_out_of_range_are_errors(options):
     message = 'weight' if 'global_weight' in options else next(iter(options))
     with pytest.raises(ConfigError, match=message):

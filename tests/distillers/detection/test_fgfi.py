@@ -119,6 +119,7 @@ def pair(family='retinanet', same=False, teacher_family=None, **options):
     teacher = models.build(getattr(detectors, teacher_family or family)(16 if same else 24), seed=0 if same else 1)
     options.setdefault('head', 'rpn_head' if family == 'faster_rcnn' else 'bbox_head')
     distiller = FGFI(**options)
+    distiller.prepare(student, teacher)
     distiller.setup(probe(student, distiller.student_layers), probe(teacher, distiller.teacher_layers))
     return student, teacher, distiller
 
@@ -160,10 +161,31 @@ def test_levels_of_two_pyramids_have_the_masks_of_the_students():
     s, t = tapped(student, teacher)
     masks = distiller.masks(s, samples())[1:4]
     expected = 0.0
-    for adapter, level, target, mask in zip(distiller.adapters, s['neck'][1:4], t['neck'], masks, strict=True):
+    for adapter, level, target, mask in zip(distiller.levels.adapters, s['neck'][1:4], t['neck'], masks, strict=True):
         expected += ((adapter(level) - target) ** 2 * mask[:, None]).sum() / (2 * max(mask.sum(), 1))
     assert expected > 0
     torch.testing.assert_close(distiller(s, t, samples())['loss'], expected)
+
+
+@pytest.mark.parametrize(('psi', 'levels'), [(0.3, 'best'), (0.8, 'all')])
+def test_the_shell_adds_up_the_levels_in_the_masks_of_its_options(psi, levels):
+    student, teacher, distiller = pair(psi=psi, levels=levels, loss_weight=3.0)
+    s, t = tapped(student, teacher)
+    sizes = [level.shape[2:] for level in s['neck']]
+    anchors = [
+        each.view(*size, -1, 4)
+        for each, size in zip(student.bbox_head.prior_generator.grid_priors(sizes, device='cpu'), sizes)
+    ]
+    masks = fgfi.imitation_masks(anchors, BOXES, VALID, psi, levels)
+    others = fgfi.imitation_masks(anchors, BOXES, VALID)
+    assert any(not torch.equal(*each) for each in zip(masks, others))
+    total = 0.0
+    for adapter, level, target, mask in zip(distiller.levels.adapters, s['neck'], t['neck'], masks, strict=True):
+        if mask.any():
+            total += ((adapter(level) - target) ** 2).sum(1)[mask].mean() / 2
+    found = distiller(s, t, samples())
+    assert list(found) == ['loss']
+    torch.testing.assert_close(found['loss'], 3 * total)
 
 
 @pytest.mark.parametrize('boxes', [(BOXES[0], BOXES[1, :1]), (BOXES[0, :0], BOXES[0, :0])])
@@ -182,7 +204,7 @@ def test_gradients_reach_student_and_adapters_and_never_the_teacher(boxes):
 
 def test_nothing_is_learnt_in_the_first_400_iterations_but_adapters_take_part(monkeypatch):
     student, teacher, distiller = pair()
-    assert [distiller.weight.at(i) for i in (0, 399, 400, 10**6)] == [0, 0, 0.01, 0.01]
+    assert [distiller.loss_weight.at(i) for i in (0, 399, 400, 10**6)] == [0, 0, 0.01, 0.01]
     loss = distiller(*tapped(student, teacher), samples())['loss']
     loss.backward()
     assert loss.item() == 0
@@ -191,7 +213,7 @@ def test_nothing_is_learnt_in_the_first_400_iterations_but_adapters_take_part(mo
 
 def test_the_adapter_is_a_small_convolution_and_a_relu_for_equal_channels_too():
     _, _, distiller = pair(same=True)
-    for adapter in distiller.adapters:
+    for adapter in distiller.levels.adapters:
         assert adapter.conv.weight.shape == (16, 16, 3, 3)
         assert adapter.conv.weight.abs().max() <= 2e-4
         assert 0.5e-4 < adapter.conv.weight.std() < 1.1e-4
@@ -207,7 +229,7 @@ def test_a_head_without_anchors_is_an_error():
 @pytest.mark.parametrize(
     ('options', 'message'),
     [
-        (dict(neck='backbone'), "'backbone' has 4 levels, 'bbox_head' anchors for 3"),
+        (dict(layer='backbone'), "'backbone' of the student has 4 levels and 'bbox_head' 3 strides"),
         (dict(head='rpn_head'), "'rpn_head': RetinaNet has no such module"),
     ],
 )
@@ -218,5 +240,6 @@ def test_layers_that_do_not_belong_together_are_errors(options, message):
 
 @pytest.mark.parametrize('options', [dict(psi=1.0), dict(psi=-0.1), dict(levels='fpn'), dict(loss_weight='1')])
 def test_options_out_of_range_are_errors(options):
-    with pytest.raises(ConfigError, match=next(iter(options))):
+    message = 'finite number' if 'loss_weight' in options else next(iter(options))
+    with pytest.raises(ConfigError, match=message):
         FGFI(**options)

@@ -92,9 +92,10 @@ def pair(family='retinanet', teacher_family=None, same=False, **options):
     teacher = models.build(teacher, seed=0 if same else 1)
     if family == 'faster_rcnn':
         options.setdefault('head', 'rpn_head')
-    for each in ('feature_weight', 'class_weight'):
+    for each in ('feature_weight', 'cls_weight'):
         options.setdefault(each, 1.0)
     distiller = FRS(**options)
+    distiller.prepare(student, teacher)
     distiller.setup(probe(student, distiller.student_layers), probe(teacher, distiller.teacher_layers))
     return student, teacher, distiller
 
@@ -111,7 +112,12 @@ def tapped(student, teacher, distiller):
 
 
 def test_the_shell_adds_up_the_levels():
-    student, teacher, distiller = pair()
+    student, teacher, distiller = pair(feature_weight=2.0, cls_weight=3.0)
+    with torch.no_grad():
+        for seed, model in enumerate((student, teacher)):  # predictions at the start are all near 0.01
+            layer = model.bbox_head.retina_cls
+            layer.weight.normal_(std=0.5, generator=torch.Generator().manual_seed(seed))
+            layer.bias.zero_()
     s, t = tapped(student, teacher, distiller)
     feature = classes = 0.0
     for level in range(3):
@@ -123,15 +129,17 @@ def test_the_shell_adds_up_the_levels():
         divergence = p_t * (p_t / p_s).log() + (1 - p_t) * ((1 - p_t) / (1 - p_s)).log()
         classes += (divergence * mask[:, None]).sum() / mask.sum()
     found = distiller(s, t, None)
-    torch.testing.assert_close(found['loss_feature'], feature)
-    torch.testing.assert_close(found['loss_class'], classes, rtol=1e-3, atol=1e-5)
+    assert list(found) == ['loss_feature', 'loss_cls']
+    assert classes > 0.1
+    torch.testing.assert_close(found['loss_feature'], 2 * feature)
+    torch.testing.assert_close(found['loss_cls'], 3 * classes, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize('family', ['retinanet', 'fcos', 'gfl', 'faster_rcnn'])
 def test_zero_for_equal_networks(family):
     student, teacher, distiller = pair(family, same=True, adapter=None)
     losses = distiller(*tapped(student, teacher, distiller), None)
-    assert {name: loss.item() for name, loss in losses.items()} == dict(loss_feature=0, loss_class=0)
+    assert {name: loss.item() for name, loss in losses.items()} == dict(loss_feature=0, loss_cls=0)
 
 
 @pytest.mark.parametrize('family', ['retinanet', 'fcos', 'gfl', 'faster_rcnn'])
@@ -150,9 +158,9 @@ def test_gradients_reach_student_and_adapters_and_never_the_teacher(family):
 
 def test_weights_warm_up_and_all_parts_take_part_at_0():
     distiller = FRS()
-    assert [distiller.features.weight.at(i) for i in (0, 250, 500, 9999)] == pytest.approx([0, 0.0025, 0.005, 0.005])
-    assert [distiller.class_weight.at(i) for i in (0, 250, 500, 9999)] == pytest.approx([0, 0.01, 0.02, 0.02])
-    student, teacher, distiller = pair(feature_weight=dict(type='linear', value=1.0, end=500), class_weight=0)
+    assert [distiller.feature_weight.at(i) for i in (0, 250, 500, 9999)] == pytest.approx([0, 0.0025, 0.005, 0.005])
+    assert [distiller.cls_weight.at(i) for i in (0, 250, 500, 9999)] == pytest.approx([0, 0.01, 0.02, 0.02])
+    student, teacher, distiller = pair(feature_weight=dict(type='linear', value=1.0, end=500), cls_weight=0)
     losses = distiller(*tapped(student, teacher, distiller), None)
     losses['loss_feature'].backward()
     assert losses['loss_feature'].item() == 0
@@ -161,7 +169,7 @@ def test_weights_warm_up_and_all_parts_take_part_at_0():
 
 def test_without_classes_the_heads_may_differ():
     """P3 to P5 of a RetinaNet learn from P3 to P5 of P2 to P6 of a Faster R-CNN, with the masks of these levels."""
-    student, teacher, distiller = pair('retinanet', 'faster_rcnn', teacher_head='rpn_head', class_weight=0)
+    student, teacher, distiller = pair('retinanet', 'faster_rcnn', teacher_head='rpn_head', cls_weight=0)
     s, t = tapped(student, teacher, distiller)
     expected = 0.0
     for level in range(3):
@@ -179,10 +187,10 @@ def test_without_classes_the_heads_may_differ():
         (dict(teacher=dict(classes=5)), '3 .student. and 5 .teacher. classes, and FRS'),
         (dict(teacher=dict(bbox_head=dict(anchor_generator=dict(ratios=[1.0])))), 'different slots'),
         (dict(teacher=dict(bbox_head=dict(anchor_generator=dict(octave_base_scale=6)))), 'different anchors'),
-        (dict(neck='backbone'), "levels of the teacher have sizes .* in 'backbone'"),
+        (dict(layer='backbone'), "levels of the teacher have sizes .* in 'backbone'"),
         (dict(head='rpn_head'), "'rpn_head': RetinaNet has no such module"),
         (dict(adapter=None), '16 and 24 channels with adapter=None'),
-        (dict(class_weight='much'), 'finite number'),
+        (dict(cls_weight='much'), 'finite number'),
     ],
 )
 def test_pairs_that_cannot_be_compared_are_errors(options, message):

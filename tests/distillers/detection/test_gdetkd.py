@@ -5,22 +5,27 @@ import sys
 
 import pytest
 import torch
+from mmcv.ops import RoIAlign
 from mmdet.structures.bbox import bbox_overlaps
 
 from mmkd.distill import distill
 from mmkd.distillers.detection import gdetkd
-from mmkd.distillers.detection.gdetkd import GDetKD, Memory
+from mmkd.distillers.detection.gdetkd import GDetKD
+from mmkd.distillers.detection.mimic import mean_square
+from mmkd.distillers.memory import Memory
 from mmkd.errors import ConfigError
+from mmkd.hosts.detection.dense_heads import dense_head
+from mmkd.hosts.detection.rois import best_predictions, to_rois
 from mmkd.hosts.running import probe
 from mmkd.taps import Taps
 from mmkd.testing import detectors, models
 from mmkd.testing.batches import random_batch
 
-HEADS = dict(class_weight=1.0, box_weight=1.0)
+HEADS = dict(cls_weight=1.0, bbox_weight=1.0)
 PAIRS = {
     'faster_rcnn': dict(HEADS),
-    'retinanet': dict(head='bbox_head', tower='bbox_head.cls_convs.0'),
-    'fcos': dict(head='bbox_head', tower='bbox_head.cls_convs.0'),
+    'retinanet': dict(head='bbox_head', embedding_layer='bbox_head.cls_convs.0'),
+    'fcos': dict(head='bbox_head', embedding_layer='bbox_head.cls_convs.0'),
     'gfl': dict(head='bbox_head'),
     'atss': dict(head='bbox_head'),
 }
@@ -62,10 +67,10 @@ def test_equal_levels_are_mixed_to_themselves():
         level[:, None].expand(-1, 4, -1, -1, -1), torch.randn(5, 4, 6).double(), torch.randn(5, 6).double(), 1.0
     )
     torch.testing.assert_close(mixed, level)
-    loss = gdetkd.imitation_loss(mixed, teacher).item()
+    loss = mean_square(mixed, teacher).item()
     squares = [(a - b) ** 2 for a, b in zip(level.flatten().tolist(), teacher.flatten().tolist())]
     assert loss == pytest.approx(sum(squares) / len(squares), rel=1e-6)
-    assert gdetkd.imitation_loss(mixed, mixed).item() == 0
+    assert mean_square(mixed, mixed).item() == 0
 
 
 def test_a_level_whose_key_is_the_teachers_is_chosen():
@@ -182,7 +187,7 @@ def test_a_resumed_memory_goes_on_where_it_was():
 PROCESS = """
 import sys, torch
 import torch.distributed as dist
-from mmkd.distillers.detection.gdetkd import Memory
+from mmkd.distillers.memory import Memory
 rank = int(sys.argv[1])
 dist.init_process_group('gloo', init_method='file://' + sys.argv[2] + '/store', rank=rank, world_size=2)
 memory = Memory(10, 1, 2)
@@ -211,7 +216,7 @@ def test_two_processes_have_the_same_memory_of_both(tmp_path):
 def pair(family, tmp_path, teacher=None, **options):
     teacher = teacher or detectors.faster_rcnn(24)
     checkpoint = models.save_weights(teacher, tmp_path / 'teacher.pth')
-    options = dict(memory=64, keys_per_step=16, regions=20, candidates=60) | PAIRS[family] | options
+    options = dict(memory=64, keys_per_step=16, regions_per_image=20, candidates=60) | PAIRS[family] | options
     model = distill(
         models.build(getattr(detectors, family)(), seed=0),
         dict(config=teacher, checkpoint=checkpoint),
@@ -234,7 +239,7 @@ def test_student_and_all_own_parts_learn_and_the_teacher_does_not(family, object
     own = dict(model.distillers.g.named_parameters())
     assert set(own) >= {'log_tau', 'projection.weight', 'teacher_projection.weight', 'keys.0.weight', 'keys.2.bias'}
     assert any(name.startswith('adapters') for name in own)
-    assert found.pop('temperature').item() == pytest.approx(16)
+    assert found.pop('tau').item() == pytest.approx(16)
     assert len(found) == (4 if family == 'faster_rcnn' else 2)
     assert all(torch.isfinite(loss) and loss > 0 and loss.requires_grad for loss in found.values())
     sum(found.values()).backward()
@@ -248,7 +253,7 @@ def test_student_and_all_own_parts_learn_and_the_teacher_does_not(family, object
 
 def test_every_level_of_the_student_takes_part(tmp_path):
     """Of its RoI extractor, so not P6; whatever the size of the region."""
-    model = pair('faster_rcnn', tmp_path, class_weight=0.0, box_weight=0.0)
+    model = pair('faster_rcnn', tmp_path, cls_weight=0.0, bbox_weight=0.0)
     distiller = model.distillers.g
     taps = {}
     for name, network, layers in (
@@ -275,11 +280,127 @@ def test_no_region_at_all(tmp_path):
         model.roi_head._bbox_forward(features, rois)
     teacher = model.sources['teacher'](inputs, None)
     found = distiller(student, teacher, None)
-    found.pop('temperature')
+    found.pop('tau')
     assert [loss.item() for loss in found.values()] == [0, 0, 0, 0]
     sum(found.values()).backward()
     assert all(each.grad is not None and not each.grad.any() for each in distiller.parameters())
     assert not distiller.memory.filled.any()
+
+
+WEIGHTS = dict(sgfi_weight=2.0, ckd_weight=3.0)
+OPTIONS = dict(**WEIGHTS, tau=4.0, ckd_tau=0.2, max_overlap=0.1)
+
+
+def remembering(distiller):
+    """With ten regions of earlier steps in its memory."""
+    distiller.memory.keys.normal_(generator=torch.Generator().manual_seed(0))
+    distiller.memory.filled[:10] = True
+    return distiller
+
+
+def embedded(head, features):
+    """What the classifier of a Shared2FCBBoxHead takes in."""
+    features = features.flatten(1)
+    for layer in head.shared_fcs:
+        features = layer(features).relu()
+    return features
+
+
+def imitation_and_contrast(distiller, levels, strides, rois, embedding, teacher, target):
+    """Both losses, unweighted, region by region; each pooled by mmcv from every level."""
+    total = 0.0
+    for index, roi in enumerate(rois):
+        pooled = [
+            RoIAlign(7, 1 / stride, 0, aligned=True)(level.contiguous(), roi[None])
+            for level, stride in zip(levels, strides, strict=True)
+        ]
+        adapted = [distiller.adapters[0](each) for each in pooled]
+        key = distiller.keys(target[index : index + 1]).flatten().tolist()
+        share = softmax([dot(distiller.keys(each).flatten().tolist(), key) / 4 for each in adapted])
+        mixed = sum(weight * each[0] for weight, each in zip(share, adapted))
+        total += (mixed - target[index]).square().mean().item() / len(rois)
+    contrast = gdetkd.contrastive_loss(
+        distiller.projection(embedding),
+        distiller.teacher_projection(embedded(teacher.roi_head.bbox_head, target)),
+        gdetkd.negatives(rois, 0.1),
+        distiller.teacher_projection(distiller.memory.keys),
+        torch.arange(64) < 10,
+        0.2,
+    )
+    return total, contrast.item()
+
+
+def test_two_stage_terms_are_of_the_students_rois_each_with_its_weight(tmp_path):
+    model = pair('faster_rcnn', tmp_path, **OPTIONS, cls_weight=5.0, bbox_weight=7.0)
+    distiller, teacher = remembering(model.distillers.g), model.sources['teacher'].model
+    inputs, rois = torch.randn(2, 3, 96, 128), random_rois(6, 2)
+    with Taps(model, distiller.student_layers) as student:
+        features = model.extract_feat(inputs)
+        own = model.roi_head._bbox_forward(features, rois)
+    taps = model.sources['teacher'](inputs, None)
+    with torch.no_grad():
+        other = teacher.roi_head._bbox_forward([each.contiguous() for each in taps['neck']], rois)
+        embedding = embedded(model.roi_head.bbox_head, own['bbox_feats'])
+        arguments = (embedding, teacher, other['bbox_feats'])
+        sgfi, ckd = imitation_and_contrast(distiller, features[:4], (4, 8, 16, 32), rois, *arguments)
+    expected = {
+        'loss_sgfi': 2 * sgfi,
+        'loss_ckd': 3 * ckd,
+        'loss_cls': 5 * gdetkd.class_loss(own['cls_score'], other['cls_score']).item(),
+        'loss_bbox': 7 * gdetkd.class_aware_box_loss(own['bbox_pred'], other['bbox_pred'], other['cls_score']).item(),
+        'tau': 4.0,
+    }
+    found = distiller(student, taps, None)
+    assert {key: value.item() for key, value in found.items()} == pytest.approx(expected, rel=1e-4)
+    assert min(expected.values()) > 1e-5
+
+
+def test_one_stage_terms_are_of_the_drawn_regions_each_with_its_weight(tmp_path):
+    model = pair('retinanet', tmp_path, **OPTIONS, regions_per_image=5, candidates=40)
+    distiller, teacher = remembering(model.distillers.g), model.sources['teacher'].model
+    data = model.data_preprocessor(random_batch(model, (2, 3, 96, 128)), True)
+    with Taps(model, distiller.student_layers) as student:
+        model.bbox_head(model.extract_feat(data['inputs']))
+    taps = model.sources['teacher'](data['inputs'], None)
+    torch.manual_seed(0)
+    rois = to_rois(distiller.draw(student, data['data_samples']))
+    assert len(rois) == 10
+    metas = [sample.metainfo for sample in data['data_samples']]
+    best = to_rois(best_predictions(dense_head(model.bbox_head), student['bbox_head'], 40, metas))
+    assert (rois[:, None] == best).all(2).any(1).all()
+    with torch.no_grad():
+        target = teacher.roi_head._bbox_forward([each.contiguous() for each in taps['neck']], rois)['bbox_feats']
+        embeddings = []
+        for roi in rois:
+            size = ((roi[3] - roi[1]) * (roi[4] - roi[2])).sqrt().item()
+            level = min(max(math.floor(math.log2(size / (14 * 8) + 1e-6)), 0), 2)
+            pool = RoIAlign(1, 1 / (8 * 2**level), 14, aligned=True)
+            embeddings.append(pool(student['bbox_head.cls_convs.0'][level].contiguous(), roi[None]).flatten())
+        arguments = (torch.stack(embeddings), teacher, target)
+        sgfi, ckd = imitation_and_contrast(distiller, student['neck'], (8, 16, 32), rois, *arguments)
+    torch.manual_seed(0)
+    found = distiller(student, taps, data['data_samples'])
+    expected = {'loss_sgfi': 2 * sgfi, 'loss_ckd': 3 * ckd, 'tau': 4.0}
+    assert {key: value.item() for key, value in found.items()} == pytest.approx(expected, rel=1e-4)
+
+
+def test_trained_parts_have_the_sizes_of_the_options(tmp_path):
+    options = dict(hidden_channels=10, key_channels=6, projection_channels=7, memory=40, keys_per_step=9)
+    distiller = pair('retinanet', tmp_path, **options).distillers.g
+    shapes = {name: tuple(each.shape) for name, each in distiller.state_dict().items() if 'bias' not in name}
+    assert shapes == {
+        'log_tau': (),
+        'adapters.0.conv.weight': (24, 16, 1, 1),
+        'keys.0.weight': (10, 24, 3, 3),
+        'keys.2.weight': (6, 10, 3, 3),
+        'projection.weight': (7, 16),
+        'teacher_projection.weight': (7, 48),
+        'memory.keys': (40, 48),
+        'memory.filled': (40,),
+        'memory.cursor': (),
+    }
+    distiller.memory.add(torch.randn(20, 48))
+    assert distiller.memory.filled.sum() == 9
 
 
 def test_the_memory_makes_negatives_of_earlier_steps(tmp_path):
@@ -299,12 +420,13 @@ def test_head_losses_are_zero_for_equal_networks(tmp_path):
         if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
             module.eval()
     found = losses(model)
-    assert found['loss_class'].item() == pytest.approx(0, abs=1e-6)
-    assert found['loss_box'].item() == pytest.approx(0, abs=1e-6)
+    assert found['loss_cls'].item() == pytest.approx(0, abs=1e-6)
+    assert found['loss_bbox'].item() == pytest.approx(0, abs=1e-6)
 
 
-def test_drawn_regions_are_inside_and_a_quarter_lies_on_objects(tmp_path):
-    model = pair('retinanet', tmp_path, candidates=400, positive_iou=0.2)
+@pytest.mark.parametrize(('fraction', 'expected'), [(0.25, 5), (0.4, 8)])
+def test_drawn_regions_are_inside_and_a_part_lies_on_objects(fraction, expected, tmp_path):
+    model = pair('retinanet', tmp_path, candidates=400, positive_iou=0.2, positive_fraction=fraction)
     data = model.data_preprocessor(random_batch(model, (2, 3, 96, 128)), True)
     with Taps(model, model.distillers.g.student_layers) as student:
         model.bbox_head(model.extract_feat(data['inputs']))
@@ -314,7 +436,7 @@ def test_drawn_regions_are_inside_and_a_quarter_lies_on_objects(tmp_path):
     assert (boxes <= torch.tensor([128, 96, 128, 96])).all()
     for image, sample in zip(boxes, data['data_samples']):
         on_objects = bbox_overlaps(image, sample.gt_instances.bboxes).amax(1) > 0.2
-        assert on_objects.sum() == 5
+        assert on_objects.sum() == expected
 
 
 @pytest.mark.parametrize(
@@ -322,8 +444,13 @@ def test_drawn_regions_are_inside_and_a_quarter_lies_on_objects(tmp_path):
     [
         ('retinanet', detectors.retinanet, dict(), 'a two-stage teacher is needed'),
         ('faster_rcnn', lambda: detectors.faster_rcnn(classes=5), dict(), 'GDetKD compares them'),
-        ('faster_rcnn', detectors.faster_rcnn, dict(adapter=None, neck='backbone'), 'backbone'),
-        ('retinanet', detectors.faster_rcnn, dict(tower='backbone'), "'backbone' has 4 levels, 'bbox_head' 3 strides"),
+        ('faster_rcnn', detectors.faster_rcnn, dict(adapter=None, layer='backbone'), 'backbone'),
+        (
+            'retinanet',
+            detectors.faster_rcnn,
+            dict(embedding_layer='backbone'),
+            "'backbone' of the student has 4 levels and 'bbox_head' 3 strides",
+        ),
         ('retinanet', lambda: detectors.faster_rcnn(24), dict(adapter=None), '16 and 24 channels'),
     ],
 )
@@ -336,15 +463,15 @@ def test_pairs_that_cannot_be_compared_are_errors(family, teacher, options, mess
     'options',
     [
         dict(tau=0),
-        dict(contrast_tau=-1.0),
+        dict(ckd_tau=-1.0),
         dict(memory=0),
         dict(keys_per_step=1.5),
-        dict(regions=0),
+        dict(regions_per_image=0),
         dict(projection_channels=0),
         dict(positive_fraction=1.5),
         dict(max_overlap=-0.1),
-        dict(head='bbox_head', class_weight=1.0),
-        dict(tower='bbox_head.cls_convs.3'),
+        dict(head='bbox_head', cls_weight=1.0),
+        dict(embedding_layer='bbox_head.cls_convs.3'),
     ],
 )
 def test_options_out_of_range_are_errors(options):

@@ -2,7 +2,8 @@ import math
 
 import pytest
 import torch
-from mmcv.ops import nms
+from mmcv.ops import RoIAlign, nms
+from mmengine.structures import InstanceData
 
 from mmkd.distillers.detection import gid
 from mmkd.distillers.detection.gid import GID
@@ -201,6 +202,7 @@ def tapped(student, teacher, distiller, images=None):
 
 
 def ready(distiller, student, teacher):
+    distiller.prepare(student, teacher)
     distiller.setup(probe(student, distiller.student_layers), probe(teacher, distiller.teacher_layers))
     return distiller
 
@@ -209,6 +211,98 @@ def samples(metas=METAS):
     from mmdet.structures import DetDataSample
 
     return [DetDataSample(metainfo=meta) for meta in metas]
+
+
+def confident(model, seed):
+    """As after training: classes and boxes differ from slot to slot."""
+    random = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for layer, scale in ((model.bbox_head.retina_cls, 0.5), (model.bbox_head.retina_reg, 0.1)):
+            layer.weight.normal_(std=scale, generator=random)
+            layer.bias.zero_()
+    return model
+
+
+def flat(outputs):
+    """RetinaNet's logits, (B, slots, 3), and deltas, (B, slots, 4)."""
+    return tuple(
+        torch.cat([level.permute(0, 2, 3, 1).reshape(2, -1, size) for level in levels], 1)
+        for levels, size in zip(outputs, (3, 4))
+    )
+
+
+def pooled_one_by_one(levels, boxes, size, ratio):
+    """(K, C, size, size), each box by mmcv's RoIAlign from the level that its area gives."""
+    found = []
+    for box in boxes:
+        area = (box[2] - box[0]) * (box[3] - box[1])
+        level = min(max(math.floor(math.log2(math.sqrt(area) / (14 * 8) + 1e-6)), 0), 2)
+        pool = RoIAlign(size, 1 / (8 * 2**level), ratio, aligned=True)
+        found.append(pool(levels[level].contiguous(), torch.cat([torch.zeros(1), box])[None])[0])
+    return torch.stack(found)
+
+
+@pytest.mark.parametrize(
+    ('relation', 'distance', 'nms_pre'), [('image', 'squared_l2', 150), ('batch', 'l2', 150), ('image', 'l2', 7)]
+)
+def test_the_shell_weighs_each_term_at_what_mmdets_own_parts_select(relation, distance, nms_pre):
+    """Image by image: mmdet's coder and assigner, mmcv's NMS and RoIAlign, and loops over instances."""
+    student = confident(models.build(detectors.retinanet(), seed=0), 2)
+    teacher = confident(models.build(detectors.retinanet(channels=24), seed=1), 3)
+    options = dict(topk=6, nms_iou=0.4, nms_pre=nms_pre, min_box_side=12.0, pooled_size=4, sampling_ratio=3)
+    weights = dict(feature_weight=2.0, relation_weight=3.0, cls_weight=5.0, bbox_weight=7.0)
+    distiller = ready(GID(**options, **weights, relation=relation, feature_distance=distance), student, teacher)
+    s_taps, t_taps = tapped(student, teacher, distiller)
+    found = distiller(s_taps, t_taps, samples())
+
+    (s_logits, s_deltas), (t_logits, t_deltas) = (flat(taps['bbox_head']) for taps in (s_taps, t_taps))
+    head = student.bbox_head
+    sizes = [level.shape[2:] for level in s_taps['neck']]
+    anchors, valid = (torch.cat(each[0]) for each in head.get_anchors(sizes, METAS[:1], device='cpu'))
+    assert valid.all()
+    features, targets, positives = [], [], []
+    for image, (height, width) in enumerate(meta['img_shape'] for meta in METAS):
+        difference = t_logits[image].sigmoid() - s_logits[image].sigmoid()
+        scores, classes = difference.abs().max(1)
+        surer = difference.gather(1, classes[:, None]) >= 0
+        deltas = torch.where(surer, t_deltas[image], s_deltas[image])
+        boxes = head.bbox_coder.decode(anchors, deltas, max_shape=(height, width))
+        scores, order = scores.topk(nms_pre)
+        boxes = boxes[order]
+        large = ((boxes[:, 2:] - boxes[:, :2]) > 12).all(1)
+        assert nms_pre == 7 or not large.all()
+        boxes, scores = boxes[large].detach(), scores[large].detach()
+        _, kept = nms(boxes, scores, 0.4)
+        boxes = boxes[kept[:6]]
+        assert 2 <= len(boxes) < 6 if nms_pre == 7 else len(boxes) == 6
+        own, other = ([level[image : image + 1] for level in taps['neck']] for taps in (s_taps, t_taps))
+        features.append(distiller.adapters[0](pooled_one_by_one(own, boxes, 4, 3)).detach())
+        targets.append(pooled_one_by_one(other, boxes, 4, 3).detach())
+        truth = InstanceData(bboxes=boxes, labels=torch.zeros(len(boxes), dtype=torch.long))
+        assigned = head.assigner.assign(InstanceData(priors=anchors), truth)
+        positives += [(image, slot) for slot in torch.nonzero(assigned.gt_inds > 0).flatten().tolist()]
+    number = sum(map(len, features))
+    assert found.pop('instances').item() == number / 2
+
+    squared = [((t - s) ** 2).sum().item() for s, t in zip(torch.cat(features), torch.cat(targets))]
+    feature = sum(squared) / 16 if distance == 'squared_l2' else sum(map(math.sqrt, squared))
+    groups = [each if relation == 'image' else [torch.cat(each)] for each in (features, targets)]
+    related = sum(
+        relation_plain_loops(s[None].double(), t[None].double(), torch.ones(1, len(s)) > 0) for s, t in zip(*groups)
+    )
+    classification = regression = 0.0
+    for image, slot in positives:
+        for s, t in zip(s_logits[image, slot].sigmoid().tolist(), t_logits[image, slot].sigmoid().tolist()):
+            classification += t * math.log(t / s) + (1 - t) * math.log((1 - t) / (1 - s))
+        regression += (s_deltas[image, slot] - t_deltas[image, slot]).abs().sum().item()
+    expected = {
+        'loss_feature': 2 * feature / number,
+        'loss_relation': 3 * related / len(groups[0]),
+        'loss_cls': 5 * classification / len(positives),
+        'loss_bbox': 7 * regression / len(positives),
+    }
+    assert min(expected.values()) > 1e-3
+    assert {key: value.item() for key, value in found.items()} == pytest.approx(expected, rel=1e-4)
 
 
 def test_all_losses_are_zero_for_equal_networks():
@@ -342,7 +436,7 @@ def test_the_value_does_not_depend_on_the_number_of_images():
         (dict(), dict(bbox_head=dict(anchor_generator=dict(ratios=[1.0]))), 'different slots'),
         (dict(), dict(bbox_head=dict(anchor_generator=dict(octave_base_scale=6))), 'different anchors'),
         (dict(adapter=None), dict(channels=24), '16 and 24 channels with adapter=None'),
-        (dict(neck='backbone'), dict(), "'backbone' has 4"),
+        (dict(layer='backbone'), dict(), "'backbone' of the student has 4 levels and 'bbox_head' 3 strides"),
     ],
 )
 def test_pairs_that_cannot_be_compared_are_errors(options, teacher, message):

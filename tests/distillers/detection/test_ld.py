@@ -12,6 +12,7 @@ from mmkd.errors import ConfigError
 from mmkd.hosts.detection.assigners import ATSS, atss
 from mmkd.hosts.detection.boxes import pairwise_diou
 from mmkd.hosts.detection.dense_heads import dense_head
+from mmkd.hosts.detection.ground_truth import ground_truth
 from mmkd.hosts.running import probe
 from mmkd.taps import Taps
 from mmkd.testing import detectors, models
@@ -85,8 +86,8 @@ def test_the_valuable_region_as_plain_loops(gamma):
                 iou, near = diou(anchor, box)
                 if there and inside[image, slot] and gamma * threshold <= near < threshold:
                     weight = max(weight, iou)
-                    centre = [(anchor[i] + anchor[i + 2]) / 2 for i in (0, 1)]
-                    outside_a_box |= not all(box[i] < centre[i] < box[i + 2] for i in (0, 1))
+                    center = [(anchor[i] + anchor[i + 2]) / 2 for i in (0, 1)]
+                    outside_a_box |= not all(box[i] < center[i] < box[i + 2] for i in (0, 1))
             assert found[image, slot].item() == pytest.approx(weight, abs=1e-6)
     assert found.count_nonzero() > 0
     assert outside_a_box or gamma > 0.5
@@ -149,6 +150,7 @@ def pair(student=None, teacher=None, **options):
     student = models.build(student or detectors.gfl(), seed=0)
     teacher = models.build(teacher or detectors.gfl(channels=24), seed=1).requires_grad_(False)
     distiller = LD(**options)
+    distiller.prepare(student, teacher)
     distiller.setup(probe(student, distiller.student_layers), probe(teacher, distiller.teacher_layers))
     return student, teacher, distiller
 
@@ -173,7 +175,7 @@ def test_positives_are_those_of_the_heads_own_targets():
     student, teacher, distiller = pair()
     data_samples = samples()
     taps = tapped(student, teacher, distiller, torch.randn(2, 3, 96, 128))
-    positive, region = distiller.regions(taps[0], data_samples, dense_head(student.bbox_head))
+    positive, region = distiller.assign(taps[0], data_samples, dense_head(student.bbox_head))
     sizes = [level.shape[2:] for level in taps[0]['bbox_head'][0]]
     anchors, flags = student.bbox_head.get_anchors(sizes, METAS, device='cpu')
     instances = [each.gt_instances for each in data_samples]
@@ -181,14 +183,14 @@ def test_positives_are_those_of_the_heads_own_targets():
     assert torch.equal(positive, labels < 3)
     assert positive.any()
     assert region.count_nonzero() > 0
-    centres = torch.cat(student.bbox_head.prior_generator.grid_priors(sizes, device='cpu'))
-    centres = (centres[:, :2] + centres[:, 2:]) / 2
-    assert not region[1, (centres > 64).any(1)].any()  # the padding of the second image
+    centers = torch.cat(student.bbox_head.prior_generator.grid_priors(sizes, device='cpu'))
+    centers = (centers[:, :2] + centers[:, 2:]) / 2
+    assert not region[1, (centers > 64).any(1)].any()  # the padding of the second image
 
 
 def test_the_main_region_and_classes_are_as_in_mmdets_own_head():
     """mmdet's LDHead has the main region alone: the plain sum over the batch, level by level."""
-    student, teacher, distiller = pair(normalise='none')
+    student, teacher, distiller = pair(normalize='none')
     confident(student.bbox_head)
     confident(teacher.bbox_head)
     data_samples = samples()
@@ -199,27 +201,86 @@ def test_the_main_region_and_classes_are_as_in_mmdets_own_head():
     outputs, (_, soft) = taps[0]['bbox_head'], taps[1]['bbox_head']
     expected = head.loss_by_feat(*outputs, [each.gt_instances for each in data_samples], METAS, soft)
     found = distiller(*taps, data_samples)
-    torch.testing.assert_close(found['loss_main'], sum(expected['loss_ld']))
-    assert found['loss_main'] > 1e-3
-    distiller.normalise = 'images'  # two images: the published value
-    torch.testing.assert_close(distiller(*taps, data_samples)['loss_main'], found['loss_main'])
+    torch.testing.assert_close(found['loss_ld'], sum(expected['loss_ld']))
+    assert found['loss_ld'] > 1e-3
+    distiller.normalize = 'images'  # two images: the published value
+    torch.testing.assert_close(distiller(*taps, data_samples)['loss_ld'], found['loss_ld'])
 
 
-@pytest.mark.parametrize('normalise', ['images', 'weights', 'none'])
-def test_the_same_images_twice(normalise):
-    student, teacher, distiller = pair(normalise=normalise)
+@pytest.mark.parametrize('kd_mean', ['all', 'level'])
+@pytest.mark.parametrize(('normalize', 'over_bins'), [('images', 'mean'), ('weights', 'sum'), ('none', 'sum')])
+def test_the_shell_weighs_each_term_with_its_options(normalize, over_bins, kd_mean):
+    """From the pure functions of the two regions, each slot's divergences by plain loops."""
+    options = dict(ld_weight=2.0, ld_vlr_weight=3.0, kd_weight=5.0, tau=4.0, kd_tau=3.0, gamma=0.1)
+    student, teacher, distiller = pair(**options, normalize=normalize, over_bins=over_bins, kd_mean=kd_mean)
+    confident(student.bbox_head)
+    confident(teacher.bbox_head)
+    data_samples = samples()
+    metas = [each.metainfo for each in data_samples] + METAS[:1]  # three images
+    data_samples += samples(metas=METAS[:1])
+    s_taps, t_taps = tapped(student, teacher, distiller, torch.randn(3, 3, 96, 128))
+    found = distiller(s_taps, t_taps, data_samples)
+
+    head = dense_head(student.bbox_head)
+    outputs = s_taps['bbox_head']
+    anchors = head.anchors(outputs)
+    inside = head.inside(anchors, outputs, metas)
+    truth = ground_truth(data_samples)
+    selection = atss(9, anchors, head.sizes(outputs), *truth, inside)
+    region = ld.valuable_region(anchors, *truth, inside, selection, 0.1)
+    assert not torch.equal(region, ld.valuable_region(anchors, *truth, inside, selection))
+    positive = selection.positive.any(1)
+    logits, bins = (
+        [
+            torch.cat([each.permute(0, 2, 3, 1).reshape(3, -1, size) for each in taps['bbox_head'][index]], 1).tolist()
+            for taps in (s_taps, t_taps)
+        ]
+        for index, size in ((0, 3), (1, 68))
+    )
+    main = valuable = scores = 0.0
+    classes = []
+    for image in range(3):
+        for slot in range(len(anchors)):
+            weight, chosen = region[image, slot].item(), positive[image, slot].item()
+            if not weight and not chosen:
+                continue
+            own, other = bins[0][image][slot], bins[1][image][slot]
+            edges = sum(divergence(own[i : i + 17], other[i : i + 17], 4.0) for i in range(0, 68, 17))
+            edges /= 17 if over_bins == 'mean' else 1
+            valuable += weight * edges / 16
+            if chosen:
+                score = 1 / (1 + math.exp(-max(logits[0][image][slot])))
+                scores += score
+                main += score * edges / 4
+                classes.append((slot, divergence(logits[0][image][slot], logits[1][image][slot], 3.0) / 3))
+    divisors = dict(images=(1.5, 1.5), none=(1, 1), weights=(scores, region.sum().item()))[normalize]
+    groups = [len(anchors)] if kd_mean == 'all' else head.sizes(outputs)
+    kd = start = 0
+    for size in groups:
+        values = [value for slot, value in classes if start <= slot < start + size]
+        kd, start = kd + sum(values) / max(len(values), 1), start + size
+    expected = dict(loss_ld=2 * main / divisors[0], loss_ld_vlr=3 * valuable / divisors[1], loss_kd=5 * kd)
+    assert min(expected.values()) > 1e-3
+    assert found.pop('positives').item() == pytest.approx(len(classes) / 3)
+    assert found.pop('valuable').item() == pytest.approx(region.count_nonzero().item() / 3)
+    assert {key: value.item() for key, value in found.items()} == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize('normalize', ['images', 'weights', 'none'])
+def test_the_same_images_twice(normalize):
+    student, teacher, distiller = pair(normalize=normalize)
     images, data_samples = torch.randn(2, 3, 96, 128), samples()
     once = distiller(*tapped(student, teacher, distiller, images), data_samples)
     twice = distiller(*tapped(student, teacher, distiller, images.repeat(2, 1, 1, 1)), data_samples * 2)
     for name, value in once.items():
-        factor = 2 if normalise == 'none' and name in ('loss_main', 'loss_valuable') else 1
+        factor = 2 if normalize == 'none' and name in ('loss_ld', 'loss_ld_vlr') else 1
         assert value > 0
         torch.testing.assert_close(twice[name], factor * value, rtol=1e-4, atol=1e-7)
 
 
 def test_divided_by_weights_it_is_a_mean_over_the_region():
     """Where all edges differ by the same, by as much, whatever the number of slots."""
-    student, teacher, distiller = pair(normalise='weights', weight=1.0, valuable_weight=1.0)
+    student, teacher, distiller = pair(normalize='weights', ld_weight=1.0, ld_vlr_weight=1.0)
     images = torch.randn(2, 3, 96, 128)
     with torch.no_grad():
         for model, slope in ((student, 0.0), (teacher, 1.0)):
@@ -229,23 +290,23 @@ def test_divided_by_weights_it_is_a_mean_over_the_region():
                 scale.scale.fill_(1.0)
     found = distiller(*tapped(student, teacher, distiller, images), samples())
     each = divergence([0.0] * 17, list(range(17)), 10.0) / 17
-    assert found['loss_main'].item() == pytest.approx(each, rel=1e-4)
-    assert found['loss_valuable'].item() == pytest.approx(each / 4, rel=1e-4)
+    assert found['loss_ld'].item() == pytest.approx(each, rel=1e-4)
+    assert found['loss_ld_vlr'].item() == pytest.approx(each / 4, rel=1e-4)
 
 
 def test_zero_for_equal_networks():
     student, teacher, distiller = pair(teacher=detectors.gfl())
     teacher.load_state_dict(student.state_dict())
     found = distiller(*tapped(student.eval(), teacher.eval(), distiller, torch.randn(2, 3, 96, 128)), samples())
-    assert [found[name].item() for name in ('loss_main', 'loss_valuable', 'loss_class')] == [0, 0, 0]
+    assert [found[name].item() for name in ('loss_ld', 'loss_ld_vlr', 'loss_kd')] == [0, 0, 0]
     assert found['positives'] > 0
 
 
-@pytest.mark.parametrize('normalise', ['images', 'weights', 'none'])
-@pytest.mark.parametrize('class_mean', ['all', 'level'])
+@pytest.mark.parametrize('normalize', ['images', 'weights', 'none'])
+@pytest.mark.parametrize('kd_mean', ['all', 'level'])
 @pytest.mark.parametrize('objects', [0, 5])
-def test_gradients_reach_the_student_alone(normalise, class_mean, objects):
-    student, teacher, distiller = pair(normalise=normalise, class_mean=class_mean)
+def test_gradients_reach_the_student_alone(normalize, kd_mean, objects):
+    student, teacher, distiller = pair(normalize=normalize, kd_mean=kd_mean)
     assert not list(distiller.parameters())
     found = distiller(*tapped(student, teacher, distiller, torch.randn(2, 3, 96, 128)), samples(objects))
     losses = {name: loss for name, loss in found.items() if name.startswith('loss')}
@@ -262,7 +323,7 @@ def test_gradients_reach_the_student_alone(normalise, class_mean, objects):
 def test_the_students_score_only_weighs():
     """No gradient through it: the main loss leaves the classifier alone."""
     student, teacher, distiller = pair()
-    distiller(*tapped(student, teacher, distiller, torch.randn(2, 3, 96, 128)), samples())['loss_main'].backward()
+    distiller(*tapped(student, teacher, distiller, torch.randn(2, 3, 96, 128)), samples())['loss_ld'].backward()
     assert student.bbox_head.gfl_reg.weight.grad.any()
     assert student.bbox_head.gfl_cls.weight.grad is None
 
@@ -299,10 +360,10 @@ def test_pairs_that_cannot_be_compared_are_errors(student, teacher, message):
     'options',
     [
         dict(tau=0),
-        dict(class_tau=-1),
+        dict(kd_tau=-1),
         dict(gamma=1.0),
-        dict(normalise='mean'),
-        dict(class_mean='image'),
+        dict(normalize='mean'),
+        dict(kd_mean='image'),
         dict(over_bins='max'),
     ],
 )

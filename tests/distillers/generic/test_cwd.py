@@ -2,8 +2,14 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 
-from mmkd.distillers.generic.cwd import channel_wise_divergence
+from mmkd.distill import distill
+from mmkd.distillers.generic.cwd import CWD, channel_wise_divergence
+from mmkd.errors import ConfigError
+from mmkd.taps import Taps
+from mmkd.testing import models, segmentors
+from mmkd.testing.batches import random_batch
 from mmkd.testing.closed_form import closed_form_inputs
 
 
@@ -75,3 +81,39 @@ def test_the_gradient_reaches_the_student_and_not_the_teacher():
     channel_wise_divergence(student, teacher).backward()
     assert student.grad.abs().sum() > 0
     assert teacher.grad is None
+
+
+# --- as a distiller
+
+
+@pytest.mark.parametrize('tau', [1.0, 3.0])
+def test_layers_are_adapted_and_summed_at_their_temperature_and_weighed(tau, tmp_path):
+    """Logits of the same channels and stride, and features of others, which an adapter of the user's maps."""
+    teacher = segmentors.deeplabv3(24)
+    checkpoint = models.save_weights(teacher, tmp_path / 'teacher.pth')
+    layers = ['decode_head.conv_seg', 'backbone.layer3']
+    others = ['decode_head.conv_seg', 'decode_head.bottleneck']
+    options = dict(type='CWD', layer=layers, teacher_layer=others, tau=tau, loss_weight=7.0)
+    student = models.build(segmentors.pspnet(), seed=0)
+    model = distill(student, dict(config=teacher, checkpoint=checkpoint), dict(cwd=options))
+    model.sources['teacher'].load()
+    model.train()
+    data = model.data_preprocessor(random_batch(model, (2, 3, 64, 96)), True)
+    with Taps(model, layers) as taps:
+        loss = model(**data, mode='loss')['cwd.loss']
+    read = model.sources['teacher'](data['inputs'], None)
+    expected = 0.0
+    for layer, other, adapter in zip(layers, others, model.distillers['cwd'].levels.adapters, strict=True):
+        (s,), (t,) = taps[layer], read[other]
+        s = F.interpolate(adapter(s), t.shape[2:], mode='bilinear')
+        expected += plain_loops(s.double(), t.double(), tau)
+    assert loss.item() == pytest.approx(7 * expected, rel=1e-4)
+    assert [type(each).__name__ for each in model.distillers['cwd'].levels.adapters] == ['Identity', 'ConvAdapter']
+    loss.backward()
+    assert all(each.grad.any() for each in (model.decode_head.conv_seg.weight, model.backbone.layer3[0].conv1.weight))
+
+
+@pytest.mark.parametrize('options', [dict(tau=0), dict(tau='4'), dict(match='size'), dict(loss_weight='2')])
+def test_options_out_of_range_are_errors(options):
+    with pytest.raises(ConfigError, match=next(iter(options)).removeprefix('loss_')):
+        CWD('neck', **options)

@@ -132,5 +132,5 @@ def test_the_generators_learn():
     'options', [dict(mask_ratio=1.0), dict(mask_ratio=-0.1), dict(match='size'), dict(loss_weight='2')]
 )
 def test_options_out_of_range_are_errors(options):
-    with pytest.raises(ConfigError, match=next(iter(options))):
+    with pytest.raises(ConfigError, match=next(iter(options)).removeprefix('loss_')):
         MGD('neck', **options)

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from mmkd.distillers.generic.pkd import PKD, pearson_loss, standardise
+from mmkd.distillers.generic.pkd import PKD, pearson_loss, standardize
 from mmkd.errors import ConfigError
 from mmkd.hosts.running import probe
 from mmkd.taps import Taps
@@ -62,17 +62,17 @@ def test_a_constant_channel_is_zero_with_a_finite_gradient(value):
     assert torch.isfinite(student.grad).all()
     assert student.grad[:, 1].abs().sum() == 0
     assert (student.grad[:, 0].abs() > 0).all()
-    assert (standardise(student)[:, 1] == 0).all()
-    assert (standardise(teacher)[:, 2] == 0).all()
+    assert (standardize(student)[:, 1] == 0).all()
+    assert (standardize(teacher)[:, 2] == 0).all()
 
 
 def test_a_channel_that_is_constant_up_to_rounding_is_constant():
     feature = torch.full((2, 1, 8, 8), 3.1)
     feature[0, 0, ::2] = torch.nextafter(feature[0, 0, ::2], torch.tensor(torch.inf))
     assert feature.unique().numel() == 2
-    assert (standardise(feature) == 0).all()
+    assert (standardize(feature) == 0).all()
     feature = 1e-4 * torch.randn(2, 1, 8, 8) + 3.1
-    assert standardise(feature).std().item() == pytest.approx(1, abs=0.02)
+    assert standardize(feature).std().item() == pytest.approx(1, abs=0.02)
 
 
 def test_a_single_value_per_channel_is_constant():
@@ -102,10 +102,10 @@ def tapped(student, teacher, distiller, size=(96, 128)):
 
 def test_equal_networks_and_the_sum_over_levels():
     student, teacher, other = (models.build(detectors.retinanet(), seed=seed) for seed in (0, 0, 1))
-    distiller = PKD('neck', loss_weight=2.0)
+    distiller = PKD('neck', loss_weight=2.0, eps=0.3)
     assert distiller(*tapped(student, teacher, distiller), None)['loss'].item() == 0
     taps = tapped(student, other, distiller)
-    expected = 2 * sum(pearson_loss(s, t) for s, t in zip(taps[0]['neck'], taps[1]['neck'], strict=True))
+    expected = 2 * sum(pearson_loss(s, t, 0.3) for s, t in zip(taps[0]['neck'], taps[1]['neck'], strict=True))
     torch.testing.assert_close(distiller(*taps, None)['loss'], expected)
     assert len(taps[0]['neck']) == 3
 
@@ -144,5 +144,5 @@ def test_levels_in_order_are_resized_to_the_teachers():
 
 @pytest.mark.parametrize('options', [dict(eps=-1.0), dict(eps='a'), dict(match='size'), dict(loss_weight='10')])
 def test_options_out_of_range_are_errors(options):
-    with pytest.raises(ConfigError, match=next(iter(options))):
+    with pytest.raises(ConfigError, match=next(iter(options)).removeprefix('loss_')):
         PKD('neck', **options)

@@ -5,12 +5,15 @@ import torch
 import torch.nn.functional as F
 
 from mmkd.distill import distill
-from mmkd.distillers.segmentation.cirkd import CIRKD, batch_loss, class_means, draw_pixels, memory_loss, pool_labelled
+from mmkd.distillers.memory import ClassMemory
+from mmkd.distillers.segmentation.cirkd import CIRKD, batch_loss, class_means, draw_pixels, memory_loss, pool_labeled
 from mmkd.errors import ConfigError
 from mmkd.hosts.running import probe
 from mmkd.taps import Taps
 from mmkd.testing import models, segmentors
 from mmkd.testing.batches import random_batch
+
+FEATURE = 'decode_head.dropout:input'
 
 
 def softmax(values):
@@ -144,7 +147,7 @@ def test_entries_that_are_not_there_do_not_matter():
 def test_pooling_as_plain_loops(most, window):
     """Of a map of 5x7: windows at the edges are cut, ignored positions left out."""
     feature, valid = torch.randn(2, 3, 5, 7, dtype=torch.float64), torch.rand(2, 5, 7) < 0.4
-    pooled, there = pool_labelled(feature, valid, most)
+    pooled, there = pool_labeled(feature, valid, most)
     assert pooled.shape[2:] == (math.ceil(5 / window), math.ceil(7 / window))
     assert pooled[0, 0].numel() <= most
     if window == 1:
@@ -165,7 +168,7 @@ def test_the_published_choices_of_pooling():
     """For two images of a process: none for 64x64, 2x2 for 64x128, 4x4 for 256x256."""
     most = CIRKD().max_positions // 2
     for size, pooled in (((64, 64), (64, 64)), ((64, 128), (32, 64)), ((256, 256), (64, 64))):
-        found, _ = pool_labelled(torch.zeros(1, 1, *size), torch.ones(1, *size, dtype=torch.bool), most)
+        found, _ = pool_labeled(torch.zeros(1, 1, *size), torch.ones(1, *size, dtype=torch.bool), most)
         assert found.shape[2:] == pooled
 
 
@@ -215,7 +218,16 @@ def pair(tmp_path, family='deeplabv3', teacher=None, **options):
     config = teacher or getattr(segmentors, family)(24, base=16)
     checkpoint = models.save_weights(config, tmp_path / 'teacher.pth')
     student = models.build(getattr(segmentors, family)(), seed=0)
-    options = dict(pixels=190, regions=38, pixel_memory=30, region_memory=8, pixels_per_image=4) | options
+    options = (
+        dict(
+            pixel_contrast_size=190,
+            region_contrast_size=38,
+            pixel_memory_size=30,
+            region_memory_size=8,
+            pixels_per_image=4,
+        )
+        | options
+    )
     model = distill(student, dict(config=config, checkpoint=checkpoint), dict(cirkd=dict(type='CIRKD', **options)))
     model.sources['teacher'].load()
     return model.train()
@@ -254,14 +266,15 @@ def test_a_training_step(family, options, tmp_path):
 
 def test_a_class_queue_has_pixels_of_that_class_alone(tmp_path):
     """Each entry is the teacher's embedding of a pixel with that label; regions are means of a class in an image."""
-    model = pair(tmp_path, pixel_memory=40)
+    model = pair(tmp_path, pixel_memory_size=40)
     pixels, regions = {k: [] for k in range(19)}, {k: [] for k in range(19)}
     for seed in range(3):
         step(model, seed=seed)
         data = model.data_preprocessor(random_batch(model, (2, 3, 64, 96), seed=seed), True)
-        embedding = F.normalize(model.sources['teacher'](data['inputs'], None)['decode_head.bottleneck'][0], dim=1)
+        embedding = F.normalize(model.sources['teacher'](data['inputs'], None)[FEATURE][0], dim=1)
         for feature, sample in zip(embedding, data['data_samples']):
-            labels = sample.gt_sem_seg.data[0, :: 64 // feature.shape[1], :: 96 // feature.shape[2]]
+            stride = 64 // feature.shape[1]
+            labels = sample.gt_sem_seg.data[0, stride // 2 :: stride, stride // 2 :: stride]
             for k in range(19):
                 of_class = feature[:, labels == k].t()
                 if len(of_class):
@@ -283,7 +296,17 @@ def test_a_class_queue_has_pixels_of_that_class_alone(tmp_path):
 
 def test_the_memorys_losses_are_of_what_earlier_steps_left(tmp_path):
     """With one entry of each class drawn from queues of one, the contrast set is known."""
-    model = pair(tmp_path, pixels=1, regions=1, pixel_memory=1, region_memory=1, pixel_weight=2.0, region_weight=3.0)
+    model = pair(
+        tmp_path,
+        pixel_contrast_size=1,
+        region_contrast_size=1,
+        pixel_memory_size=1,
+        region_memory_size=1,
+        batch_weight=5.0,
+        pixel_weight=2.0,
+        region_weight=3.0,
+        tau=0.2,
+    )
     step(model)
     distiller = model.distillers.cirkd
     kept = [
@@ -293,28 +316,45 @@ def test_the_memorys_losses_are_of_what_earlier_steps_left(tmp_path):
     with Taps(model, distiller.student_layers) as student:
         losses = model(**data, mode='loss')
     teacher = model.sources['teacher'](data['inputs'], None)
-    (s,), (t,) = student['decode_head.bottleneck'], teacher['decode_head.bottleneck']
-    labels = torch.cat([sample.gt_sem_seg.data for sample in data['data_samples']])[:, ::16, ::16]
+    (s,), (t,) = student[FEATURE], teacher[FEATURE]
+    labels = torch.cat([sample.gt_sem_seg.data for sample in data['data_samples']])[:, 8::16, 8::16]
     valid = labels != 255
-    torch.testing.assert_close(losses['cirkd.loss_batch'], batch_loss(s, t, valid))
+    torch.testing.assert_close(losses['cirkd.loss_batch'], 5 * batch_loss(s, t, valid, 0.2))
     for key, weight, (memory, there) in zip(('loss_pixel', 'loss_region'), (2.0, 3.0), kept):
-        expected = weight * memory_loss(distiller.projection(s), t, valid, memory, there)
+        expected = weight * memory_loss(distiller.projection(s), t, valid, memory, there, 0.2)
         assert expected > 0
         torch.testing.assert_close(losses[f'cirkd.{key}'], expected)
 
 
-def test_maps_of_two_sizes(tmp_path):
-    """The student's map, of stride 16, is resized to the teacher's, of stride 8."""
-    model = pair(tmp_path, teacher=segmentors.pspnet(24))
+def test_how_many_pixels_and_regions_are_drawn_of_each_class(tmp_path, monkeypatch):
+    """One more than their part of the whole."""
+    drawn = {}
+    draw = ClassMemory.draw
+    monkeypatch.setattr(
+        ClassMemory, 'draw', lambda self, number: drawn.update({id(self): number}) or draw(self, number)
+    )
+    model = pair(tmp_path, pixel_contrast_size=190, region_contrast_size=38)
+    step(model)
+    cirkd = model.distillers.cirkd
+    assert drawn == {id(cirkd.pixel_queues): 11, id(cirkd.region_queues): 3}
+
+
+@pytest.mark.parametrize('max_positions', [8192, 50])
+def test_maps_of_two_sizes(max_positions, tmp_path):
+    """The student's map, of stride 16, is resized to the teacher's, of stride 8; both are pooled where they are large."""
+    model = pair(tmp_path, teacher=segmentors.pspnet(24), max_positions=max_positions)
     data = model.data_preprocessor(random_batch(model, (2, 3, 64, 96)), True)
-    with Taps(model, ['decode_head.bottleneck']) as student:
+    with Taps(model, [FEATURE]) as student:
         loss = model(**data, mode='loss')['cirkd.loss_batch']
     (s,), (t,) = (
-        student['decode_head.bottleneck'],
-        model.sources['teacher'](data['inputs'], None)['decode_head.bottleneck'],
+        student[FEATURE],
+        model.sources['teacher'](data['inputs'], None)[FEATURE],
     )
-    valid = torch.cat([sample.gt_sem_seg.data for sample in data['data_samples']])[:, ::8, ::8] != 255
-    torch.testing.assert_close(loss, batch_loss(F.interpolate(s, (8, 12), mode='bilinear'), t, valid))
+    valid = torch.cat([sample.gt_sem_seg.data for sample in data['data_samples']])[:, 4::8, 4::8] != 255
+    s = F.interpolate(s, (8, 12), mode='bilinear')
+    (s, _), (t, valid) = (pool_labeled(each, valid, max_positions // 2) for each in (s, t))
+    assert t.shape[2:] == ((8, 12) if max_positions > 200 else (4, 6))
+    torch.testing.assert_close(loss, batch_loss(s, t, valid))
 
 
 def test_relations_within_the_batch_are_zero_for_equal_networks(tmp_path):
@@ -340,8 +380,16 @@ def test_the_checkpoint_has_the_memory(tmp_path):
 @pytest.mark.parametrize(
     ('layer', 'options', 'message'),
     [
-        ('decode_head.bottleneck', dict(pixel_memory=100), r'pixel_memory=100: 216 of each of the 19 classes'),
-        ('decode_head.bottleneck', dict(region_memory=54, regions=2000), r'region_memory=54: 106 of each'),
+        (
+            'decode_head.bottleneck',
+            dict(pixel_memory_size=100),
+            r'pixel_memory_size=100: 216 of each of the 19 classes',
+        ),
+        (
+            'decode_head.bottleneck',
+            dict(region_memory_size=54, region_contrast_size=2000),
+            r'region_memory_size=54: 106 of each',
+        ),
         ('backbone', {}, r"layer='backbone' puts out 4 maps; name one"),
     ],
 )
@@ -354,9 +402,19 @@ def test_pairs_that_cannot_be_compared_are_errors(layer, options, message):
 
 @pytest.mark.parametrize(
     'options',
-    [dict(tau=0), dict(pixels=0), dict(regions=1.5), dict(pixel_memory=True), dict(region_memory=-1), dict(pixels_per_image=0),
-     dict(max_positions=0), dict(pixel_weight='1'), dict(region_weight='1')],
-)  # fmt: skip
+    [
+        dict(tau=0),
+        dict(pixel_contrast_size=0),
+        dict(region_contrast_size=1.5),
+        dict(pixel_memory_size=True),
+        dict(region_memory_size=-1),
+        dict(pixels_per_image=0),
+        dict(max_positions=0),
+        dict(batch_weight='1'),
+        dict(pixel_weight='1'),
+        dict(region_weight='1'),
+    ],
+)
 def test_options_out_of_range_are_errors(options):
     with pytest.raises(ConfigError, match=next(iter(options)) if 'weight' not in next(iter(options)) else 'weight'):
         CIRKD(**options)

@@ -17,6 +17,9 @@ from mmkd.testing.batches import random_batch
 from mmkd.testing.closed_form import closed_form_inputs
 
 LAYERS = ('decode_head.conv_seg', 'auxiliary_head.conv_seg')
+KEYS = (
+    'loss_kl', 'loss_auxiliary_kl', 'loss_mse', 'loss_pseudo', 'loss_adversarial', 'loss_auxiliary_adversarial', 'loss_critic'
+)  # fmt: skip
 
 
 class Heads(nn.Module):
@@ -55,6 +58,7 @@ def samples(labels, domains, shapes=None):
 
 def made(student, teacher, dtype=torch.float64, **options):
     distiller = DAKD(critic_channels=2, **options)
+    distiller.prepare(student.model, teacher.model)
     distiller.setup(student, teacher)
     return distiller.to(dtype)
 
@@ -163,40 +167,52 @@ def losses_as_plain_loops(student, teacher, labels, shapes, distiller, upsample,
         )
     else:
         student = {layer: resized(z, teacher[layer].shape[2:]) for layer, z in student.items()}
-    expected = dict.fromkeys(('loss_kl', 'loss_mse', 'loss_pseudo', 'loss_adversarial', 'loss_critic'), 0.0)
+    expected = dict.fromkeys(KEYS, 0.0)
 
     def counts(h, w, with_labels):
         valid = torch.zeros(3, h, w, dtype=torch.bool)
         for b in range(3):
             for y in range(h):
                 for x in range(w):
-                    row, column = y * height // h, x * width // w
+                    row, column = (2 * y + 1) * height // (2 * h), (2 * x + 1) * width // (2 * w)
                     inside = row < shapes[b][0] and column < shapes[b][1]
                     ignored = with_labels and b < 2 and labels[b, row, column].item() == 255
                     valid[b, y, x] = inside and not ignored
         return valid
 
+    weights = OWN_WEIGHTS
+    divisor = 3 if distiller.reduction == 'element_mean' else 1
     for images, gamma in ((slice(0, 2), 1.0), (slice(2, 3), 0.7)):
         pairs = {}
         for layer in LAYERS:
             valid = counts(*student[layer].shape[2:], True)[images]
             pairs[layer] = pixels(student[layer][images], valid), pixels(teacher[layer][images], valid)
         main, auxiliary = pairs.values()
-        expected['loss_kl'] += gamma * 0.1 * (kl(*main) + 0.1 * kl(*auxiliary)) / 3
-        expected['loss_mse'] += gamma * 0.01 * squares(*auxiliary)
-        expected['loss_pseudo'] += gamma * pseudo(*main, 0.4)
-    for layer, critic, weight in zip(LAYERS, distiller.critics.values(), (1e-3, 2e-4)):
+        expected['loss_kl'] += gamma * weights['kl_weight'] * kl(*main) / divisor
+        expected['loss_auxiliary_kl'] += gamma * weights['auxiliary_kl_weight'] * kl(*auxiliary) / divisor
+        expected['loss_mse'] += gamma * weights['mse_weight'] * squares(*auxiliary)
+        expected['loss_pseudo'] += gamma * weights['pseudo_weight'] * pseudo(*main, 0.4)
+    for key, layer, critic in zip(KEYS[4:6], LAYERS, distiller.critics.values()):
+        weight = weights[key.removeprefix('loss_') + '_weight']
         size = (height, width) if upsample else (32, 32)
         decisions = critic(resized(original[layer], size).softmax(1))
         valid = counts(size[0] // 32, size[1] // 32, False)
         source, target = (decisions[:2], valid[:2]), (decisions[2:], valid[2:])
-        expected['loss_adversarial'] += weight * bce(target[0], 'source', target[1])
+        expected[key] += weight * bce(target[0], 'source', target[1])
         expected['loss_critic'] += 0.5 * bce(source[0], 'source', source[1]) + 0.5 * bce(target[0], 'target', target[1])
     return expected
 
 
-@pytest.mark.parametrize(('upsample', 'label_size'), [(True, False), (False, False), (True, True)])
-def test_all_losses_as_plain_loops(upsample, label_size):
+OWN_WEIGHTS = {
+    f'{key.removeprefix("loss_")}_weight': weight for key, weight in zip(KEYS, (2.0, 3.0, 5.0, 7.0, 11.0, 13.0))
+}
+
+
+@pytest.mark.parametrize(
+    ('upsample', 'label_size', 'reduction'),
+    [(True, False, 'element_mean'), (False, False, 'pixel_mean'), (True, True, 'element_mean')],
+)
+def test_all_losses_as_plain_loops(upsample, label_size, reduction):
     """Three classes, logits of two sizes, ignored source pixels, and padded images of both domains."""
     size = (64, 96) if not label_size else (32, 64)
     student = taps(*torch.randn(2, 3, 3, 4, 6, dtype=torch.float64))
@@ -205,7 +221,8 @@ def test_all_losses_as_plain_loops(upsample, label_size):
     labels[:2][torch.rand(2, *size) < 0.3] = 255
     labels[2] = 255
     shapes = [size, (size[0], size[1] // 2), (size[0] // 2, size[1] - 32)]
-    distiller = made(student, teacher, target_weight=0.7, threshold=0.4, upsample=upsample, label_size=label_size)
+    options = dict(target_weight=0.7, threshold=0.4, upsample=upsample, label_size=label_size, reduction=reduction)
+    distiller = made(student, teacher, **options, **OWN_WEIGHTS)
     expected = losses_as_plain_loops(student, teacher, labels, shapes, distiller, upsample, label_size)
     with torch.no_grad():
         found = distiller(student, teacher, samples(labels, 'sst', shapes))
@@ -215,14 +232,15 @@ def test_all_losses_as_plain_loops(upsample, label_size):
 
 
 def test_the_divergence_that_the_public_code_means():
-    """0.2311546 for each domain of one image, and for the auxiliary heads a tenth of that."""
+    """0.2311546 for each domain of one image."""
     student, teacher = closed_form_inputs((2, 5, 4, 6))
     student, teacher = taps(student, student), taps(teacher, teacher)
     distiller = made(student, teacher, torch.float32)
     whole = torch.zeros(2, 32, 48, dtype=torch.long)
     with torch.no_grad():
-        loss = distiller(student, teacher, samples(whole, 'st'))['loss_kl']
-    assert loss.item() == pytest.approx(0.1 * 1.1 * 2 * 0.2311546, rel=1e-5)
+        losses = distiller(student, teacher, samples(whole, 'st'))
+    assert losses['loss_kl'].item() == pytest.approx(0.1 * 2 * 0.2311546, rel=1e-5)
+    assert losses['loss_auxiliary_kl'].item() == pytest.approx(0.01 * 2 * 0.2311546, rel=1e-5)
 
 
 def case(batch=4):
@@ -243,6 +261,7 @@ def test_zero_for_equal_networks_where_the_formula_is():
     student, _, data_samples = case()
     found = made(student, student, torch.float32)(student, student, data_samples)
     assert found['loss_kl'].item() == pytest.approx(0, abs=1e-7)
+    assert found['loss_auxiliary_kl'].item() == pytest.approx(0, abs=1e-7)
     assert found['loss_mse'].item() == 0
     assert found['loss_pseudo'].item() > 0
 
@@ -258,34 +277,37 @@ def test_as_large_for_more_images_in_any_order():
         torch.testing.assert_close(found[key], value)
 
 
-@pytest.mark.parametrize('key', ['loss_kl', 'loss_mse', 'loss_pseudo', 'loss_adversarial', 'loss_critic'])
+@pytest.mark.parametrize('key', KEYS)
 def test_who_learns_from_which_loss(key):
     student, teacher, data_samples = case()
     distiller = made(student, teacher, torch.float32)
     distiller(student, teacher, data_samples)[key].backward()
     reached = [grad is not None and bool(grad.any()) for grad in gradients(student)]
-    by_key = dict(loss_mse=[False, True], loss_pseudo=[True, False], loss_critic=[False, False])
-    assert reached == by_key.get(key, [True, True])
+    main, auxiliary = [True, False], [False, True]
+    by_key = dict(
+        loss_auxiliary_kl=auxiliary, loss_mse=auxiliary, loss_auxiliary_adversarial=auxiliary, loss_critic=[False] * 2
+    )
+    assert reached == by_key.get(key, main)
     assert gradients(teacher) == [None, None]
     for parameter in distiller.critics.parameters():
         assert (parameter.grad is not None and bool(parameter.grad.any())) == (key == 'loss_critic')
-    if key == 'loss_adversarial':  # the source's outputs need not look like the source's
-        assert not any(grad[:2].any() for grad in gradients(student))
+    if 'adversarial' in key:  # the source's outputs need not look like the source's
+        assert not any(grad[:2].any() for grad in gradients(student) if grad is not None)
 
 
 def test_the_targets_weight_is_of_the_teachers_part_alone():
     student, teacher, data_samples = case()
     losses = made(student, teacher, torch.float32, target_weight=0.0)(student, teacher, data_samples)
-    sum(losses[key] for key in ('loss_kl', 'loss_mse', 'loss_pseudo')).backward(retain_graph=True)
+    sum(losses[key] for key in KEYS[:4]).backward(retain_graph=True)
     assert all(grad[:2].any() and not grad[2:].any() for grad in gradients(student))
-    losses['loss_adversarial'].backward()
+    (losses['loss_adversarial'] + losses['loss_auxiliary_adversarial']).backward()
     assert all(grad[2:].any() for grad in gradients(student))
 
 
 def test_weights_follow_their_schedules_and_scale_their_own_losses():
     student, teacher, data_samples = case()
     distiller = made(student, teacher, torch.float32)
-    twice = dict(kl_weight=0.2, mse_weight=0.02, pseudo_weight=2.0)
+    twice = dict(kl_weight=0.2, auxiliary_kl_weight=0.02, mse_weight=0.02, pseudo_weight=2.0)
     twice |= dict(adversarial_weight=2e-3, auxiliary_adversarial_weight=dict(type='constant', value=4e-4))
     other = made(student, teacher, torch.float32, **twice)
     other.load_state_dict(distiller.state_dict())
@@ -376,7 +398,7 @@ def test_channels_last_inputs_extreme_logits_and_one_image_of_each(options):
 def test_positions_on_images():
     domains = Domains.of(samples(torch.zeros(2, 8, 12, dtype=torch.long), 'st', [(8, 12), (3, 7)]))
     expected = torch.zeros(4, 4, dtype=torch.bool)
-    expected[:2, :3] = True  # pixels 0, 2, 4 and 6 below 3; pixels 0, 3, 6 and 9 below 7
+    expected[:1, :2] = True  # pixels 1, 3, 5 and 7 below 3; pixels 1, 4, 7 and 10 below 7
     assert domains.on_images((4, 4)).tolist() == [torch.ones(4, 4, dtype=torch.bool).tolist(), expected.tolist()]
     whole = Domains.of(samples(torch.zeros(2, 8, 12, dtype=torch.long), 'ts'))
     assert whole.on_images((4, 6)).all()
@@ -442,7 +464,7 @@ def test_student_and_critics_learn_and_the_teacher_does_not(teacher, options, tm
     model = pair(tmp_path, teacher, **options)
     losses = model(**two_domains(model), mode='loss')
     found = {key: value for key, value in losses.items() if key.startswith('dakd.')}
-    assert set(found) == {f'dakd.loss_{key}' for key in ('kl', 'mse', 'pseudo', 'adversarial', 'critic')}
+    assert set(found) == {f'dakd.{key}' for key in KEYS}
     assert all(torch.isfinite(loss) and loss > 0 for loss in found.values())
     sum(found.values()).backward()
     for name in ('backbone.layer3.0.conv1', *LAYERS):

@@ -23,7 +23,7 @@ def pearson(a, b):
     mean_a, mean_b = sum(a) / len(a), sum(b) / len(b)
     a, b = [v - mean_a for v in a], [v - mean_b for v in b]
     dot, aa, bb = (sum(v * w for v, w in zip(*each)) for each in ((a, b), (a, a), (b, b)))
-    return (dot + 1e-8) / math.sqrt((aa + 1e-8) * (bb + 1e-8))
+    return dot / (math.sqrt(aa) * math.sqrt(bb) + 1e-8)
 
 
 def plain_loops(student, teacher, tau, valid):
@@ -99,15 +99,58 @@ def zip_rows(a, b):
 
 @pytest.mark.parametrize('constant', ['student', 'teacher', 'both'])
 def test_constant_probabilities_are_finite_and_differentiable(constant):
-    student, teacher = torch.randn(2, 2, 5, 4, 6)
-    student = torch.zeros(2, 5, 4, 6) if constant != 'teacher' else student
-    teacher = torch.ones(2, 5, 4, 6) if constant != 'student' else teacher
+    """A class that one of the networks sees nowhere, or equally everywhere, correlates with nothing."""
+    student, teacher = torch.randn(2, 2, 5, 4, 6, dtype=torch.float64)
+    student = torch.zeros_like(student) if constant != 'teacher' else student
+    teacher = torch.ones_like(teacher) if constant != 'student' else teacher
     student.requires_grad_()
     inter, intra = relation_losses(student, teacher)
     (inter + intra).backward()
     assert torch.isfinite(student.grad).all()
     for loss in (inter, intra):
-        assert loss.item() == pytest.approx(0 if constant == 'both' else 1, abs=0.01)
+        assert loss.item() == pytest.approx(1, abs=1e-5)
+
+
+def test_a_class_of_probability_zero_has_a_finite_gradient():
+    student, teacher = torch.randn(2, 2, 5, 4, 6)
+    student[:, 0] = -1000
+    teacher[:, 1] = -1000
+    student.requires_grad_()
+    sum(relation_losses(student, teacher)).backward()
+    assert torch.isfinite(student.grad).all()
+    assert student.grad.any()
+
+
+def authors(student, teacher):
+    """The sum of both terms as the authors' code has it, where all pixels count."""
+    rows = [each.softmax(1).transpose(0, 1).flatten(1).t() for each in (student, teacher)]
+
+    def one_less_cosine(a, b):
+        a, b = (each - each.mean(1, keepdim=True) for each in (a, b))
+        dot, aa, bb = ((v * w).sum(1) for v, w in ((a, b), (a, a), (b, b)))
+        return 1 - (dot / (aa.sqrt() * bb.sqrt() + 1e-8)).mean()
+
+    return one_less_cosine(*rows) + one_less_cosine(*(each.t() for each in rows))
+
+
+@pytest.mark.parametrize('absent', [(0, 0), (10, 10), (14, 14), (17, 17), (17, 0), (0, 17), (40, 40), (40, 0)])
+@pytest.mark.parametrize('dtype', [torch.float64, torch.float32])
+def test_classes_that_are_nowhere_as_the_authors_code_has_them(absent, dtype):
+    """Two of five classes, of a probability of 1 in e^absent: the value and the direction and length of the gradient."""
+    student, teacher = torch.randn(2, 2, 5, 16, 16, dtype=torch.float64)
+    for each, less in zip((student, teacher), absent):
+        each[:, :2] -= less
+    results = []
+    for function, precision in ((authors, torch.float64), (lambda s, t: sum(relation_losses(s, t)), dtype)):
+        s = student.clone().to(precision).requires_grad_()
+        loss = function(s, teacher.to(precision))
+        loss.backward()
+        results.append((loss.item(), s.grad.double().flatten()))
+    (expected, steep), (found, slope) = results
+    exact = dtype is torch.float64
+    assert found == pytest.approx(expected, rel=1e-12 if exact else 1e-5)
+    assert F.cosine_similarity(slope, steep, dim=0).item() == pytest.approx(1, abs=1e-12 if exact else 1e-6)
+    assert (slope.norm() / steep.norm()).item() == pytest.approx(1, abs=1e-9 if exact else 1e-4)
 
 
 def test_a_batch_of_one_weighs_as_much_as_a_larger_one():
@@ -150,20 +193,21 @@ def pair(tmp_path, teacher, **distillers):
 
 @pytest.mark.parametrize('teacher', [segmentors.pspnet(24, base=16), segmentors.deeplabv3(24)], ids=['psp', 'aspp'])
 def test_terms_are_weighed_and_ignored_pixels_left_out(teacher, tmp_path):
-    model = pair(tmp_path, teacher, dist=dict(type='DIST', beta=2.0, gamma=0.5, tau=2.0, loss_weight=3.0))
+    model = pair(tmp_path, teacher, dist=dict(type='DIST', inter_weight=6.0, intra_weight=1.5, tau=2.0))
     data = model.data_preprocessor(random_batch(model, (2, 3, 64, 96), objects=1), True)
     taps = model.sources['teacher'](data['inputs'], data['data_samples'])
     with Taps(model, model.distillers.student_layers) as student:
         model.decode_head.forward(model.extract_feat(data['inputs']))
     (s,), (t,) = student['decode_head.conv_seg'], taps['decode_head.conv_seg']
     stride = 64 // t.shape[2]
-    labels = torch.cat([sample.gt_sem_seg.data for sample in data['data_samples']])[:, ::stride, ::stride]
+    labels = torch.cat([sample.gt_sem_seg.data for sample in data['data_samples']])
+    labels = labels[:, stride // 2 :: stride, stride // 2 :: stride]
     s = F.interpolate(s, t.shape[2:], mode='bilinear')
     expected = plain_loops(s.double(), t.double(), 2.0, labels != 255)
     found = model.distillers.dist(student, taps, data['data_samples'])
     assert set(found) == {'loss_inter', 'loss_intra'}
-    assert found['loss_inter'].item() == pytest.approx(3 * 2 * expected[0], rel=1e-4)
-    assert found['loss_intra'].item() == pytest.approx(3 * 0.5 * expected[1], rel=1e-4)
+    assert found['loss_inter'].item() == pytest.approx(6 * expected[0], rel=1e-4)
+    assert found['loss_intra'].item() == pytest.approx(1.5 * expected[1], rel=1e-4)
     model.distillers.dist.use_labels = False
     every = model.distillers.dist(student, taps, None)
     torch.testing.assert_close(every['loss_inter'], 6 * relation_losses(s, t, 2.0)[0])
@@ -172,7 +216,7 @@ def test_terms_are_weighed_and_ignored_pixels_left_out(teacher, tmp_path):
 
 def test_a_training_step_with_auxiliary_logits(tmp_path):
     layer = 'auxiliary_head.conv_seg'
-    methods = dict(dist=dict(type='DIST'), auxiliary=dict(type='DIST', layer=layer, loss_weight=0.4))
+    methods = dict(dist=dict(type='DIST'), auxiliary=dict(type='DIST', layer=layer, inter_weight=0.4, intra_weight=0.4))
     model = pair(tmp_path, segmentors.pspnet(24), **methods)
     for objects in (4, 0):
         data = model.data_preprocessor(random_batch(model, (2, 3, 64, 96), objects), True)
@@ -191,13 +235,13 @@ def test_a_training_step_with_auxiliary_logits(tmp_path):
 def test_layers_that_cannot_be_compared_are_an_error():
     student, teacher = (models.build(segmentors.pspnet(classes=number)) for number in (19, 7))
     distiller = DIST()
+    distiller.prepare(student, teacher)
     with pytest.raises(ConfigError, match='19 channels'):
         distiller.setup(*(probe(model, distiller.student_layers) for model in (student, teacher)))
 
 
-@pytest.mark.parametrize(
-    'options', [dict(tau=0), dict(tau='1'), dict(beta=-1.0), dict(gamma='1'), dict(loss_weight='2')]
-)
+@pytest.mark.parametrize('options', [dict(tau=0), dict(tau='1'), dict(inter_weight='1'), dict(intra_weight='2')])
 def test_options_out_of_range_are_errors(options):
-    with pytest.raises(ConfigError, match=next(iter(options))):
+    name = next(iter(options))
+    with pytest.raises(ConfigError, match='weight' if 'weight' in name else name):
         DIST(**options)

@@ -11,6 +11,8 @@ from mmkd.taps import Taps
 from mmkd.testing import models, segmentors
 from mmkd.testing.batches import random_batch
 
+FEATURE = 'decode_head.dropout:input'
+
 
 def random_masks(batch=2, classes=4, height=5, width=6):
     """(B, K, H, W), a class or, for one label more, none for each position; the last class is in no image."""
@@ -168,20 +170,22 @@ def test_a_training_step(family, options, tmp_path):
     assert all(each.grad is None for each in model.sources['teacher'].model.parameters())
 
 
-def test_maps_of_two_sizes_and_labels_of_a_batch(tmp_path):
+@pytest.mark.parametrize('count_ignored', [False, True])
+def test_maps_of_two_sizes_and_labels_of_a_batch(count_ignored, tmp_path):
     """The student's map, of stride 16, is resized to the teacher's, of stride 8, and so are the labels."""
-    model = pair(tmp_path, 'deeplabv3', segmentors.pspnet(24), loss_weight=3.0)
-    data = model.data_preprocessor(random_batch(model, (2, 3, 64, 96)), True)
-    with Taps(model, ['decode_head.bottleneck']) as student:
+    model = pair(tmp_path, 'deeplabv3', segmentors.pspnet(24), loss_weight=3.0, count_ignored=count_ignored)
+    data = model.data_preprocessor(random_batch(model, (2, 3, 64, 96), objects=2), True)
+    with Taps(model, [FEATURE]) as student:
         loss = model(**data, mode='loss')['ifvd.loss']
     (s,), (t,) = (
-        student['decode_head.bottleneck'],
-        model.sources['teacher'](data['inputs'], None)['decode_head.bottleneck'],
+        student[FEATURE],
+        model.sources['teacher'](data['inputs'], None)[FEATURE],
     )
     assert (s.shape[1:], t.shape[1:]) == ((16, 4, 6), (24, 8, 12))
-    labels = torch.cat([sample.gt_sem_seg.data for sample in data['data_samples']])[:, ::8, ::8]
+    labels = torch.cat([sample.gt_sem_seg.data for sample in data['data_samples']])[:, 4::8, 4::8]
     masks = torch.stack([labels == k for k in range(19)], 1)
-    expected = intra_class_variation_loss(F.interpolate(s, (8, 12), mode='bilinear'), t, masks)
+    assert not masks.any(1).all()
+    expected = intra_class_variation_loss(F.interpolate(s, (8, 12), mode='bilinear'), t, masks, count_ignored)
     assert expected > 0
     torch.testing.assert_close(loss, 3 * expected)
 
@@ -196,5 +200,5 @@ def test_zero_for_equal_networks(tmp_path):
 
 @pytest.mark.parametrize('options', [dict(count_ignored=1), dict(loss_weight='2'), dict(match='size')])
 def test_options_out_of_range_are_errors(options):
-    with pytest.raises(ConfigError, match=next(iter(options))):
+    with pytest.raises(ConfigError, match=next(iter(options)).removeprefix('loss_')):
         IFVD(**options)

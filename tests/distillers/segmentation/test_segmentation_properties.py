@@ -12,9 +12,17 @@ from mmkd.testing.properties import assert_close, assert_differentiable, assert_
 
 ALL_PIXELS = 'its features or logits are compared at every position, as published'
 OTHER = 'other networks, or parts that are trained'
-DRAWN = 'what is compared with is drawn at random'
-CRITIC = 'the critic normalises by the batch, and its penalty is of random mixtures'
-# method: (student, teacher, distiller, properties that do not hold and why)
+PROJECTED = {f'it.loss_{key}': 'the projection is trained' for key in ('pixel', 'region')}
+NORMALIZED = dict.fromkeys(PROJECTED, "the projection's batch norm is over all positions")
+ADVERSARIAL = 'the game with a critic'
+GAME = {f'it.loss_{key}': ADVERSARIAL for key in ('holistic', 'critic')}
+DOMAINS = {f'it.loss_{key}': ADVERSARIAL for key in ('adversarial', 'auxiliary_adversarial', 'critic')}
+DOMAINS |= {'it.loss_pseudo': 'a cross-entropy with the class that the teacher finds most probable'}
+NEARLY_CONSTANT = (
+    'the correlation of a class that hardly varies is below 1, as the authors have it; test_dist has larger logits'
+)
+CRITIC = 'the critic normalizes by the batch, and its penalty is of random mixtures'
+# method: (student, teacher, distiller, properties that do not hold and why, perhaps for some losses alone)
 METHODS = {
     'KD': ('pspnet', 'pspnet', dict(type='KD'), {}),
     'KD at the size of labels': ('pspnet', 'pspnet', dict(type='KD', label_size=True, tau=2.0), {}),
@@ -41,8 +49,13 @@ METHODS = {
     'SKD': (
         'pspnet',
         'pspnet',
-        dict(type='SKD'),
-        {'zero': CRITIC, 'batch': CRITIC, 'bf16': CRITIC, 'ignored': ALL_PIXELS},
+        dict(type='SKD', holistic_weight=1.0),
+        {
+            'zero': {'it.loss_holistic': ADVERSARIAL, 'it.loss_critic': ADVERSARIAL},
+            'batch': CRITIC,
+            'bf16': CRITIC,
+            'ignored': ALL_PIXELS,
+        },
     ),
     'SKD of SegFormer': (
         'segformer',
@@ -56,14 +69,13 @@ METHODS = {
         {'zero': OTHER, 'ignored': ALL_PIXELS},
     ),
     'IFVD': ('pspnet', 'pspnet', dict(type='IFVD'), {}),
-    'CIRKD within the batch': (
+    'CIRKD': (
         'pspnet',
         'pspnet',
-        dict(type='CIRKD', pixel_weight=1e-9, region_weight=1e-9),
-        {},
+        dict(type='CIRKD'),
+        {'zero': PROJECTED, 'ignored': NORMALIZED},
     ),
-    'CIRKD': ('pspnet', 'pspnet', dict(type='CIRKD'), {'zero': OTHER, 'bf16': DRAWN}),
-    'DIST': ('deeplabv3', 'deeplabv3', dict(type='DIST'), {}),
+    'DIST': ('deeplabv3', 'deeplabv3', dict(type='DIST'), {'zero': {'it.loss_intra': NEARLY_CONSTANT}}),
     'MGD': (
         'pspnet',
         'pspnet',
@@ -79,15 +91,21 @@ METHODS = {
     'DAKD': (
         'deeplabv3',
         'deeplabv3',
-        dict(type='DAKD'),
-        {'zero': OTHER, 'ignored': 'the critics see whole maps; its own test covers the rest'},
+        dict(type='DAKD', adversarial_weight=1.0, auxiliary_adversarial_weight=1.0),
+        {
+            'zero': {
+                f'it.loss_{key}': ADVERSARIAL for key in ('pseudo', 'adversarial', 'auxiliary_adversarial', 'critic')
+            },
+            'ignored': 'the critics see whole maps; its own test covers the rest',
+        },
     ),
 }
 
 
 def holds(name):
-    """The methods for which a property holds, as parameters of a test."""
-    return pytest.mark.parametrize('method', [method for method, row in METHODS.items() if name not in row[3]])
+    """The methods for which a property holds, for some of their losses at least, as parameters of a test."""
+    found = [method for method, row in METHODS.items() if not isinstance(row[3].get(name), str)]
+    return pytest.mark.parametrize('method', found)
 
 
 def pair(method, tmp_path, same=False):
@@ -116,11 +134,21 @@ def batch_of(model, images=2, objects=4, copies=1):
     return model.data_preprocessor(data, True)
 
 
+def losses_of(model, batch):
+    """Those of the second step, which reads what the first has left in a memory."""
+    losses(model, batch)
+    return losses(model, batch)
+
+
 @holds('zero')
 def test_zero_for_identical_networks(method, tmp_path):
-    model = pair(method, tmp_path, same=True)
-    found = losses(model, batch_of(model))
-    assert_zero(found, losses(pair(method, tmp_path), batch_of(model)))
+    """In float64: what rounding leaves of large weights differs from processor to processor."""
+    found = []
+    for same in (True, False):
+        model = pair(method, tmp_path, same).double()
+        batch = batch_of(model)
+        found.append(losses_of(model, {**batch, 'inputs': batch['inputs'].double()}))
+    assert_zero(*found, METHODS[method][3].get('zero', {}))
 
 
 @pytest.mark.parametrize('method', METHODS)
@@ -130,10 +158,7 @@ def test_finite_and_differentiable_in_every_trainable_part(method, images, objec
     if method == 'DAKD' and images == 1:
         images = 2  # an image of each domain
     model = pair(method, tmp_path)
-    batch = batch_of(model, images, objects)
-    for _ in range(2):  # the second step reads what the first has left in a memory
-        found = losses(model, batch)
-    assert_differentiable(model, found)
+    assert_differentiable(model, losses_of(model, batch_of(model, images, objects)))
 
 
 @holds('batch')
@@ -148,10 +173,10 @@ def test_bf16_autocast_changes_little(method, tmp_path):
     """The whole forward pass of both networks under autocast, 2e-2 of the value."""
     model = pair(method, tmp_path)
     batch = batch_of(model)
-    exact = losses(model, batch)
+    exact = losses_of(model, batch)
     model = pair(method, tmp_path)
     with torch.autocast('cpu', torch.bfloat16):
-        rounded = losses(model, batch)
+        rounded = losses_of(model, batch)
     assert_close(rounded, exact, 2e-2, 1e-4)
 
 
@@ -170,12 +195,13 @@ def test_what_the_networks_see_at_ignored_pixels_does_not_matter(method, tmp_pat
             with Taps(network, layers) as read:
                 run(network, layers, batch['inputs'], batch['data_samples'])
             taps.append(Noisy(read, noise, batch['data_samples']))
-        torch.manual_seed(0)
-        found = model.distillers['it'](*taps, batch['data_samples'])
+        for _ in range(2):
+            torch.manual_seed(0)
+            found = model.distillers['it'](*taps, batch['data_samples'])
         results.append({key: value for key, value in found.items() if key.startswith('loss')})
     assert sum(results[0].values()) > 0
-    for key, value in results[0].items():
-        torch.testing.assert_close(results[1][key], value)
+    for key in results[0].keys() - {key.removeprefix('it.') for key in METHODS[method][3].get('ignored', {})}:
+        torch.testing.assert_close(results[1][key], results[0][key])
 
 
 class Noisy(dict):
@@ -183,7 +209,7 @@ class Noisy(dict):
 
     def __init__(self, taps, noise, samples):
         super().__init__()
-        self.model, self.calls = taps.model, taps.calls
+        self.model, self.calls, self.images = taps.model, taps.calls, taps.images
         labelled = torch.cat([sample.gt_sem_seg.data for sample in samples])[:, None] != 255
         random = torch.Generator().manual_seed(0)
         for layer in taps:

@@ -16,7 +16,7 @@ from mmkd.testing import models, segmentors
 from mmkd.testing.batches import random_batch
 from mmkd.testing.closed_form import closed_form_inputs
 
-LOGITS, FEATURE = 'decode_head.conv_seg', 'decode_head.bottleneck'
+LOGITS, FEATURE = 'decode_head.conv_seg', 'decode_head.dropout:input'
 OFF = dict(pixel_weight=0, pair_weight=0, holistic_weight=0)
 
 
@@ -181,7 +181,15 @@ def test_a_training_step_of_each_term(options, keys, layers, objects, tmp_path):
     assert all(each.grad is None for each in model.sources['teacher'].model.parameters())
 
 
-def test_each_term_is_its_formula_times_its_weight(tmp_path):
+@pytest.mark.parametrize(
+    ('mode', 'penalty_weight', 'nodes', 'window'),
+    [
+        ('wgan-gp', 0.0, dict(kernel=2), (2, 2)),
+        ('wgan-gp', 4.0, dict(scale=0.25), (2, 3)),
+        ('hinge', 4.0, dict(kernel=3, max_nodes=1), (3, 3)),
+    ],
+)
+def test_each_term_is_its_formula_times_its_weight(mode, penalty_weight, nodes, window, tmp_path):
     """Of a student whose maps are of stride 16 and a teacher's of stride 8, with 8x12 logits: enlarged for the critic."""
     model = pair(
         tmp_path,
@@ -191,27 +199,41 @@ def test_each_term_is_its_formula_times_its_weight(tmp_path):
         pair_weight=5.0,
         holistic_weight=7.0,
         critic_weight=2.0,
-        penalty_weight=0.0,
+        penalty_weight=penalty_weight,
+        mode=mode,
         tau=2.0,
         pixel_reduction='image_sum',
-        kernel=2,
+        **nodes,
+        critic_norm='tanh',
         spectral_norm=False,
     )
+    critic = model.distillers.skd.critic
+    assert isinstance(critic.norm, torch.nn.Tanh)
+    assert not any('parametrizations' in name for name in critic.state_dict())
     data = prepared(model, objects=1)
-    with Taps(model, [LOGITS, FEATURE]) as student:
-        found = losses(model, data)
+    own = 'decode_head.conv_seg:input'  # it has no dropout
+    with Taps(model, [LOGITS, own]) as student:
+        model.decode_head.forward(model.extract_feat(data['inputs']))
     teacher = model.sources['teacher'](data['inputs'], data['data_samples'])
-    (z_s, f_s), (z_t, f_t) = ([taps[layer][0] for layer in (LOGITS, FEATURE)] for taps in (student, teacher))
+    torch.manual_seed(3)
+    found = model.distillers.skd(student, teacher, data['data_samples'])
+    (z_s,), (f_s,), (z_t,), (f_t,) = student[LOGITS], student[own], teacher[LOGITS], teacher[FEATURE]
     z_s, f_s = (F.interpolate(each, (8, 12), mode='bilinear') for each in (z_s, f_s))
     assert z_t.shape[2:] == f_t.shape[2:] == (8, 12)
-    valid = torch.cat([sample.gt_sem_seg.data for sample in data['data_samples']])[:, ::8, ::8] != 255
+    valid = torch.cat([sample.gt_sem_seg.data for sample in data['data_samples']])[:, 4::8, 4::8] != 255
     assert 0 < valid.sum() < valid.numel()
     torch.testing.assert_close(found['loss_pixel'], 3 * pixel_divergence(z_s, z_t, 2.0, 'image_sum', valid))
-    nodes = [F.max_pool2d(each, 2) for each in (f_s, f_t)]
-    torch.testing.assert_close(found['loss_pair'], 5 * pair_wise_loss(*nodes))
-    low, high = (model.distillers.skd.critic(F.interpolate(z, (64, 96), mode='bilinear')) for z in (z_s, z_t))
+    nodes = [F.max_pool2d(each, window, ceil_mode=True) for each in (f_s, f_t)]
+    torch.testing.assert_close(found['loss_pair'], 5 * pair_wise_loss(*nodes), rtol=1e-4, atol=1e-6)
+    z_s, z_t = (F.interpolate(z, (64, 96), mode='bilinear') for z in (z_s, z_t))
+    low, high = critic(z_s), critic(z_t)
     torch.testing.assert_close(found['loss_holistic'], -7 * low.mean())
-    torch.testing.assert_close(found['loss_critic'], 2 * (low.mean() - high.mean()))
+    expected = low.mean() - high.mean()
+    if mode == 'hinge':
+        expected = (1 + low).relu().mean() + (1 - high).relu().mean()
+    elif penalty_weight:
+        expected = expected + penalty_weight * reference_penalty(critic, z_s.detach(), z_t, seed=3)
+    torch.testing.assert_close(found['loss_critic'], 2 * expected)
 
 
 def test_pixel_and_pair_are_zero_for_equal_networks(tmp_path):
@@ -351,15 +373,16 @@ def test_training_with_spectral_norm_stays_finite_and_every_part_of_the_critic_l
 )
 def test_layers_that_cannot_be_compared_are_errors(options, teacher, message):
     distiller = SKD(**options)
-    student = probe(models.build(segmentors.pspnet()), distiller.student_layers)
-    teacher = probe(models.build(segmentors.pspnet(**teacher)), distiller.teacher_layers)
+    networks = [models.build(segmentors.pspnet(**each)) for each in ({}, teacher)]
+    distiller.prepare(*networks)
+    taps = map(probe, networks, (distiller.student_layers, distiller.teacher_layers))
     with pytest.raises(ConfigError, match=message):
-        distiller.setup(student, teacher)
+        distiller.setup(*taps)
 
 
 def test_frozen_features_are_an_error(tmp_path):
     model = pair(tmp_path, **{**OFF, 'pair_weight': 1.0}).requires_grad_(False)
-    with pytest.raises(ConfigError, match="'decode_head.bottleneck': its output has no gradient"):
+    with pytest.raises(ConfigError, match="'decode_head.dropout:input': its output has no gradient"):
         losses(model, prepared(model))
 
 

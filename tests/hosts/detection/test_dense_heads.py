@@ -109,7 +109,7 @@ def test_slots_decode_as_the_head_predicts(family):
         )
         boxes = head.decode(head.priors(outputs), head.regression(outputs)[0])
         logits = [level.permute(0, 3, 4, 1, 2).reshape(-1, head.classes) for level in head.class_logits(outputs)]
-        if len(outputs) == 3:  # mmdet multiplies class scores by centreness
+        if len(outputs) == 3:  # mmdet multiplies class scores by centerness
             quality = torch.cat([level.permute(0, 2, 3, 1).reshape(-1, 1) for level in outputs[2]]).sigmoid()
         else:
             quality = 1.0

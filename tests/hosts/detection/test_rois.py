@@ -25,7 +25,8 @@ def test_the_teacher_sees_rois_as_mmdet_runs_it(shared):
     with torch.no_grad(), Taps(teacher, ['neck']) as taps:
         features = teacher.extract_feat(torch.randn(2, 3, 96, 128).contiguous(memory_format=torch.channels_last))
         expected = teacher.roi_head._bbox_forward([each.contiguous() for each in features], rois)
-    logits, deltas = roi_head.predict_teacher(taps, roi_head.pool_teacher(taps, 'neck', rois))
+    with torch.no_grad():
+        logits, deltas = roi_head.predict(taps, roi_head.pool(taps, 'neck', rois))
     torch.testing.assert_close(logits, expected['cls_score'])
     torch.testing.assert_close(deltas, expected['bbox_pred'])
 

@@ -2,7 +2,9 @@
 
 import numpy as np
 import torch
-from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from mmcv.ops import nms
 from mmcv.transforms import Compose
 from mmdet.apis import inference_detector
@@ -10,12 +12,13 @@ from mmdet.registry import DATASETS
 from mmdet.structures.bbox import get_box_tensor
 from mmengine.registry import MODELS, init_default_scope
 from mmengine.structures import InstanceData
-from pages import embed
-from report import Demo
-from runs import Run, trained_model
-from suites import SUITES
 
 from mmkd.data.shapes import CLASSES
+from mmkd.experiments.demos import Demo
+from mmkd.experiments.pages import embed
+from mmkd.experiments.report import Report
+from mmkd.experiments.runs import Run, trained_model
+from mmkd.experiments.suites import SUITES
 from mmkd.hosts.running import run
 from mmkd.taps import Taps
 
@@ -30,17 +33,17 @@ def readable(instances: InstanceData) -> InstanceData:
     return instances[kept]
 
 
-def show(axis: plt.Axes, image: np.ndarray, instances: InstanceData, labels: bool = True) -> None:
+def show(axis: Axes, image: np.ndarray, instances: InstanceData, labels: bool = True) -> None:
     axis.imshow(image)
     axis.set(xticks=[], yticks=[])
     for index, (left, top, right, bottom) in enumerate(get_box_tensor(instances.bboxes).tolist()):
-        label = int(instances.labels[index]) if labels else None
-        colour = OF_CLASS[label] if labels else 'white'
-        axis.add_patch(plt.Rectangle((left, top), right - left, bottom - top, fill=False, ec=colour, lw=1.4))
+        label = int(instances.labels[index]) if labels else 0
+        color = OF_CLASS[label] if labels else 'white'
+        axis.add_patch(Rectangle((left, top), right - left, bottom - top, fill=False, ec=color, lw=1.4))
         text = CLASSES[label] if labels else ''
         if 'scores' in instances:
             text = f'{text} {float(instances.scores[index]):.2f}'.strip()
-        box = dict(facecolor=colour if labels else 'black', alpha=0.75, pad=0.5, lw=0)
+        box = dict(facecolor=color if labels else 'black', alpha=0.75, pad=0.5, lw=0)
         axis.text(left, max(top, 6), text, color='white', fontsize=5.5, va='bottom', bbox=box, clip_on=True)
 
 
@@ -50,12 +53,12 @@ def selected_instances(of: Run, samples: list[dict]) -> list[InstanceData]:
     model = MODELS.build(of.read().model).eval()
     weights = torch.load(of.checkpoint, map_location='cpu', weights_only=True)['state_dict']
     model.load_state_dict(weights)
-    model._teacher.load()
+    model.sources['teacher'].load()
     gid = model.distillers['gid']
     selected = []
     for sample in samples:
         batch = model.data_preprocessor({'inputs': [sample['inputs']], 'data_samples': [sample['data_samples']]})
-        teacher = model._teacher(batch['inputs'], batch['data_samples'])
+        teacher = model.sources['teacher'](batch['inputs'], batch['data_samples'])
         with Taps(model, gid.student_layers) as student:
             run(model, gid.student_layers, batch['inputs'], batch['data_samples'])
         boxes, scores, valid = gid.select(student, teacher, [batch['data_samples'][0].metainfo])
@@ -82,7 +85,8 @@ def pictures(teacher: Run, students: dict[str, list[Run]]) -> str:
         columns[name] = [readable(result.pred_instances) for result in results]
     columns['selected by GID'] = selected_instances(students['GID'][0], samples)
 
-    figure, axes = plt.subplots(len(files), len(columns), figsize=(2.3 * len(columns), 2.3 * len(files)), squeeze=False)
+    figure = Figure(figsize=(2.3 * len(columns), 2.3 * len(files)))
+    axes = figure.subplots(len(files), len(columns), squeeze=False)
     for row, sample in zip(axes, range(len(files))):
         image = samples[sample]['inputs'].permute(1, 2, 0).numpy()[..., ::-1]
         for axis, (name, instances) in zip(row, columns.items()):
@@ -97,20 +101,24 @@ DEMO = Demo(
     suite=SUITES['shapes'],
     teacher='retinanet_teacher',
     students={'student alone': 'retinanet_student', 'CWD': 'cwd_retinanet', 'GID': 'gid_retinanet'},
-    metrics={
-        'AP': 'coco/bbox_mAP',
-        'AP50': 'coco/bbox_mAP_50',
-        'AP75': 'coco/bbox_mAP_75',
-        'AP small': 'coco/bbox_mAP_s',
-        'AP medium': 'coco/bbox_mAP_m',
-        'AP large': 'coco/bbox_mAP_l',
-    },
-    task_loss=lambda entry: entry['loss_cls'] + entry['loss_bbox'],
-    title='A small RetinaNet learns from a larger one',
-    data='Generated data set "shapes": 1000 training and 200 validation images of 160 x 160 pixels.',
-    metric_note='COCO metrics; "none": no object of that size.',
-    picture_note='Boxes with a score above 0.3; of boxes that overlap by more than 0.6 the best alone is drawn. Last column: the '
-    'general instances that GID selects with the trained student, each with its score, the largest difference of the two '
-    "networks' class probabilities there.",
+    report=Report(
+        title='A small RetinaNet learns from a larger one',
+        data='Generated data set "shapes": 1000 training and 200 validation images of 160 x 160 pixels.',
+        training='all from random weights, with the same data order for each seed',
+        score=SUITES['shapes'].score,
+        metrics={
+            'AP': 'coco/bbox_mAP',
+            'AP50': 'coco/bbox_mAP_50',
+            'AP75': 'coco/bbox_mAP_75',
+            'AP small': 'coco/bbox_mAP_s',
+            'AP medium': 'coco/bbox_mAP_m',
+            'AP large': 'coco/bbox_mAP_l',
+        },
+        task_loss=lambda entry: entry['loss_cls'] + entry['loss_bbox'],
+        metric_note='COCO metrics; "none": no object of that size.',
+        picture_note='Boxes with a score above 0.3; of boxes that overlap by more than 0.6 the best alone is drawn. Last '
+        'column: the general instances that GID selects with the trained student, each with its score, the largest '
+        "difference of the two networks' class probabilities there.",
+    ),
     show=lambda teacher, students: (pictures(teacher, students), {}),
 )

@@ -2,18 +2,19 @@
 
 import numpy as np
 import torch
-from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
 from mmengine.dataset import pseudo_collate
 from mmengine.registry import init_default_scope
 from mmseg.datasets import CityscapesDataset
 from mmseg.evaluation import IoUMetric
 from mmseg.registry import DATASETS
-from pages import embed
-from report import Demo
-from runs import Run, trained_model
-from suites import SUITES
 
 from mmkd.data.streets import CLASSES, IGNORED
+from mmkd.experiments.demos import Demo
+from mmkd.experiments.pages import embed
+from mmkd.experiments.report import Report
+from mmkd.experiments.runs import Run, trained_model
+from mmkd.experiments.suites import SUITES
 
 PALETTE = np.array(CityscapesDataset.METAINFO['palette'], np.uint8)
 PICTURES = 6
@@ -54,13 +55,14 @@ class Validation:
         order = sorted(range(len(self.labels)), key=lambda index: -len(self.labels[index].unique()))
         chosen = sorted(order[:PICTURES])
         columns = 2 + sum(1 if name == 'teacher' else 2 for name in self.predicted)
-        figure, axes = plt.subplots(PICTURES, columns, figsize=(2.2 * columns, 1.16 * PICTURES), squeeze=False)
+        figure = Figure(figsize=(2.2 * columns, 1.16 * PICTURES))
+        axes = figure.subplots(PICTURES, columns, squeeze=False)
         for row, index in zip(axes, chosen):
             image, labels = self.images[index], self.labels[index].numpy()
-            shown = {'image': image, 'ground truth': coloured(labels)}
+            shown = {'image': image, 'ground truth': colored(labels)}
             for name, maps in self.predicted.items():
                 found = maps[index].numpy()
-                shown[name] = coloured(np.where(labels == IGNORED, IGNORED, found))
+                shown[name] = colored(np.where(labels == IGNORED, IGNORED, found))
                 if name != 'teacher':
                     shown[f'{name}: wrong'] = mistakes(image, labels, found)
             for axis, (title, picture) in zip(row, shown.items()):
@@ -79,15 +81,15 @@ def predict(of: Run, samples: list[dict]) -> list[torch.Tensor]:
     return [model.test_step(pseudo_collate([sample]))[0].pred_sem_seg.data[0] for sample in samples]
 
 
-def coloured(labels: np.ndarray) -> np.ndarray:
-    """A label map in Cityscapes' colours, ignored pixels black."""
+def colored(labels: np.ndarray) -> np.ndarray:
+    """A label map in Cityscapes' colors, ignored pixels black."""
     picture = PALETTE[np.where(labels == IGNORED, 0, labels)]
     picture[labels == IGNORED] = 0
     return picture
 
 
 def mistakes(image: np.ndarray, labels: np.ndarray, found: np.ndarray) -> np.ndarray:
-    """The image in pale grey, red where the prediction is wrong, black where it is ignored."""
+    """The image in pale gray, red where the prediction is wrong, black where it is ignored."""
     picture = np.repeat(160 + image.mean(-1, keepdims=True) * 0.3, 3, -1).astype(np.uint8)
     picture[found != labels] = (200, 30, 30)
     picture[labels == IGNORED] = 0
@@ -103,12 +105,17 @@ DEMO = Demo(
     suite=SUITES['streets'],
     teacher='pspnet_teacher',
     students={'student alone': 'pspnet_student', 'CWD': 'cwd_pspnet', 'SKD': 'skd_pspnet'},
-    metrics={'mIoU': 'mIoU', 'mean accuracy': 'mAcc', 'pixel accuracy': 'aAcc'},
-    task_loss=lambda entry: entry['decode.loss_ce'],
-    title='A small PSPNet learns from a larger one',
-    data='Generated data set "streets" in Cityscapes\' layout: 600 training and 100 validation images of 256 x 128 pixels.',
-    metric_note='In percent.',
-    picture_note='For each student also where it is wrong (red); ignored pixels are black. Where there are several seeds: the '
-    'first.',
+    report=Report(
+        title='A small PSPNet learns from a larger one',
+        data='Generated data set "streets" in Cityscapes\' layout: 600 training and 100 validation images of 256 x 128 '
+        'pixels.',
+        training='all from random weights, with the same data order for each seed',
+        score=SUITES['streets'].score,
+        metrics={'mIoU': 'mIoU', 'mean accuracy': 'mAcc', 'pixel accuracy': 'aAcc'},
+        task_loss=lambda entry: entry['decode.loss_ce'],
+        metric_note='In percent.',
+        picture_note='For each student also where it is wrong (red); ignored pixels are black. Where there are several '
+        'seeds: the first.',
+    ),
     show=show,
 )

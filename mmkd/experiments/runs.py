@@ -1,64 +1,37 @@
 """Train a queue of configs: finished runs are reused, interrupted ones resumed, progress is shown."""
 
 import contextlib
-import copy
-import functools
 import hashlib
 import json
 import os
 import re
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from mmengine.config import Config
+from mmengine.model import BaseModel
 from mmengine.registry import MODELS
 from tqdm import tqdm
 
 from mmkd.errors import ConfigError
+from mmkd.experiments.configs import changed, read, recordable, teachers_of, text_of
 from mmkd.hosts.configs import plain_model
-from mmkd.hosts.mmengine import config_path
 from mmkd.weights import load_weights
 
-TRAIN = Path(__file__).resolve().with_name('train.py')
-SCORES = ('coco/bbox_mAP', 'mIoU')  # of an evaluation, as the logs have it
-PROGRESS = re.compile(r'Iter\((train|val)\) +\[ *(\d+)/(\d+)\]')
+TRAIN = Path(__file__).resolve().parents[2] / 'tools' / 'train.py'  # of the checkout that mmkd is installed from
+PROGRESS = re.compile(r'(?:Iter|Epoch)\((train|val)\) +(?:\[ *(\d+)\])?\[ *(\d+)/(\d+)\]')
 ERROR = re.compile(r'error: |[\w.]+(Error|Exception)\b')
+COUNTERS = {'step', 'iter', 'epoch', 'time', 'data_time', 'memory'}  # what mmengine logs beside losses and scores
+WARM_UP = 0.1  # of a run's iterations, left out of its step times
 
 
 class RunFailed(Exception):
     """A run did not get to its end; the message is one line."""
-
-
-def read(name: str) -> Config:
-    """A config file, or a config of mmkd (``mmkd::...``); parsed anew if a config beside it has changed."""
-    path = config_path(name) if name.startswith('mmkd::') else name
-    stamp = max(each.stat().st_mtime_ns for each in Path(path).parent.rglob('*.py'))
-    return copy.deepcopy(_parse(path, stamp))
-
-
-@functools.lru_cache
-def _parse(path: str, stamp: int) -> Config:
-    return Config.fromfile(path)
-
-
-_TEXTS: dict[str, str] = {}
-
-
-def text_of(config: Config) -> str:
-    """``config.pretty_text``, whose formatting takes long, kept for the next call."""
-    key = repr(config.to_dict())
-    if key not in _TEXTS:
-        _TEXTS[key] = config.pretty_text
-    return _TEXTS[key]
-
-
-def is_evaluation(entry: dict) -> bool:
-    return any(score in entry for score in SCORES)
 
 
 @dataclass
@@ -67,7 +40,7 @@ class Run:
 
     Args:
         name: What the report calls it.
-        config: A config of mmkd, ``mmkd::...``.
+        config: A file, or a config of mmkd, ``mmkd::...``.
         folder: Its work directory.
         options: Changes to the config, as ``--cfg-options`` takes them.
     """
@@ -79,25 +52,34 @@ class Run:
     _process: subprocess.Popen | None = field(default=None, init=False, repr=False, compare=False)
 
     def read(self) -> Config:
-        config = read(self.config)
-        config.merge_from_dict(self.options)
+        """The config with its changes, and with those of :func:`recordable`."""
+        config = changed(read(self.config), self.options)
+        try:
+            config.merge_from_dict(recordable(config))
+        except ConfigError as error:
+            raise ConfigError(f'{self.config}: {error}') from None
         return config
 
     @property
-    def iterations(self) -> int:
-        return self.read().train_cfg.max_iters
+    def unit(self) -> str:
+        """What its training loop counts: ``'iter'`` or ``'epoch'``."""
+        return 'epoch' if 'max_epochs' in self.read().train_cfg else 'iter'
+
+    @property
+    def length(self) -> int:
+        """In iterations or epochs."""
+        return self.read().train_cfg[f'max_{self.unit}s']
 
     @property
     def checkpoint(self) -> Path:
-        return self.folder / f'iter_{self.iterations}.pth'
+        return self.folder / f'{self.unit}_{self.length}.pth'
 
     @property
     def finished(self) -> bool:
-        iterations = self.iterations
-        if not (self.folder / f'iter_{iterations}.pth').is_file():
+        if not self.checkpoint.is_file():
             return False
         evaluations = self.evaluations()
-        return bool(evaluations) and evaluations[-1]['step'] == iterations
+        return bool(evaluations) and evaluations[-1]['step'] == self.length
 
     def history(self) -> list[dict]:
         """What mmengine logged, later runs of the same iterations replacing earlier ones."""
@@ -106,14 +88,25 @@ class Run:
             for line in file.read_text().splitlines():
                 with contextlib.suppress(json.JSONDecodeError):  # the last line of a run that was interrupted
                     entry = json.loads(line)
-                    entries[entry['step'], is_evaluation(entry)] = entry
+                    entries[entry['step'], 'loss' in entry] = entry
         return [entries[key] for key in sorted(entries)]
 
     def losses(self) -> list[dict]:
+        """The entries of training; ``step`` is in iterations."""
         return [entry for entry in self.history() if 'loss' in entry]
 
     def evaluations(self) -> list[dict]:
-        return [entry for entry in self.history() if is_evaluation(entry)]
+        """The entries of evaluations that gave a score; ``step`` is in iterations or epochs."""
+        return [entry for entry in self.history() if 'loss' not in entry and entry.keys() - COUNTERS]
+
+    def scores(self) -> dict[str, float]:
+        """What the last evaluation gave."""
+        return {key: value for key, value in self.evaluations()[-1].items() if key not in COUNTERS}
+
+    def step_times(self) -> list[float]:
+        """Seconds of a training iteration, one per entry of the log; the first tenth of the run is left out."""
+        entries = self.losses()
+        return [each['time'] for each in entries if 'time' in each and each['step'] > WARM_UP * entries[-1]['step']]
 
     def parameters(self) -> int:
         """Parameters of the model that is deployed, without adapters."""
@@ -122,16 +115,17 @@ class Run:
         return sum(
             value.numel()
             for name, value in weights.items()
-            if not name.startswith('distillers.') and not name.endswith(buffers)
+            if not name.startswith(('distillers.', 'sources.')) and not name.endswith(buffers)
         )
 
     def check_unchanged(self) -> str:
         """Finished or interrupted work is only used with the config it was begun with; that config's fingerprint."""
         config = self.read()
         text = text_of(config)
-        teacher = config.model.get('teacher')
-        if teacher is not None:
-            text += text_of(read(teacher.config))
+        for teacher in teachers_of(config).values():
+            kept = teacher['config']
+            if isinstance(kept, str) and (kept.startswith('mmkd::') or Path(kept).is_file()):
+                text += text_of(read(kept))
         fingerprint = hashlib.sha256(text.encode()).hexdigest()
         record = self.folder / 'fingerprint'
         if record.is_file() and record.read_text() != fingerprint:
@@ -158,36 +152,62 @@ class Run:
         if self.finished:
             tqdm.write(f'{title}: finished before, reused ({self.folder})')
             return
-        if self.checkpoint.is_file():  # stopped between its last checkpoint and the evaluation: nothing to resume
-            self.checkpoint.unlink()
-            (self.folder / 'last_checkpoint').unlink()
-        options = [f'{key}={value}' for key, value in self.options.items()]
-        command = [sys.executable, str(TRAIN), self.config, '--work-dir', str(self.folder), '--resume']
-        command += ['--cfg-options', *options] if options else []
+        if not TRAIN.is_file():
+            raise ConfigError(
+                f'{TRAIN}: no such file; it trains, and is in a checkout of mmkd: pip install -e CHECKOUT'
+            )
+        self._step_back()
+        config = self.read()
+        file = self.folder / Path(self.config.rpartition('::')[2]).name  # where mmengine will put it as well
+        file.write_text(text_of(config))
+        command = [sys.executable, str(TRAIN), str(file), '--work-dir', str(self.folder)]
+        if (self.folder / 'last_checkpoint').is_file():  # else it would forget the config's load_from
+            command += ['--resume']
         log = self.folder / 'output.log'
         begin = log.stat().st_size if log.is_file() else 0
+        total = self.length if self.unit == 'iter' else None  # of epochs, when their length is known
         env = os.environ if threads is None else {**os.environ, 'OMP_NUM_THREADS': str(threads)}
         with (
             subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env) as process,
             log.open('a') as output,
-            tqdm(total=self.iterations, desc=title, unit='it', dynamic_ncols=True, mininterval=1) as bar,
+            tqdm(total=total, desc=title, unit='it', dynamic_ncols=True, mininterval=1) as bar,
         ):
             self._process = process
             try:
-                for line in process.stdout:
+                for line in process.stdout or ():
                     output.write(line)
-                    found = PROGRESS.search(line)
-                    if found and found[1] == 'train':
-                        bar.set_postfix_str('')
-                        bar.update(int(found[2]) - bar.n)
-                    elif found:
-                        bar.set_postfix_str(f'evaluating {found[2]}/{found[3]}')
+                    self._show(line, bar)
             except BaseException:
                 process.terminate()
                 raise
         if process.returncode or not self.finished:
             said = log.read_bytes()[begin:].decode(errors='replace')
             raise RunFailed(f'{self.name} failed: {reason_of_failure(process.returncode, said)} (see {log})')
+
+    def _step_back(self) -> None:
+        """Forget a last checkpoint that was not evaluated: mmengine would find nothing left to train, and end."""
+        if not self.checkpoint.is_file():
+            return
+        self.checkpoint.unlink()
+        last = self.folder / 'last_checkpoint'
+        before = [(int(each.stem.rpartition('_')[2]), each) for each in self.folder.glob(f'{self.unit}_[0-9]*.pth')]
+        if before:
+            last.write_text(str(max(before)[1]))
+        else:
+            last.unlink(missing_ok=True)
+
+    def _show(self, line: str, bar: tqdm) -> None:
+        """Move the progress bar on, if this line of mmengine's log says so."""
+        found = PROGRESS.search(line)
+        if not found:
+            return
+        part, epoch, done, of = found[1], found[2], int(found[3]), int(found[4])
+        if part == 'val':
+            bar.set_postfix_str(f'evaluating {done}/{of}')
+            return
+        bar.total = self.length * (of if self.unit == 'epoch' else 1)
+        bar.set_postfix_str('')
+        bar.update((int(epoch or 1) - 1) * of + done - bar.n)
 
     def stop(self) -> None:
         """End the training process, if there is one; the run can be resumed."""
@@ -206,8 +226,16 @@ def reason_of_failure(status: int, output: str) -> str:
     return (errors or lines or [f'exit status {status}'])[-1]
 
 
-def train_all(runs: Sequence[Run], jobs: int = 1, threads: int | None = None) -> dict[str, str]:
+def train_all(
+    runs: Sequence[Run], jobs: int = 1, threads: int | None = None, done: Callable[[Run], object] = lambda run: None
+) -> dict[str, str]:
     """Train runs in their order, ``jobs`` at the same time; one that fails does not stop the others.
+
+    Args:
+        runs: What to train.
+        jobs: How many at the same time.
+        threads: Of each training process.
+        done: Called with each run that has finished; an exception of its ends the queue.
 
     Returns:
         The failed ones: folder to error line.
@@ -220,13 +248,17 @@ def train_all(runs: Sequence[Run], jobs: int = 1, threads: int | None = None) ->
         waiting = set(futures)
         try:
             while waiting:
-                done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
-                for future in done:
-                    try:
-                        future.result()
-                    except (RunFailed, ConfigError) as error:
-                        failed[str(futures[future].folder)] = str(error)
+                ended, waiting = wait(waiting, return_when=FIRST_COMPLETED)
+                for future in ended:
+                    run = futures[future]
+                    error = future.exception()
+                    if error is None:
+                        done(run)
+                    elif isinstance(error, RunFailed | ConfigError):
+                        failed[str(run.folder)] = str(error)
                         tqdm.write(f'error: {error}')
+                    else:
+                        raise error
         except BaseException:  # interrupted: end what runs, begin nothing more
             for future in futures:
                 future.cancel()
@@ -238,7 +270,7 @@ def train_all(runs: Sequence[Run], jobs: int = 1, threads: int | None = None) ->
     return failed
 
 
-def trained_model(of: Run) -> torch.nn.Module:
+def trained_model(of: Run) -> BaseModel:
     """The model that a run trained, as plain mmdet or mmseg builds it."""
     config = of.read()
     config.model = plain_model(config)

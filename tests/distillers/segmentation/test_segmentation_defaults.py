@@ -1,0 +1,190 @@
+"""Old names of options, and where each default is from: one table of each, for the methods of segmentors and the generic ones."""
+
+import inspect
+
+import pytest
+
+from mmkd.distillers import SKD
+from mmkd.errors import ConfigError
+from mmkd.registry import DISTILLERS, build
+
+# method: options of 0.1 and what they are called now
+RENAMED = {
+    'AT': {'weight': 'loss_weight'},
+    'CWD': {'weight': 'loss_weight'},
+    'MGD': {'weight': 'loss_weight'},
+    'PKD': {'weight': 'loss_weight'},
+    'KD': {'weight': 'loss_weight'},
+    'IFVD': {'weight': 'loss_weight'},
+    'DIST': {
+        'weight': 'inter_weight and intra_weight',
+        'loss_weight': 'inter_weight and intra_weight',
+        'beta': 'inter_weight',
+        'gamma': 'intra_weight',
+    },
+    'CIRKD': {
+        'weight': 'batch_weight',
+        'pixels': 'pixel_contrast_size',
+        'regions': 'region_contrast_size',
+        'pixel_memory': 'pixel_memory_size',
+        'region_memory': 'region_memory_size',
+    },
+    'DAKD': {
+        'auxiliary_weight': 'auxiliary_kl_weight = auxiliary_weight * kl_weight',
+        'auxiliary_teacher_layer': 'teacher_auxiliary_layer',
+    },
+}
+
+
+@pytest.mark.parametrize(
+    ('method', 'old', 'new'), [(m, *names) for m, each in RENAMED.items() for names in each.items()]
+)
+def test_an_old_name_is_one_line_that_has_the_new_one(method, old, new):
+    with pytest.raises(ConfigError) as error:
+        build(DISTILLERS, 'distillers.it', {'type': method, 'layer': 'neck', old: 1})
+    assert str(error.value) == f'distillers.it: {method} calls {old!r} {new!r} now'
+
+
+@pytest.mark.parametrize('method', RENAMED)
+def test_new_names_exist_and_old_ones_do_not(method):
+    kind = DISTILLERS.get(method)
+    options = inspect.signature(kind).parameters
+    assert kind.renamed == RENAMED[method]
+    for old, new in kind.renamed.items():
+        assert old not in options
+        assert all(each in options for each in new.partition(' = ')[0].split(' and '))
+
+
+PAPER, CODE, CIRKD_CODE, MMRAZOR = "its paper's", "its authors' code", "CIRKD's code", "MMRazor's"
+OURS, HEAD, NAME = 'none is published', 'found by the decode head', 'as the student calls it'
+EXTENT = 'bounds memory; none is published'
+# method: option: (default, where it is from)
+DEFAULTS = {
+    'AT': {
+        'form': ('mean', CODE),
+        'power': (2.0, f'{PAPER} and {CODE}'),
+        'loss_weight': (1000.0, f"{CODE}, for form='mean'"),
+        'teacher_layer': (None, NAME),
+        'match': ('stride', OURS),
+    },
+    'CWD': {
+        'tau': (1.0, MMRAZOR),
+        'loss_weight': (10.0, f'{MMRAZOR}, for the neck of a detector'),
+        'teacher_layer': (None, NAME),
+        'adapter': ('auto', OURS),
+        'match': ('stride', OURS),
+    },
+    'MGD': {
+        'mask_ratio': (0.65, f'{PAPER}, one-stage detectors'),
+        'loss_weight': (2e-5, f'{PAPER}, one-stage detectors; {CODE} for segmentation'),
+        'teacher_layer': (None, NAME),
+        'adapter': ('auto', CODE),
+        'match': ('stride', OURS),
+    },
+    'PKD': {
+        'loss_weight': (10.0, f'{MMRAZOR}, one-stage teachers'),
+        'eps': (1e-6, MMRAZOR),
+        'teacher_layer': (None, NAME),
+        'adapter': ('auto', 'only where channels differ, for which none is published'),
+        'match': ('stride', OURS),
+    },
+    'KD': {
+        'layer': (None, HEAD),
+        'tau': (1.0, CIRKD_CODE),
+        'loss_weight': (1.0, CIRKD_CODE),
+        'reduction': ('pixel_mean', CIRKD_CODE),
+        'label_size': (False, CIRKD_CODE),
+        'use_labels': (True, OURS),
+        'teacher_layer': (None, NAME),
+    },
+    'SKD': {
+        'layer': (None, HEAD),
+        'feature_layer': (None, HEAD),
+        'pixel_weight': (10.0, PAPER),
+        'pair_weight': (0.5, f'the script of {CODE}'),
+        'holistic_weight': (0.001, "TorchDistiller's, the first author's later code"),
+        'critic_weight': (0.1, f'{CODE} and TorchDistiller'),
+        'penalty_weight': (10.0, f'{CODE}, and of WGAN-GP'),
+        'tau': (1.0, CODE),
+        'pixel_reduction': ('pixel_mean', f'{PAPER}, from memory'),
+        'use_labels': (True, OURS),
+        'kernel': (None, CODE),
+        'scale': (None, f'0.5 where neither is given: {CODE}'),
+        'max_nodes': (4096, EXTENT),
+        'mode': ('wgan-gp', CODE),
+        'critic_norm': ('batch', CODE),
+        'spectral_norm': (True, CODE),
+        'condition_on_image': (False, f'{CODE}; the paper has it'),
+        'teacher_layer': (None, NAME),
+        'teacher_feature_layer': (None, NAME),
+    },
+    'IFVD': {
+        'layer': (None, HEAD),
+        'loss_weight': (20.0, CIRKD_CODE),
+        'count_ignored': (False, f'{OURS}; {CODE} counts them'),
+        'teacher_layer': (None, NAME),
+        'match': ('stride', OURS),
+    },
+    'CIRKD': {
+        'layer': (None, HEAD),
+        'batch_weight': (1.0, CODE),
+        'pixel_weight': (0.1, CODE),
+        'region_weight': (0.1, CODE),
+        'tau': (0.1, CODE),
+        'pixel_contrast_size': (4096, CODE),
+        'region_contrast_size': (1024, CODE),
+        'pixel_memory_size': (2000, f'the SegFormer script of {CODE}; 20000 elsewhere'),
+        'region_memory_size': (2000, CODE),
+        'pixels_per_image': (16, CODE),
+        'max_positions': (8192, EXTENT),
+        'teacher_layer': (None, NAME),
+    },
+    'DIST': {
+        'layer': (None, HEAD),
+        'inter_weight': (1.0, f'{CODE} for segmentation'),
+        'intra_weight': (1.0, f'{CODE} for segmentation'),
+        'tau': (1.0, f'{CODE} for segmentation'),
+        'teacher_layer': (None, NAME),
+        'use_labels': (True, OURS),
+    },
+    'DAKD': {
+        'layer': (None, HEAD),
+        'auxiliary_layer': (None, HEAD),
+        'kl_weight': (0.1, CODE),
+        'auxiliary_kl_weight': (0.01, f'{CODE}, 0.1 of 0.1'),
+        'mse_weight': (0.01, CODE),
+        'pseudo_weight': (1.0, CODE),
+        'adversarial_weight': (1e-3, CODE),
+        'auxiliary_adversarial_weight': (2e-4, CODE),
+        'target_weight': (1.0, CODE),
+        'reduction': ('element_mean', CODE),
+        'threshold': (None, CODE),
+        'label_size': (False, f'{OURS}; {CODE} compares at the size of images'),
+        'upsample': (True, CODE),
+        'critic_channels': (64, CODE),
+        'teacher_layer': (None, NAME),
+        'teacher_auxiliary_layer': (None, NAME),
+    },
+}
+
+
+@pytest.mark.parametrize('method', DEFAULTS)
+def test_defaults(method):
+    """Each option has a row here, which says where its default is from."""
+    options = inspect.signature(DISTILLERS.get(method)).parameters
+    found = {name: each.default for name, each in options.items() if each.default is not each.empty}
+    assert found == {name: default for name, (default, _) in DEFAULTS[method].items()}
+
+
+def test_skds_nodes_without_an_option():
+    assert (SKD().kernel, SKD().scale) == (None, 0.5)
+
+
+def test_every_method_has_its_rows():
+    """Those of the folders of segmentation and generic methods."""
+    own = {
+        name
+        for name, kind in DISTILLERS.module_dict.items()
+        if kind.__module__.startswith(('mmkd.distillers.segmentation', 'mmkd.distillers.generic'))
+    }
+    assert own == set(DEFAULTS)
