@@ -2,6 +2,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from mmcv.ops import ModulatedDeformConv2dPack
+from mmengine.hub import get_config
 from mmengine.logging import MMLogger
 from torch import nn
 
@@ -9,7 +10,7 @@ from mmkd.errors import ConfigError
 from mmkd.fold import accelerate, fold_batch_norm
 from mmkd.hosts.detection.rois import RoIHead
 from mmkd.hosts.running import run
-from mmkd.taps import Taps
+from mmkd.taps import Taps, tensors
 from mmkd.testing import detectors, models
 
 SIZE = (16, 24)
@@ -192,6 +193,23 @@ def test_a_model_that_folding_would_change_stays_as_it_is(images, log):
     assert fold_batch_norm(model, ('neck',), SIZE) == 0
     assert torch.equal(neck(model, images), expected)
     assert "folding its batch norms would change ['neck']" in log.text
+
+
+def test_a_full_size_teacher_equals_stock_mmdet():
+    """ResNet-50 with batch-norm statistics that are not the initial ones."""
+    config = get_config('mmdet::retinanet/retinanet_r50_fpn_1x_coco.py').model
+    config.backbone.init_cfg = None
+    model = models.build(config, seed=0).eval()
+    layers, images, found = ('neck', 'bbox_head'), torch.randn(1, 3, 128, 160), []
+    for folded in (None, 53):
+        assert folded is None or fold_batch_norm(model, layers) == folded
+        with torch.no_grad(), Taps(model, layers) as taps:
+            run(model, layers, images, None)
+        found.append(taps)
+    scale = max(float(level.abs().max()) for level in found[0]['neck'])
+    for layer in layers:
+        for ours, theirs in zip(tensors(found[1][layer]), tensors(found[0][layer]), strict=True):
+            assert (ours - theirs).abs().max() < 1e-4 * max(scale, 1)
 
 
 # --- layout

@@ -119,3 +119,15 @@ def segformer(channels: int = 16, classes: int = 19, base: int = 8, **changes: A
         norm_cfg=dict(type='BN'),
     )
     return _segmentor(backbone, head, None, changes)
+
+
+def cascade(channels: int = 16, classes: int = 19, base: int = 8, **changes: Any) -> ConfigDict:
+    """An FCN whose logits an OCR head refines, ``decode_head.0`` and ``decode_head.1``; arguments as of :func:`pspnet`."""
+    config = pspnet(channels, classes, base)
+    fcn, common = config.pop('auxiliary_head'), dict(norm_cfg=dict(type='BN'), num_classes=classes, channels=channels)
+    fcn.num_convs, fcn.in_index, fcn.in_channels = 1, 3, 8 * base
+    ocr = dict(type='OCRHead', in_channels=8 * base, in_index=3, ocr_channels=8, dropout_ratio=0.1, **common)
+    ocr.update(align_corners=False, loss_decode=dict(type='CrossEntropyLoss', use_sigmoid=False))
+    config.update(type='CascadeEncoderDecoder', num_stages=2, decode_head=[fcn, ocr])
+    config.merge(changes)
+    return config

@@ -4,19 +4,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from mmdet.structures import DetDataSample
 from mmengine.logging import HistoryBuffer
 
-from mmkd.distill import distill
 from mmkd.distillers import Distillers
 from mmkd.errors import ConfigError
-from mmkd.fold import fold_batch_norm
 from mmkd.hosts.running import run
-from mmkd.normalize import Renormalize
 from mmkd.sources import Teacher, build_sources
 from mmkd.taps import Taps
-from mmkd.testing import detectors, models, segmentors
-from mmkd.testing.batches import random_batch
+from mmkd.testing import detectors, models
 from mmkd.weights import load_weights, read_checkpoint
 
 LAYERS = ('backbone', 'neck', 'bbox_head')
@@ -57,21 +52,6 @@ def test_its_outputs_equal_the_stock_models_in_eval_mode(teacher_options):
     assert_close(ready(teacher_options)(images, None), outputs(stock(teacher_options), LAYERS, images), atol=1e-4)
 
 
-def test_a_full_size_teacher_equals_stock_mmdet():
-    """ResNet-50 with batch-norm statistics that are not the initial ones."""
-    from mmengine.hub import get_config
-
-    config = get_config('mmdet::retinanet/retinanet_r50_fpn_1x_coco.py').model
-    config.backbone.init_cfg = None
-    model = models.build(config, seed=0).eval()
-    images = torch.randn(1, 3, 128, 160)
-    expected = outputs(model, ('neck', 'bbox_head'), images)
-    assert fold_batch_norm(model, ('neck', 'bbox_head')) == 53
-    found = outputs(model, ('neck', 'bbox_head'), images)
-    scale = max(float(level.abs().max()) for level in expected['neck'])
-    assert_close(found, expected, atol=1e-4 * max(scale, 1))
-
-
 def test_only_what_the_taps_need_runs(teacher_options):
     teacher = ready(teacher_options, ('backbone.layer2',))
     calls = []
@@ -79,48 +59,6 @@ def test_only_what_the_taps_need_runs(teacher_options):
         teacher.model.get_submodule(name).register_forward_hook(lambda *_, name=name: calls.append(name))
     teacher(torch.randn(1, 3, 64, 64), None)
     assert calls == []
-
-
-def test_a_batch_norm_is_folded_only_behind_its_own_convolution():
-    class Odd(torch.nn.Module):
-        """norm1 follows a ReLU; norm2 follows a convolution that is called twice; only norm3 can be folded."""
-
-        def __init__(self):
-            super().__init__()
-            self.conv1, self.conv2, self.conv3 = (torch.nn.Conv2d(3, 3, 1) for _ in range(3))
-            self.norm1, self.norm2, self.norm3 = (torch.nn.BatchNorm2d(3) for _ in range(3))
-
-        def extract_feat(self, x):
-            x = self.norm1(self.conv1(x).relu())
-            x = self.norm2(self.conv2(x)) + self.conv2(x)
-            self.neck(self.norm3(self.conv3(x)))
-
-    model = Odd().eval()
-    model.neck = torch.nn.Identity()
-    for module in model.modules():
-        if isinstance(module, torch.nn.BatchNorm2d):
-            torch.nn.init.uniform_(module.running_mean)
-    assert fold_batch_norm(model, ('neck',)) == 1
-    assert isinstance(model.norm3, torch.nn.Identity)
-    assert isinstance(model.norm1, torch.nn.BatchNorm2d)
-
-
-def test_a_convolution_that_is_used_without_its_batch_norm_too_keeps_both():
-    class Both(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.conv, self.norm, self.neck = torch.nn.Conv2d(3, 3, 1), torch.nn.BatchNorm2d(3), torch.nn.Identity()
-
-        def extract_feat(self, x):
-            x = self.conv(x)
-            self.neck(self.norm(x) + x)
-
-    model = Both().eval()
-    torch.nn.init.constant_(model.norm.running_mean, 2.0)
-    images = torch.randn(1, 3, 8, 8)
-    expected = outputs(model, ('neck',), images)['neck'][0]
-    assert fold_batch_norm(model, ('neck',)) == 0
-    assert torch.equal(outputs(model, ('neck',), images)['neck'][0], expected)
 
 
 def test_a_teacher_without_loaded_weights_does_not_run(teacher_options):
@@ -157,76 +95,6 @@ def test_autocast_of_its_own(teacher_options):
     assert 1e-5 < difference < 0.05
     with pytest.raises(ConfigError, match="dtype='int8'"):
         build_teacher(dict(teacher_options, dtype='int8'))
-
-
-# --- normalisation
-
-
-def preprocess(config, image):
-    model = models.build(detectors.retinanet(data_preprocessor=config))
-    data = {'inputs': [image], 'data_samples': [DetDataSample(metainfo=dict(img_shape=tuple(image.shape[1:])))]}
-    batch = model.data_preprocessor(data)
-    return model.data_preprocessor, batch['inputs'], batch['data_samples']
-
-
-@pytest.mark.parametrize(
-    'teachers',
-    [
-        dict(mean=[103.53, 116.28, 123.675], std=[1.0, 1.0, 1.0], bgr_to_rgb=False),
-        dict(mean=[0.0, 0.0, 0.0], std=[255.0, 255.0, 255.0], bgr_to_rgb=True),
-        dict(mean=None, std=None, bgr_to_rgb=False),
-    ],
-)
-def test_a_batch_is_renormalized_as_the_teacher_would_have_done(teachers):
-    image = torch.randint(0, 256, (3, 50, 70), dtype=torch.uint8)
-    source, inputs, data_samples = preprocess({}, image)
-    target, expected, _ = preprocess(teachers, image)
-    renormalised = Renormalize.between(source, target)(inputs, data_samples)
-    assert renormalised.shape[2:] == (64, 96)
-    torch.testing.assert_close(renormalised, expected, rtol=1e-5, atol=1e-3)
-    assert (renormalised[:, :, 50:] == 0).all()
-    assert (renormalised[:, :, :, 70:] == 0).all()
-
-
-def test_equal_normalisation_costs_nothing():
-    source, _, _ = preprocess({}, torch.zeros(3, 32, 32, dtype=torch.uint8))
-    assert Renormalize.between(source, source) is None
-
-
-@pytest.mark.parametrize(
-    'padding', [dict(size=(96, 128), size_divisor=None), dict(size_divisor=32)], ids=['size', 'divisor']
-)
-@pytest.mark.parametrize(
-    'teachers',
-    [
-        dict(mean=[103.53, 116.28, 123.675], std=[1.0, 1.0, 1.0], bgr_to_rgb=False),
-        dict(mean=[127.5] * 3, std=[127.5] * 3, pad_val=0.5),
-        dict(pad_val=-2.0),
-        dict(mean=None, std=None, bgr_to_rgb=False),
-    ],
-)
-def test_a_segmentor_with_its_own_normalisation_sees_what_it_would_have_made_itself(teachers, padding, tmp_path):
-    """For a batch of two image sizes, padded."""
-    teacher = segmentors.pspnet(24, data_preprocessor=dict(teachers, **padding))
-    options = dict(config=teacher, checkpoint=models.save_weights(teacher, tmp_path / 'teacher.pth'))
-    student = models.build(segmentors.pspnet(data_preprocessor=dict(pad_val=1.0, **padding)), seed=0)
-    layer = 'decode_head.conv_seg'
-    model = distill(student, options, dict(kd=dict(type='KD')))
-    model.sources['teacher'].load()
-
-    def batch():
-        parts = [random_batch(model, (1, 3, *size), seed=seed) for seed, size in enumerate([(50, 120), (90, 70)])]
-        return {key: parts[0][key] + parts[1][key] for key in parts[0]}
-
-    own = stock(options)
-    images = own.data_preprocessor(batch(), True)['inputs']
-    assert images.shape == (2, 3, 96, 128)
-    (expected,) = outputs(own, (layer,), images)[layer]
-    data = model.data_preprocessor(batch(), True)
-    given = data['inputs'].clone()
-    (found,) = model.sources['teacher'](data['inputs'], data['data_samples'])[layer]
-    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))
-    assert torch.equal(data['inputs'], given)  # the student's own images stay as they are
 
 
 # --- weights
