@@ -71,7 +71,7 @@ def test_a_probe_gives_detectors_what_they_ask_of_an_image():
     assert len(probe(models.build(fast), ['roi_head.bbox_head'], batch=2)['roi_head.bbox_head'][0]) == 2
     sparse = small_config('mmdet/sparse_rcnn/sparse-rcnn_r50_fpn_1x_coco.py')
     layer = 'roi_head.bbox_head.0.fc_cls'
-    assert probe(models.build(sparse), [layer])[layer][0].shape == (1, 20, 80)
+    assert probe(models.build(sparse, seed=0), [layer])[layer][0].shape == (1, 20, 80)
 
 
 # --- what does not run
@@ -130,13 +130,13 @@ def test_the_first_size_at_which_student_and_teacher_run(size):
     model = distill(Tiny(size), Tiny(size), dict(cwd=dict(type='CWD', layer='neck')))
     assert model.sources['teacher'].size == (size or (256, 256))
     model.sources['teacher'].load()
-    assert model(torch.randn(2, 3, *(size or (64, 64))), None, mode='loss')['cwd.loss'] == 0
+    assert model(torch.randn(2, 3, *(size or (64, 64))), None, mode='loss')['cwd.loss'] > 0
 
 
 def test_no_size_at_which_they_run_is_an_error():
-    with pytest.raises(CannotRun, match='teacher: Tiny cannot be run .* 512x512'):
+    with pytest.raises(CannotRun, match='student: Tiny cannot be run .* 512x512'):
         distill(
-            Tiny(),
+            Tiny((96, 96)),
             Tiny((100, 100)),
             dict(cwd=dict(type='CWD', layer='neck')),
         )
