@@ -6,7 +6,7 @@ from typing import TypeVar
 
 import torch
 from mmengine.model import BaseModel
-from mmengine.structures import BaseDataElement
+from mmengine.structures import BaseDataElement, InstanceData
 from torch import nn
 
 from mmkd.errors import ConfigError
@@ -108,12 +108,15 @@ def probe(
 
     Raises:
         CannotRun: with the model's own error.
+        ConfigError: if the model is trained on several branches of images at once, as mmdet's semi-supervised ones are.
     """
-    sample = BaseDataElement(
-        metainfo=dict(img_shape=size, ori_shape=size, pad_shape=size, batch_input_shape=size, scale_factor=(1.0, 1.0))
-    )
+    if trains and hasattr(model.data_preprocessor, 'data_preprocessor'):
+        raise ConfigError(
+            f'{name}: {type(model).__name__} is trained on several branches of images at once; distil the model inside it'
+        )
     modes = {module: module.training for module in model.modules()}
     device = next(model.parameters()).device
+    samples = [_sample(size).to(device) for _ in range(batch)]
     try:
         with (
             torch.random.fork_rng([device] if device.type == 'cuda' else []),
@@ -124,7 +127,7 @@ def probe(
                 images = torch.randn(batch, 3, *size, generator=torch.Generator().manual_seed(0))
                 images = images.to(device, memory_format=memory_format)
                 before = _random_state(device)
-                run(model, layers, images, [sample] * batch, trains)
+                run(model, layers, images, samples, trains)
                 taps.random = not torch.equal(before, _random_state(device))
     except ConfigError:
         raise
@@ -138,6 +141,16 @@ def probe(
         for module, mode in modes.items():
             module.training = mode
     return taps
+
+
+def _sample(size: tuple[int, int]) -> BaseDataElement:
+    """What detectors ask of an image: its sizes, no objects, and itself as the one proposal, which Fast R-CNN is given."""
+    sample = BaseDataElement(
+        metainfo=dict(img_shape=size, ori_shape=size, pad_shape=size, batch_input_shape=size, scale_factor=(1.0, 1.0))
+    )
+    sample.gt_instances = InstanceData(bboxes=torch.zeros(0, 4), labels=torch.zeros(0, dtype=torch.long))
+    sample.proposals = InstanceData(bboxes=torch.tensor([[0.0, 0.0, size[1], size[0]]]))
+    return sample
 
 
 def _random_state(device: torch.device) -> torch.Tensor:

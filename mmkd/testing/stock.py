@@ -92,14 +92,18 @@ def build_random(config: Mapping[str, Any], seed: int = 0) -> nn.Module:
 
     Batch-norm statistics, the offsets of deformable convolutions and the factors of residual branches are random as well.
     """
-    with torch.random.fork_rng([]), torch.no_grad():
-        torch.manual_seed(seed)
-        model = build_model(config)
-        for parameter in model.parameters():
-            if parameter.numel() == 1 or float(parameter.std()) == 0:
-                parameter.add_(torch.empty_like(parameter).uniform_(-0.2, 0.2))
+    model = build_model(config)
+    random = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(std=parameter[0].numel() ** -0.5, generator=random)
+            elif name.endswith('bias'):
+                parameter.uniform_(-0.2, 0.2, generator=random)
+            else:
+                parameter.uniform_(0.5, 1.5, generator=random)
         for module in model.modules():
             if getattr(module, 'running_var', None) is not None:
-                nn.init.uniform_(module.running_mean, -0.2, 0.2)
-                nn.init.uniform_(module.running_var, 0.5, 1.5)
+                module.running_mean.uniform_(-0.2, 0.2, generator=random)
+                module.running_var.uniform_(0.5, 1.5, generator=random)
     return model
