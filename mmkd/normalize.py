@@ -20,6 +20,8 @@ class Renormalize:
     @classmethod
     def between(cls, source: nn.Module, target: nn.Module) -> 'Renormalize | None':
         """None where both normalize alike; a target without normalization of its own takes the source's."""
+        # a semi-supervised model of mmdet holds that of the detector inside it
+        source, target = (getattr(each, 'data_preprocessor', each) for each in (source, target))
         if type(target) is BaseDataPreprocessor:
             return None
         (mean_s, std_s, swap_s), (mean_t, std_t, swap_t) = _normalization(source), _normalization(target)
