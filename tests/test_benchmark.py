@@ -12,6 +12,8 @@ from mmengine.config import Config
 from mmkd.testing import detectors
 from mmkd.testing.runs import distilled
 
+pytestmark = pytest.mark.slow
+
 TOOL = Path(__file__).parents[1] / 'tools' / 'benchmark.py'
 
 

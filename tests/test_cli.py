@@ -15,6 +15,8 @@ from mmkd.hosts.hooks import StopAtInvalidLoss
 from mmkd.testing import detectors, models, segmentors
 from mmkd.testing.runs import distilled, shapes_config, streets_config
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[1]
 
 

@@ -68,6 +68,8 @@ def test_mmkd_bases_resolve_from_another_folder(tmp_path):
     script = f"""
 import mmkd
 from mmengine.config import Config
+
+pytestmark = pytest.mark.slow
 config = Config.fromfile({str(child)!r})
 assert config.model.student.bbox_head.num_classes == 3
 assert config.model.distillers.gid.type == 'GID'

@@ -142,6 +142,8 @@ MODULE = """
 from mmengine.registry import HOOKS
 from mmengine.hooks import Hook
 from mmkd.registry import DISTILLERS
+
+pytestmark = pytest.mark.slow
 """
 DISTILLER = '@DISTILLERS.register_module()\nclass {name}Distiller:\n    pass\n'
 HOOK = '@HOOKS.register_module()\nclass {name}Hook(Hook):\n    pass\n'

@@ -61,6 +61,7 @@ def test_its_source_works(package):
     assert losses(detectors.retinanet(), source, l2=dict(type='mypackage.l2.L2', layer='neck'))['l2.loss'] > 0
 
 
+@pytest.mark.slow
 def test_its_test_passes_and_its_run_trains(package):
     (package / 'try').mkdir()
     for command in (

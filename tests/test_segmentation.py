@@ -118,7 +118,7 @@ def test_the_test_tool_reports_the_stock_metric(trained, tmp_path):
         ),
         (
             lambda config, folder: config.model.student.decode_head.update(num_classes=4),
-            r'distillers.kd: .decode_head.conv_seg. puts out 4 channels and .* of the teacher 19; class logits of the same',
+            r'model.student.decode_head.num_classes=4: train_dataloader.dataset has 19 classes .*give both the same',
         ),
         (
             lambda config, folder: config.model.distillers.update(kd=dict(type='KD', layer='decode_head')),

@@ -83,6 +83,8 @@ def test_export_writes_what_stock_mmdet_takes_strictly(config, tmp_path):
 import sys, torch
 from mmdet.apis import init_detector
 from mmengine.runner import load_checkpoint
+
+pytestmark = pytest.mark.slow
 model = init_detector({str(tmp_path / 'plain.py')!r}, device='cpu')
 load_checkpoint(model, {str(tmp_path / 'plain.pth')!r}, strict=True)
 assert type(model).__name__ == 'RetinaNet' and 'mmkd' not in sys.modules

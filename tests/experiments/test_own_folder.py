@@ -9,6 +9,8 @@ from mmengine.config import Config
 from mmkd.testing import detectors, models, segmentors
 from mmkd.testing.runs import shapes_config, streets_config
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(autouse=True)
 def one_thread(monkeypatch, tmp_path):

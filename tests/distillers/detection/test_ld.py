@@ -216,6 +216,7 @@ def test_the_shell_weighs_each_term_with_its_options(normalize, over_bins, kd_me
     confident(student.bbox_head)
     confident(teacher.bbox_head)
     data_samples = samples()
+    data_samples[0].gt_instances.bboxes[0] = torch.tensor([20.0, 4.0, 116.0, 94.0])  # positives on a coarser level
     metas = [each.metainfo for each in data_samples] + METAS[:1]  # three images
     data_samples += samples(metas=METAS[:1])
     s_taps, t_taps = tapped(student, teacher, distiller, torch.randn(3, 3, 96, 128))
@@ -259,6 +260,7 @@ def test_the_shell_weighs_each_term_with_its_options(normalize, over_bins, kd_me
     for size in groups:
         values = [value for slot, value in classes if start <= slot < start + size]
         kd, start = kd + sum(values) / max(len(values), 1), start + size
+    assert (kd > sum(value for _, value in classes) / len(classes) * 1.1) == (kd_mean == 'level')
     expected = dict(loss_ld=2 * main / divisors[0], loss_ld_vlr=3 * valuable / divisors[1], loss_kd=5 * kd)
     assert min(expected.values()) > 1e-3
     assert found.pop('positives').item() == pytest.approx(len(classes) / 3)
