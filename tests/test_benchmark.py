@@ -14,6 +14,7 @@ from mmkd.testing.runs import distilled
 
 pytestmark = pytest.mark.slow
 
+
 TOOL = Path(__file__).parents[1] / 'tools' / 'benchmark.py'
 
 

@@ -17,6 +17,7 @@ from mmkd.testing.runs import distilled, shapes_config, streets_config
 
 pytestmark = pytest.mark.slow
 
+
 ROOT = Path(__file__).parents[1]
 
 

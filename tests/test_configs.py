@@ -11,6 +11,8 @@ from mmengine.registry import MODELS, DefaultScope
 
 from mmkd.hosts.datasets import datasets
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[1] / 'configs'
 CONFIGS = sorted(str(path.relative_to(ROOT)) for path in ROOT.rglob('*.py') if path.parent.name != '_base_')
 FULL_SIZE = [name for name in CONFIGS if '/' not in name]
@@ -69,7 +71,6 @@ def test_mmkd_bases_resolve_from_another_folder(tmp_path):
 import mmkd
 from mmengine.config import Config
 
-pytestmark = pytest.mark.slow
 config = Config.fromfile({str(child)!r})
 assert config.model.student.bbox_head.num_classes == 3
 assert config.model.distillers.gid.type == 'GID'

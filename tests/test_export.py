@@ -16,6 +16,8 @@ from mmkd.hosts.plain import plain_config
 from mmkd.testing import models, segmentors
 from mmkd.testing.runs import distilled, shapes_config, streets_config
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[1]
 WITHOUT_MMKD = """
 import sys
@@ -143,7 +145,6 @@ from mmengine.registry import HOOKS
 from mmengine.hooks import Hook
 from mmkd.registry import DISTILLERS
 
-pytestmark = pytest.mark.slow
 """
 DISTILLER = '@DISTILLERS.register_module()\nclass {name}Distiller:\n    pass\n'
 HOOK = '@HOOKS.register_module()\nclass {name}Hook(Hook):\n    pass\n'

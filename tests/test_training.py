@@ -14,6 +14,8 @@ from mmkd.testing import detectors, models
 from mmkd.testing.batches import random_batch
 from mmkd.testing.runs import distilled, shapes_config
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[1]
 METHODS = dict(gid=dict(type='GID'), cwd=dict(type='CWD', layer='neck'))
 
@@ -84,7 +86,6 @@ import sys, torch
 from mmdet.apis import init_detector
 from mmengine.runner import load_checkpoint
 
-pytestmark = pytest.mark.slow
 model = init_detector({str(tmp_path / 'plain.py')!r}, device='cpu')
 load_checkpoint(model, {str(tmp_path / 'plain.pth')!r}, strict=True)
 assert type(model).__name__ == 'RetinaNet' and 'mmkd' not in sys.modules
