@@ -144,12 +144,12 @@ def probe(
 
 
 def _sample(size: tuple[int, int]) -> BaseDataElement:
-    """What detectors ask of an image: its sizes, no objects, and itself as the one proposal, which Fast R-CNN is given."""
+    """What detectors ask of an image: its sizes, no objects, and proposals, here its own borders twice, for Fast R-CNN."""
     sample = BaseDataElement(
         metainfo=dict(img_shape=size, ori_shape=size, pad_shape=size, batch_input_shape=size, scale_factor=(1.0, 1.0))
     )
     sample.gt_instances = InstanceData(bboxes=torch.zeros(0, 4), labels=torch.zeros(0, dtype=torch.long))
-    sample.proposals = InstanceData(bboxes=torch.tensor([[0.0, 0.0, size[1], size[0]]]))
+    sample.proposals = InstanceData(bboxes=torch.tensor([[0.0, 0.0, size[1], size[0]]] * 2))
     return sample
 
 
