@@ -268,11 +268,11 @@ def _start(config: Config) -> tuple[str, str] | None:
     return checkpoint, 'checkpoint to resume from' if config.get('resume') else 'load_from'
 
 
-def check_checkpoint(config: Config) -> None:
-    """Check that the checkpoint that ``load_from`` names is there and can be read."""
+def check_checkpoint(config: Config, what: str | None = None) -> None:
+    """Check that the checkpoint that ``load_from`` names is there and can be read; errors begin with ``what``."""
     start = _start(config)
     if start:
-        checkpoint, what = start
+        checkpoint, what = start[0], what or start[1]
         read_checkpoint(fetch(checkpoint, what, missing='', unreachable='name another'), what)
 
 

@@ -126,6 +126,15 @@ def test_a_checkpoint_to_begin_with_that_cannot_be_used(shapes, tmp_path, write,
         check(*arguments)
 
 
+def test_a_checkpoint_is_called_what_it_is_for(shapes):
+    shapes.load_from = 'nowhere.pth'
+    with pytest.raises(ConfigError, match='^checkpoint nowhere.pth: no such file'):
+        checks.check_checkpoint(shapes, 'checkpoint')
+    shapes.resume = True
+    with pytest.raises(ConfigError, match='^checkpoint to resume from nowhere.pth: no such file'):
+        checks.check_checkpoint(shapes)
+
+
 def test_a_training_may_begin_with_a_part_of_its_weights(shapes, tmp_path):
     model = models.build(shapes.model.student)
     state = {name: value for name, value in model.state_dict().items() if name.startswith('backbone.')}

@@ -162,6 +162,8 @@ def test_the_tools_train_and_test(config, tmp_path):
     assert f'8 pictures are in {tmp_path}/pictures' in printed
     assert (tmp_path / 'out.pkl').stat().st_size > 0
     assert len(list((tmp_path / 'pictures').glob('*.jpg'))) == 8
+    line = tool('test', path, tmp_path / 'nowhere.pth', expect=1).splitlines()[-1]
+    assert line.startswith(f'error: checkpoint {tmp_path}/nowhere.pth: no such file')
     models.save_weights(detectors.retinanet(classes=6, channels=8), tmp_path / 'other.pth')
     line = tool('test', path, tmp_path / 'other.pth', expect=1).splitlines()[-1]
     assert re.match(

@@ -21,7 +21,7 @@ def main() -> None:
         config.load_from = args.checkpoint
         cli.join_processes(config)
         checks.check_data(config, ('test',))
-        checks.check_checkpoint(config)
+        checks.check_checkpoint(config, 'checkpoint')
         runner = cli.build_runner(config)
         checks.check_fit(config, cli.bare_model(runner))
         pictures = cli.draw_predictions(runner, args.show_dir) if args.show_dir else None
