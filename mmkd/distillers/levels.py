@@ -94,7 +94,8 @@ class LevelPairs(nn.Module):
         names = (', '.join(self.student_layers), ', '.join(self.teacher_layers))
         if len(self.student_layers) != len(self.teacher_layers):
             raise ConfigError(
-                f'{len(self.student_layers)} student and {len(self.teacher_layers)} teacher layers: {names}'
+                f'{len(self.student_layers)} student and {len(self.teacher_layers)} teacher layers, {names[0]} and {names[1]}; '
+                f'name as many of both'
             )
         self.pairs, self._sizes = [], []
         for index, (layer, other) in enumerate(zip(self.student_layers, self.teacher_layers, strict=True)):

@@ -3,18 +3,20 @@
 from pathlib import Path
 
 import torch
-from mmengine.registry import MODELS, DefaultScope
+from mmengine.registry import DefaultScope
 from torch import nn
+
+from mmkd.hosts.configs import build_model
 
 
 def build(config: dict, seed: int | None = None) -> nn.Module:
     """Build a model from its config; with ``seed``, also initialise it, batch-norm statistics included."""
     with DefaultScope.overwrite_default_scope('mmdet'):
         if seed is None:
-            return MODELS.build(config)
+            return build_model(config)
         with torch.random.fork_rng([]):
             torch.manual_seed(seed)
-            model = MODELS.build(config)
+            model = build_model(config)
             model.init_weights()
             for module in model.modules():
                 if isinstance(module, nn.BatchNorm2d):

@@ -5,52 +5,63 @@ import torch
 
 import mmkd
 from mmkd.distillers import LevelPairs
+from mmkd.distillers.levels import match_levels
 from mmkd.errors import ConfigError
 from mmkd.hosts.running import probe
 from mmkd.taps import Taps
 from mmkd.testing import detectors, models, segmentors
-from mmkd.testing.batches import random_batch
+from mmkd.testing.stock import small_config
+
+# --- which levels belong together
 
 
-def cascade(channels=16, classes=19):
-    """A segmentor of two heads, of which mmseg calls the first one twice in training."""
-    config = segmentors.pspnet(channels)
-    first = dict(config['decode_head'], num_classes=classes, dropout_ratio=0.0)
-    second = dict(first, type='OCRHead', ocr_channels=8)
-    del second['pool_scales']
-    return dict(config, type='CascadeEncoderDecoder', num_stages=2, decode_head=[first, second])
+def levels(*sizes):
+    return [torch.zeros(1, 1, size, size) for size in sizes]
 
 
-def batch(model, size=(64, 64)):
-    data = random_batch(model, (2, 3, *size)) if not isinstance(model.decode_head, torch.nn.ModuleList) else None
-    if data is None:
-        plain = models.build(segmentors.pspnet())
-        data = random_batch(plain, (2, 3, *size))
-    return model.data_preprocessor(data, True)
+@pytest.mark.parametrize(
+    ('student', 'teacher', 'pairs'),
+    [
+        ((32, 16, 8, 4, 2), (32, 16, 8, 4, 2), [(0, 0), (1, 1), (2, 2), (3, 3), (4, 4)]),
+        ((32, 16, 8, 4, 2), (64, 32, 16, 8, 4), [(0, 1), (1, 2), (2, 3), (3, 4)]),
+        ((16,), (32, 16, 8), [(0, 1)]),
+        ((8, 8, 4), (8, 8, 8), [(0, 0), (1, 1)]),
+        ((16,), (32,), [(0, 0)]),  # two single levels belong together: the adapter resizes
+    ],
+)
+def test_levels_of_one_stride_belong_together(student, teacher, pairs):
+    assert match_levels(levels(*student), levels(*teacher), 'stride', ('a', 'b')) == pairs
 
 
-@pytest.mark.parametrize('method', ['CWD', 'KD'])
-def test_both_heads_of_a_cascade_are_distilled(method):
-    layers = ['decode_head.0.conv_seg', 'decode_head.1.conv_seg']
-    student, teacher = models.build(cascade(), seed=0), models.build(cascade(24), seed=1)
-    model = mmkd.distill(student, teacher, dict(it=dict(type=method, layer=layers)))
-    model.init_weights()
-    loss = model.train()(**batch(model), mode='loss')['it.loss']
-    for head in model.decode_head:
-        (gradient,) = torch.autograd.grad(loss, head.conv_seg.weight, retain_graph=True)
-        assert gradient.abs().sum() > 0
+def test_levels_by_index():
+    found = match_levels(levels(32, 16), levels(64, 32), 'index', ('a', 'b'))
+    assert found == [(0, 0), (1, 1)]
 
 
-def taps(*sizes, images=1, channels=8):
-    """Taps of one layer that puts out maps of these sizes."""
+@pytest.mark.parametrize(
+    ('match', 'student', 'teacher', 'message'),
+    [('stride', (32, 16), (8, 4), 'no level of the same stride'), ('index', (32, 16), (32,), 'have 2 and 1 levels')],
+)
+def test_levels_that_do_not_belong_together_are_errors(match, student, teacher, message):
+    with pytest.raises(ConfigError, match=message):
+        match_levels(levels(*student), levels(*teacher), match, ('a', 'b'))
+
+
+# --- pairs
+
+
+def taps(*sizes, channels=8):
+    """Taps of ``neck``, which puts out maps of these sizes; or of several layers, in a dict."""
+    layers = sizes[0] if isinstance(sizes[0], dict) else dict(neck=sizes)
 
     class Layer(torch.nn.Module):
-        def forward(self):
-            return tuple(torch.rand(images, channels, size, size, requires_grad=True) for size in sizes)
+        def forward(self, sizes):
+            return tuple(torch.rand(1, channels, size, size, requires_grad=True) for size in sizes)
 
-    model = torch.nn.ModuleDict({'neck': Layer()})
-    with Taps(model, ['neck'], images=1) as read:
-        model['neck']()
+    model = torch.nn.ModuleDict({name: Layer() for name in layers})
+    with Taps(model, layers, images=1) as read:
+        for name, of_layer in layers.items():
+            model[name](of_layer)
     return read
 
 
@@ -76,17 +87,130 @@ def test_another_number_of_maps_than_probed_is_an_error(whose):
         levels(*both)
 
 
+def test_what_was_paired_of_several_layers():
+    """Those that are called once are named alone; a map of another size is resized."""
+    levels = LevelPairs(['a', 'b'], ['a', 'c'])
+    student, teacher = taps(dict(a=(16,), b=(32, 16))), taps(dict(a=(8,), c=(16,)))
+    levels.setup(student, teacher)
+    assert levels.pairs == [(0, 0, 0), (1, 1, 0)]
+    assert levels.describe() == (
+        'a with a; levels 1 of 2 of b with levels 0 of 1 of c: (C, H, W) of (8, 16, 16) (8, 16, 16), no adapter, 1 resized'
+    )
+    assert [tuple(pair.student.shape) for pair in levels(student, teacher)] == [(1, 8, 8, 8), (1, 8, 16, 16)]
+
+
+def test_nothing_is_said_before_the_setup():
+    with pytest.raises(ConfigError, match='its setup has to be called'):
+        LevelPairs('neck').describe()
+
+
+@pytest.mark.parametrize(
+    ('options', 'message'),
+    [
+        (dict(layer='neck', match='size'), "match='size': expected 'stride' or 'index'"),
+        (dict(layer=''), "layer='': expected a layer's name"),
+        (dict(layer=[]), r"layer=\[\]: expected a layer's name"),
+        (dict(layer=['neck', 3]), "layer=.*3.*: expected a layer's name, such as 'neck', or a list of names"),
+        (dict(layer='neck', teacher_layer=dict()), "teacher_layer={}: expected a layer's name"),
+    ],
+)
+def test_options_that_mean_nothing_are_refused(options, message):
+    with pytest.raises(ConfigError, match=message):
+        LevelPairs(**options)
+
+
+def test_as_many_layers_of_both_networks_are_needed():
+    with pytest.raises(ConfigError, match='2 student and 1 teacher layers, a, b and c; name as many'):
+        LevelPairs(['a', 'b'], 'c').setup(taps(dict(a=(8,), b=(8,))), taps(dict(c=(8,))))
+
+
+def test_a_student_without_gradient_is_an_error():
+    levels = LevelPairs('neck')
+    levels.setup(taps(8), taps(8))
+    with pytest.raises(ConfigError, match="student layer 'neck': its output has no gradient.*is it frozen"):
+        levels(taps(8).detach(), taps(8))
+
+
+# --- layers of which nothing is learnt
+
+
+def refused(config, layer, message, teacher=None, method='CWD'):
+    student, teacher = models.build(config, seed=0), models.build(teacher or config, seed=1)
+    with pytest.raises(ConfigError, match=message) as error:
+        mmkd.distill(student, teacher, dict(it=dict(type=method, layer=layer)))
+    assert '\n' not in str(error.value)
+
+
+def mask_rcnn():
+    mask_head = dict(
+        type='FCNMaskHead',
+        num_convs=1,
+        in_channels=16,
+        conv_out_channels=16,
+        num_classes=3,
+        loss_mask=dict(type='CrossEntropyLoss', use_mask=True),
+    )
+    extractor = dict(detectors.faster_rcnn().roi_head.bbox_roi_extractor)
+    test_cfg = dict(rcnn=dict(mask_thr_binary=0.5))
+    return detectors.faster_rcnn(
+        type='MaskRCNN', roi_head=dict(mask_head=mask_head, mask_roi_extractor=extractor), test_cfg=test_cfg
+    )
+
+
+@pytest.mark.parametrize('method', ['CWD', 'PKD', 'AT', 'MGD'])
+def test_rows_that_are_regions_are_refused(method):
+    layer = 'roi_head.bbox_roi_extractor'
+    message = f'{layer!r} of FasterRCNN puts out .* rows for 1 images .regions or queries'
+    refused(detectors.faster_rcnn(), layer, message, method=method)
+
+
+@pytest.mark.parametrize(
+    ('config', 'layer', 'message'),
+    [
+        (mask_rcnn, 'roi_head.mask_head.conv_logits', r'MaskRCNN puts out \d+ rows for 1 images'),
+        (mask_rcnn, 'roi_head.bbox_head.fc_cls', r'expected \(B, C, H, W\) maps'),
+        (mask_rcnn, 'roi_head.bbox_head', 'puts out a tuple of several outputs|expected .* maps'),
+        (
+            lambda: small_config('mmdet/detr/detr_r50_8xb2-150e_coco.py'),
+            'bbox_head.fc_cls',
+            'DETR puts out 2 rows for 1',
+        ),
+    ],
+)
+def test_other_rows_that_are_no_images_are_refused(config, layer, message):
+    refused(config(), layer, message)
+
+
+# --- classes
+
+
+def auxiliary_heads(classes):
+    config = segmentors.pspnet(classes=classes)
+    config.auxiliary_head = [config.auxiliary_head, dict(config.auxiliary_head)]
+    return config
+
+
 @pytest.mark.parametrize(
     ('config', 'layer'),
     [
-        (detectors.faster_rcnn(), 'roi_head.bbox_roi_extractor'),
+        (lambda classes: segmentors.pspnet(classes=classes), 'decode_head.conv_seg'),
+        (lambda classes: segmentors.cascade(classes=classes), 'decode_head.1.conv_seg'),
+        (auxiliary_heads, 'auxiliary_head.1.conv_seg'),
+        (lambda classes: detectors.retinanet(classes=classes), 'bbox_head.retina_cls'),
     ],
 )
-@pytest.mark.parametrize('method', ['CWD', 'PKD', 'AT', 'MGD'])
-def test_rows_that_are_no_images_are_refused(method, config, layer):
-    student, teacher = models.build(config, seed=0), models.build(config, seed=1)
-    with pytest.raises(ConfigError, match=f'{layer!r} of FasterRCNN puts out .* rows for 1 images .regions or queries'):
-        mmkd.distill(student, teacher, dict(it=dict(type=method, layer=layer)))
+def test_logits_of_other_classes_are_refused(config, layer):
+    """Of one head, of one of a cascade, of one of a list; the layer before is compared."""
+    refused(config(19), layer, f'{layer!r} puts out logits of 19 classes, .* of the teacher of 7', teacher=config(7))
+    before = layer + ':input'
+    mmkd.distill(models.build(config(19)), models.build(config(7)), dict(it=dict(type='CWD', layer=before)))
+
+
+def test_logits_of_one_channel_and_of_two_are_refused():
+    config = segmentors.pspnet(classes=2)
+    one = segmentors.pspnet(classes=2, decode_head=dict(out_channels=1, threshold=0.5))
+    one.decode_head.loss_decode = dict(type='CrossEntropyLoss', use_sigmoid=True)
+    refused(one, 'decode_head.conv_seg', 'puts out 1 channels for 2 classes, .* of the teacher 2', teacher=config)
 
 
 def test_the_input_of_a_layer_is_compared_as_its_output(teacher_options):
