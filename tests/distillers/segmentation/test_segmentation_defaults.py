@@ -1,6 +1,7 @@
 """Old names of options, and where each default is from: one table of each, for the methods of segmentors and the generic ones."""
 
 import inspect
+from pathlib import Path
 
 import pytest
 
@@ -188,3 +189,13 @@ def test_every_method_has_its_rows():
         if kind.__module__.startswith(('mmkd.distillers.segmentation', 'mmkd.distillers.generic'))
     }
     assert own == set(DEFAULTS)
+
+
+@pytest.mark.parametrize('method', DEFAULTS)
+def test_the_page_of_a_method_names_its_options(method):
+    """And the class names the page."""
+    page = f'docs/methods/{method.lower()}.md'
+    kind = DISTILLERS.get(method)
+    assert page in inspect.getdoc(kind)
+    text = (Path(__file__).parents[3] / page).read_text()
+    assert [name for name in inspect.signature(kind).parameters if f'`{name}`' not in text] == []
