@@ -9,6 +9,7 @@ from mmdet.structures.mask import BitmapMasks
 from mmengine.structures import InstanceData, PixelData
 from mmseg.structures import SegDataSample
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from mmkd.distill import distill
 from mmkd.errors import ConfigError
@@ -232,6 +233,9 @@ NCHW = {
 }
 """Families whose teachers keep the layout of NCHW."""
 
+UNFOLDED = {'mmdet/detectors'}
+"""Families with batch norms, all of them behind convolutions of another kind."""
+
 NOT_HERE = {
     'mmdet/boxinst': 'needs scikit-image',
     'mmdet/bytetrack': 'needs lap',
@@ -374,6 +378,8 @@ def test_a_frozen_teacher_equals_the_stock_model(name):
     found = teacher(inputs, data_samples)
     assert all(each.numel() > 1 and each.std() > 0 for layer in layers for each in tensors(expected[layer]))
     assert max(differences(found, expected).values()) < 1e-3
+    norms = [sum(isinstance(each, _BatchNorm) for each in model.modules()) for model in (teacher.model, stock)]
+    assert (norms[0] < norms[1]) == (norms[1] > 0 and name not in UNFOLDED)
     weights = [weight for weight in teacher.model.parameters() if weight.dim() == 4 and weight.shape[1:3].numel() > 1]
     assert all(weight.is_contiguous() for weight in weights) == (name in NCHW)
 

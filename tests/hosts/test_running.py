@@ -75,6 +75,15 @@ def test_a_probe_gives_detectors_what_they_ask_of_an_image():
     assert probe(models.build(sparse, seed=0), [layer])[layer][0].shape == (20, 80)
 
 
+def test_a_probe_knows_whether_random_numbers_were_drawn():
+    """SegNeXt's head draws its bases in each pass, in eval mode as well."""
+    layer = 'decode_head.conv_seg'
+    segnext = models.build(small_config('mmseg/segnext/segnext_mscan-t_1xb16-adamw-160k_ade20k-512x512.py'))
+    assert probe(segnext, [layer]).random
+    assert not probe(segnext, ['backbone']).random
+    assert not probe(models.build(segmentors.pspnet()), [layer]).random
+
+
 # --- what does not run
 
 
