@@ -169,7 +169,8 @@ def test_rows_that_are_regions_are_refused(method):
     [
         (mask_rcnn, 'roi_head.mask_head.conv_logits', r'MaskRCNN puts out \d+ rows for 1 images'),
         (mask_rcnn, 'roi_head.bbox_head.fc_cls', r'expected \(B, C, H, W\) maps'),
-        (mask_rcnn, 'roi_head.bbox_head', 'puts out a tuple of several outputs|expected .* maps'),
+        (mask_rcnn, 'roi_head.bbox_head', r'expected \(B, C, H, W\) maps'),
+        (detectors.retinanet, 'bbox_head', 'puts out a tuple of several outputs, not a map; name the module'),
         (
             lambda: small_config('mmdet/detr/detr_r50_8xb2-150e_coco.py'),
             'bbox_head.fc_cls',
@@ -177,7 +178,7 @@ def test_rows_that_are_regions_are_refused(method):
         ),
     ],
 )
-def test_other_rows_that_are_no_images_are_refused(config, layer, message):
+def test_other_outputs_that_are_no_maps_of_images_are_refused(config, layer, message):
     refused(config(), layer, message)
 
 

@@ -79,7 +79,9 @@ def test_a_probe_knows_whether_random_numbers_were_drawn():
     """SegNeXt's head draws its bases in each pass, in eval mode as well."""
     layer = 'decode_head.conv_seg'
     segnext = models.build(small_config('mmseg/segnext/segnext_mscan-t_1xb16-adamw-160k_ade20k-512x512.py'))
+    state = torch.get_rng_state()
     assert probe(segnext, [layer]).random
+    assert torch.equal(torch.get_rng_state(), state)  # that of others stays as it was
     assert not probe(segnext, ['backbone']).random
     assert not probe(models.build(segmentors.pspnet()), [layer]).random
 
