@@ -7,8 +7,8 @@ from mmengine.registry import DefaultScope
 from mmkd.testing import detectors, models
 
 if 'PYTEST_XDIST_WORKER' in os.environ:  # one of several processes that share the cores
-    os.environ['OMP_NUM_THREADS'] = '1'  # of what tests start
-    torch.set_num_threads(1)
+    threads = os.environ.setdefault('OMP_NUM_THREADS', '1')  # also of what tests start
+    torch.set_num_threads(int(threads))
 
 
 def pytest_addoption(parser):
