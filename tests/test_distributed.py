@@ -1,4 +1,4 @@
-"""Two processes over gloo, through tools/dist_train.sh."""
+"""Two processes over gloo."""
 
 import json
 import os
@@ -7,17 +7,16 @@ import shutil
 import socket
 import subprocess
 import sys
-from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
 import torch
+from tool import ROOT, train_together
 
 from mmkd.testing import detectors, segmentors
 from mmkd.testing.runs import distilled, of_all_sources, shapes_config, streets_config
 
-ROOT = Path(__file__).parents[1]
 METHODS = dict(gid=dict(type='GID'), cwd=dict(type='CWD', layer='neck'))
 # every method: student, teacher, distillers
 PAIRS = {
@@ -111,15 +110,15 @@ def launch(script, *arguments):
     return done.stdout + done.stderr
 
 
-def train(config, folder, processes):
-    """Train in one or two processes; the weights of each."""
+def train(config, folder, processes, start=train_together):
+    """Train in one or two processes; the weights of each, in the end and in the beginning."""
     config.work_dir = str(folder)
     config.custom_hooks = [dict(type='mmkd.testing.runs.SaveEachRank')]
     path = folder.with_suffix('.py')
     config.dump(path)
-    launch('dist_train.sh', path, processes)
+    start(path, processes)
     assert 'find_unused_parameters' not in path.read_text()
-    return [torch.load(folder / f'rank{rank}.pth', weights_only=True) for rank in range(processes)]
+    return [[torch.load(folder / f'rank{rank}{when}.pth') for rank in range(processes)] for when in ('', '_before')]
 
 
 def edit_annotations(folder, edit):
@@ -132,10 +131,10 @@ def edit_annotations(folder, edit):
 @pytest.mark.parametrize('pair', PAIRS)
 @pytest.mark.parametrize('objects', ['on both', 'on one'])
 def test_both_processes_end_with_the_same_student_and_trained_parts(tmp_path, objects, pair):
-    """10 steps; 'on one': the second process has only images without objects. Memories of keys are equal as well."""
+    """6 steps; 'on one': the second process has only images without objects. Memories of keys are equal as well."""
     student, teacher, methods = PAIRS[pair]
     model = distilled(tmp_path, methods, student(classes=6), teacher(classes=6, channels=24, base=12))
-    config = shapes_config(tmp_path, model, iterations=10, batch=2)
+    config = shapes_config(tmp_path, model, iterations=6, batch=2)
     if objects == 'on one':
         config.train_dataloader.sampler.shuffle = False  # the processes take turns
 
@@ -143,7 +142,7 @@ def test_both_processes_end_with_the_same_student_and_trained_parts(tmp_path, ob
             content['annotations'] = [each for each in content['annotations'] if each['image_id'] % 2 == 0]
 
         edit_annotations(tmp_path, edit)
-    first, second = train(config, tmp_path / 'two', 2)
+    (first, second), _ = train(config, tmp_path / 'two', 2)
     for name, value in first.items():
         assert torch.isfinite(value).all(), name
         assert torch.equal(value, second[name]), name
@@ -155,17 +154,17 @@ def test_both_processes_end_with_the_same_student_and_trained_parts(tmp_path, ob
     [(pair, labels) for pair in SEGMENTATION for labels in ('on both', 'on one')][:-1],
 )
 def test_both_processes_end_with_the_same_segmentor_and_trained_parts(tmp_path, labels, pair):
-    """10 steps; 'on one': all pixels of the second process's images are ignored. Queues are equal as well."""
+    """6 steps; 'on one': all pixels of the second process's images are ignored. Queues are equal as well."""
     student, teacher, methods = SEGMENTATION[pair]
     two_domains = 'domains' in pair
     model = distilled(tmp_path, methods, student(), teacher(channels=24, base=12 if 'SegFormer' not in pair else 8))
-    config = streets_config(tmp_path, model, iterations=10, batch=2, two_domains=two_domains)
+    config = streets_config(tmp_path, model, iterations=6, batch=2, two_domains=two_domains)
     if labels == 'on one':
         config.train_dataloader.sampler.shuffle = False  # the processes take turns
         for index, path in enumerate(sorted((tmp_path / 'streets' / 'gtFine' / 'train').rglob('*.png'))):
             if index % 2:
                 cv2.imwrite(str(path), np.full((64, 128), 255, np.uint8))
-    first, second = train(config, tmp_path / 'two', 2)
+    (first, second), _ = train(config, tmp_path / 'two', 2)
     for name, value in first.items():
         assert torch.isfinite(value).all(), name
         if 'running_' not in name:  # of batch norms: each process has seen other images
@@ -175,7 +174,9 @@ def test_both_processes_end_with_the_same_segmentor_and_trained_parts(tmp_path, 
 @pytest.mark.parametrize(('family', 'make'), [('RetinaNet', shapes_config), ('PSPNet', streets_config)])
 def test_both_processes_have_the_same_average_and_peer(tmp_path, family, make):
     """Also in steps in which one of them is not read; of the average the statistics of batch norms as well."""
-    first, second = train(make(tmp_path, of_all_sources(tmp_path, family), iterations=6, batch=2), tmp_path / 'two', 2)
+    (first, second), _ = train(
+        make(tmp_path, of_all_sources(tmp_path, family), iterations=6, batch=2), tmp_path / 'two', 2
+    )
     assert {name.split('.')[1] for name in first if name.startswith('sources.')} == {'mean', 'peer'}
     for name, value in first.items():
         if 'running_' not in name or name.startswith('sources.mean'):
@@ -193,8 +194,9 @@ def test_both_processes_have_the_same_average_and_peer(tmp_path, family, make):
 def test_two_processes_evaluate_as_one(tmp_path, make, model, metrics):
     pair = () if model is None else (model(), model(channels=24))
     methods = METHODS if model is None else dict(kd=dict(type='KD'))
-    train(make(tmp_path, distilled(tmp_path, methods, *pair), iterations=4), tmp_path / 'one', 1)
-    path, checkpoint = tmp_path / 'one.py', tmp_path / 'one' / 'iter_4.pth'
+    config = make(tmp_path, distilled(tmp_path, methods, *pair), iterations=4)
+    train(config, tmp_path / 'two', 2, lambda path, processes: launch('dist_train.sh', path, processes))
+    path, checkpoint = tmp_path / 'two.py', tmp_path / 'two' / 'iter_4.pth'
     found = [re.search(metrics, launch('dist_test.sh', path, checkpoint, processes))[0] for processes in (1, 2)]
     assert found[0] == found[1]
 
@@ -213,10 +215,7 @@ def one_step(tmp_path):
 def updates(config, folder, processes, batch):
     """What the step changed, by name."""
     config.train_dataloader.batch_size = batch
-    after = train(config, folder, processes)[0]
-    config.optim_wrapper.optimizer.lr = 0.0
-    before = train(config, folder.with_name(folder.name + '_before'), processes)[0]
-    config.optim_wrapper.optimizer.lr = 1.0
+    (after, *_), (before, *_) = train(config, folder, processes)
     return {name: after[name] - before[name] for name in after}
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from mmengine.config import Config
 from mmengine.runner import Runner
-from test_training import tool
+from tool import tool
 
 from mmkd.hosts.plain import plain_config
 from mmkd.testing import models, segmentors

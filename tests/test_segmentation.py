@@ -10,7 +10,7 @@ from mmengine.config import Config
 from mmengine.registry import DefaultScope
 from mmengine.runner import Runner
 from mmseg.apis import inference_model
-from test_training import tool
+from tool import tool
 
 from mmkd.testing import models, segmentors
 from mmkd.testing.runs import distilled, streets_config

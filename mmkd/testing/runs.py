@@ -220,8 +220,14 @@ def check_steps(steps: list[dict], config: Config) -> None:
 
 
 class SaveEachRank(Hook):
-    """Write the weights of each process at the end, to ``rank<number>.pth`` in the work directory."""
+    """Write the weights of each process to the work directory: ``rank<number>.pth`` and, before, ``rank<number>_before.pth``."""
+
+    def before_train(self, runner: Runner) -> None:
+        self._save(runner, '_before')
 
     def after_train(self, runner: Runner) -> None:
+        self._save(runner, '')
+
+    def _save(self, runner: Runner, when: str) -> None:
         model = getattr(runner.model, 'module', runner.model)
-        torch.save(model.state_dict(), Path(runner.work_dir) / f'rank{runner.rank}.pth')
+        torch.save(model.state_dict(), Path(runner.work_dir) / f'rank{runner.rank}{when}.pth')

@@ -1,25 +1,14 @@
 """Sources through the real Runner: checkpoints, resume, EMA, export, two processes."""
 
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
+from tool import tool
 
 from mmkd.testing import models
 from mmkd.testing.runs import of_all_sources, shapes_config, streets_config
 
-ROOT = Path(__file__).parents[2]
 CASES = {'RetinaNet': shapes_config, 'PSPNet': streets_config}
 pytestmark = pytest.mark.slow
-
-
-def tool(name, *arguments):
-    command = [sys.executable, str(ROOT / 'tools' / f'{name}.py'), *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout + done.stderr
 
 
 def weights(path):
