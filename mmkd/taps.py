@@ -118,8 +118,7 @@ class Taps(Mapping):
         records = self._records.get(layer, [])
         if not records:
             raise ConfigError(
-                f'layer {layer!r} of {type(self.model).__name__} was never called in the forward pass; tap a module that '
-                f"is called itself (mmseg heads call `self.forward`: tap 'decode_head.conv_seg', not 'decode_head')"
+                f'layer {layer!r} of {type(self.model).__name__} was never called in the forward pass; {self._advice(layer)}'
             )
         if any(tensor._version != version for _, versions in records for tensor, version in versions):
             raise ConfigError(
@@ -129,6 +128,11 @@ class Taps(Mapping):
         if layer not in self._read:
             self._read[layer] = tuple(_map(_float32, value) for value, _ in records)
         return self._read[layer]
+
+    def _advice(self, layer: str) -> str:
+        if hasattr(self._modules[layer], 'conv_seg'):  # mmseg's heads call their own `forward`, not themselves
+            return f"its parts are: tap '{layer}.conv_seg', not {layer!r}"
+        return 'tap a module that is, such as a part of it'
 
     def __getitem__(self, layer: str) -> tuple:
         values = self.per_call(layer)

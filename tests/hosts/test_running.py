@@ -210,7 +210,7 @@ def test_only_the_wanted_heads_of_a_segmentor_run():
 @pytest.mark.parametrize('layer', ['decode_head', 'auxiliary_head'])
 def test_a_segmentors_head_as_a_whole_is_an_error_with_advice(layer):
     model = models.build(segmentors.pspnet())
-    with pytest.raises(ConfigError, match=rf"{layer!r} .*never called.*tap 'decode_head.conv_seg', not 'decode_head'"):
+    with pytest.raises(ConfigError, match=rf"{layer!r} .*never called.*tap '{layer}.conv_seg', not {layer!r}"):
         probe(model, [layer])[layer]
 
 
