@@ -77,8 +77,8 @@ def fold_batch_norm(model: nn.Module, layers: Sequence[str] = (), size: tuple[in
     """Fold each batch norm of a frozen model into the convolution whose output it takes.
 
     The pairs are read off a forward pass, not guessed from the order of definition: a batch norm is folded if
-    what it takes in, each time that it is called, is the very tensor that a convolution put out, and nothing else takes
-    that in. Layers that are tapped keep their own output. The tapped outputs are compared before and after.
+    its input is the very tensor that a convolution put out, nothing else takes that in, and neither is called more
+    than once. Layers that are tapped keep their own output. The tapped outputs are compared before and after.
 
     Returns:
         The number of batch norms folded; 0, with a warning, if that would change the outputs by more than rounding.
@@ -97,17 +97,18 @@ def _observe(model: nn.Module, layers: Sequence[str], size: tuple[int, int]) -> 
     with _removed([module.register_forward_hook(record) for module in calls]):
         taps = probe(model, layers, BATCH, size)
     names = {module: name for name, module in model.named_modules()}
+    once = {module: called[0] for module, called in calls.items() if len(called) == 1}
     made_by = {
-        tuple(id(output) for _, output in called): module
-        for module, called in calls.items()
-        if called and type(module) is nn.Conv2d and names[module] not in layers
+        id(output): module
+        for module, (_, output) in once.items()
+        if type(module) is nn.Conv2d and names[module] not in layers
     }
-    taken_by = {
-        module: tuple(id(taken) for taken, _ in called)
-        for module, called in calls.items()
-        if isinstance(module, _BatchNorm) and module.running_var is not None and names[module] + INPUT not in layers
-    }
-    pairs = [Pair(made_by[taken], module) for module, taken in taken_by.items() if taken in made_by]
+    pairs = [
+        Pair(made_by[id(taken)], module)
+        for module, (taken, _) in once.items()
+        if isinstance(module, _BatchNorm) and module.running_var is not None
+        if id(taken) in made_by and names[module] + INPUT not in layers
+    ]
     return Pass(taps, {module for module, called in calls.items() if called}, pairs)
 
 

@@ -133,7 +133,7 @@ class SharedNorm(Tiny):
 
 
 class SharedBoth(Tiny):
-    """A convolution and its batch norm are called for each of several levels."""
+    """A convolution and its batch norm are called for each of several levels, as in heads: they stay."""
 
     def __init__(self):
         super().__init__(conv=conv(), norm=nn.BatchNorm2d(3))
@@ -175,7 +175,7 @@ class WeightReadElsewhere(Tiny):
         (InPlace, []),
         (SharedWeight, ['norm1', 'norm2']),
         (SharedNorm, []),
-        (SharedBoth, ['norm']),
+        (SharedBoth, []),
         (TwoNames, ['norm1', 'norm2']),
         (WeightReadElsewhere, []),
     ],
