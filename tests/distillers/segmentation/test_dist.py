@@ -232,6 +232,16 @@ def test_a_training_step_with_auxiliary_logits(tmp_path):
             head.conv_seg.weight.grad = None
 
 
+def test_a_student_may_learn_from_another_head_of_the_teacher(tmp_path):
+    layers = dict(layer='auxiliary_head.conv_seg', teacher_layer='decode_head.conv_seg')
+    model = pair(tmp_path, segmentors.pspnet(24), dist=dict(type='DIST', **layers))
+    data = model.data_preprocessor(random_batch(model, (2, 3, 64, 96), 4), True)
+    losses = model(**data, mode='loss')
+    (losses['dist.loss_inter'] + losses['dist.loss_intra']).backward()
+    assert model.auxiliary_head.conv_seg.weight.grad.any()
+    assert model.decode_head.conv_seg.weight.grad is None
+
+
 def test_layers_that_cannot_be_compared_are_an_error():
     student, teacher = (models.build(segmentors.pspnet(classes=number)) for number in (19, 7))
     distiller = DIST()
