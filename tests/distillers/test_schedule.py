@@ -1,3 +1,4 @@
+import inspect
 import math
 
 import pytest
@@ -7,6 +8,7 @@ from mmkd.distillers.collection import Distillers
 from mmkd.distillers.schedule import Weight
 from mmkd.errors import ConfigError
 from mmkd.hosts.running import probe
+from mmkd.registry import DISTILLERS
 from mmkd.sources import Source
 from mmkd.testing import detectors, models
 
@@ -16,6 +18,7 @@ from mmkd.testing import detectors, models
     [
         (3.0, {0: 3.0, 10**6: 3.0}),
         (dict(type='constant', value=2.0, begin=10, end=20), {9: 0.0, 10: 2.0, 19: 2.0, 20: 0.0}),
+        (dict(type='linear', value=10.0, end=1), {0: 0.0, 1: 10.0}),
         (dict(type='linear', value=10.0, end=500), {0: 0.0, 250: 5.0, 500: 10.0, 900: 10.0}),
         (dict(type='linear', value=0.0, start=8.0, begin=100, end=200), {50: 8.0, 150: 4.0, 300: 0.0}),
         (dict(type='cosine', value=4.0, end=100), {0: 0.0, 25: 4 * (1 - math.cos(math.pi / 4)) / 2, 50: 2.0, 100: 4.0}),
@@ -25,6 +28,7 @@ from mmkd.testing import detectors, models
 def test_weight_at_an_iteration(spec, expected):
     weight = Weight(spec)
     assert {iteration: pytest.approx(weight.at(iteration)) for iteration in expected} == expected
+    assert weight() == weight.at(0)
 
 
 def test_the_iteration_is_the_runners(teacher_options):
@@ -51,6 +55,8 @@ def test_the_iteration_is_the_runners(teacher_options):
         (dict(type='linear', value=1), "linear needs \\['end'\\]"),
         (dict(type='linear', value=1, end=9, stop=3), "no option 'stop'"),
         (dict(type='cosine', value=1, begin=9, end=9), 'end has to come after begin'),
+        (dict(type='linear', value=1, end=0), 'end has to come after begin'),
+        (dict(type='step', value=1), r"step needs \['milestones'\]"),
         (dict(type='step', value=1, milestones=8000), r'weight=.*milestones has to be a list'),
         ('10', 'expected a finite number'),
         (float('nan'), 'expected a finite number'),
@@ -59,3 +65,20 @@ def test_the_iteration_is_the_runners(teacher_options):
 def test_what_is_no_weight_is_an_error(spec, message):
     with pytest.raises(ConfigError, match=message):
         Weight(spec)
+
+
+WEIGHTS = [
+    (method, option)
+    for method, kind in DISTILLERS.module_dict.items()
+    for option in inspect.signature(kind).parameters
+    if option.endswith('_weight')
+]
+
+
+@pytest.mark.parametrize(('method', 'option'), WEIGHTS)
+def test_a_weight_that_is_no_number_is_named_by_its_option(method, option):
+    kind = DISTILLERS.get(method)
+    given = inspect.signature(kind).parameters.get('layer')
+    layer = dict(layer='neck') if given is not None and given.default is given.empty else {}
+    with pytest.raises(ConfigError, match=f"^{option}='2'"):
+        kind(**layer, **{option: '2'})

@@ -123,11 +123,11 @@ class FRS(Distiller):
     ):
         super().__init__()
         self.features = LevelPairs(layer, teacher_layer, adapter)
-        self.feature_weight = Weight(feature_weight)
+        self.feature_weight = Weight(feature_weight, 'feature_weight')
         self.layer, self.head = layer, head
         self.teacher_layer, self.teacher_head = teacher_layer or layer, teacher_head or head
         self.compares_classes = bool(cls_weight)
-        self.cls_weight = Weight(cls_weight)
+        self.cls_weight = Weight(cls_weight, 'cls_weight')
         self.student_layers = (layer, head) if self.compares_classes else (layer,)
         self.teacher_layers = (self.teacher_layer, self.teacher_head)
 

@@ -266,8 +266,8 @@ class GDetKD(Distiller):
         self.layer, self.teacher_layer, self.head = layer, teacher_layer or layer, head
         self.roi_head, self.teacher_stage = RoIHead(roi_head, stage), teacher_stage
         self.embedding = (embedding_layer or layer) if head else self.roi_head.embedding
-        self.sgfi_weight, self.ckd_weight = Weight(sgfi_weight), Weight(ckd_weight)
-        self.cls_weight, self.bbox_weight = Weight(cls_weight), Weight(bbox_weight)
+        self.sgfi_weight, self.ckd_weight = Weight(sgfi_weight, 'sgfi_weight'), Weight(ckd_weight, 'ckd_weight')
+        self.cls_weight, self.bbox_weight = Weight(cls_weight, 'cls_weight'), Weight(bbox_weight, 'bbox_weight')
         self.tau, self.ckd_tau, self.max_overlap = tau, ckd_tau, max_overlap
         self.hidden_channels, self.key_channels = hidden_channels, key_channels
         self.projection_channels = projection_channels

@@ -207,8 +207,8 @@ class LD(Distiller):
         self.head, self.teacher_head = head, teacher_head or head
         self.student_layers, self.teacher_layers = (self.head,), (self.teacher_head,)
         self.tau, self.kd_tau, self.gamma = tau, kd_tau, gamma
-        self.ld_weight, self.ld_vlr_weight = Weight(ld_weight), Weight(ld_vlr_weight)
-        self.kd_weight = Weight(kd_weight)
+        self.ld_weight, self.ld_vlr_weight = Weight(ld_weight, 'ld_weight'), Weight(ld_vlr_weight, 'ld_vlr_weight')
+        self.kd_weight = Weight(kd_weight, 'kd_weight')
         self.normalize, self.kd_mean, self.over_bins = normalize, kd_mean, over_bins
 
     def _heads(self, student: Taps, teacher: Taps) -> tuple[DistributionDenseHead, DistributionDenseHead]:

@@ -123,8 +123,8 @@ class Mimic(Distiller):
         self.layer, self.teacher_layer, self.head = layer, teacher_layer or layer, head
         self.roi_head, self.teacher_stage = RoIHead(roi_head, stage), teacher_stage
         self.proposals, self.topk = proposals, topk
-        self.feature_weight = Weight(feature_weight)
-        self.cls_weight, self.bbox_weight = Weight(cls_weight), Weight(bbox_weight)
+        self.feature_weight = Weight(feature_weight, 'feature_weight')
+        self.cls_weight, self.bbox_weight = Weight(cls_weight, 'cls_weight'), Weight(bbox_weight, 'bbox_weight')
         self.adapter, self.pooled_size, self.sampling_ratio = adapter, pooled_size, sampling_ratio
         self.student_layers = (layer, head) if head else (layer, *self.roi_head.layers)
         self.teacher_layers = (self.teacher_layer,)

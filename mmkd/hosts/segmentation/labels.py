@@ -34,7 +34,7 @@ def ignore_index(model: nn.Module) -> int:
 
 
 def pixels_of(
-    positions: int, pixels: int, align_corners: bool = False, device: torch.device | str | None = None
+    positions: int, pixels: int, align_corners: bool, device: torch.device | str | None = None
 ) -> torch.Tensor:
     """Which of a row of pixels each of a row of positions stands for, see above.
 
