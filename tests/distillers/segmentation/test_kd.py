@@ -66,6 +66,15 @@ def test_the_formula_as_plain_loops(reduction, tau, masked):
     assert found.item() == pytest.approx(plain_loops(student, teacher, tau, reduction, valid), rel=1e-6)
 
 
+@pytest.mark.parametrize('reduction', REDUCTIONS)
+def test_a_single_valid_pixel_is_a_mean_of_one(reduction):
+    student, teacher = torch.randn(2, 2, 5, 3, 4, dtype=torch.float64)
+    valid = torch.zeros(2, 3, 4, dtype=torch.bool)
+    valid[1, 2, 3] = True
+    found = pixel_divergence(student, teacher, 1.0, reduction, valid)
+    assert found.item() == pytest.approx(plain_loops(student, teacher, 1.0, reduction, valid), rel=1e-6)
+
+
 def test_weights_of_one_reduction_are_those_of_another():
     student, teacher = torch.randn(2, 3, 5, 4, 6)
     mean = pixel_divergence(student, teacher)

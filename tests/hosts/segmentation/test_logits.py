@@ -13,6 +13,8 @@ def test_logits_of_the_same_classes_pass_whatever_their_sizes():
     student, teacher = (probe(models.build(each), [LAYER]) for each in (segmentors.pspnet(), segmentors.deeplabv3(24)))
     assert student[LAYER][0].shape[2:] != teacher[LAYER][0].shape[2:]
     assert require_class_logits(student, LAYER, teacher, LAYER) is None
+    two = probe(models.build(segmentors.pspnet(classes=2)), [LAYER])
+    assert require_class_logits(two, LAYER, two, LAYER) is None
 
 
 def test_other_numbers_of_channels_are_an_error():
