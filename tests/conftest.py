@@ -1,5 +1,7 @@
+import functools
 import os
 
+import mmengine.config.utils
 import pytest
 import torch
 from mmengine.registry import DefaultScope
@@ -9,6 +11,9 @@ from mmkd.testing import detectors, models
 if 'PYTEST_XDIST_WORKER' in os.environ:  # one of several processes that share the cores
     threads = os.environ.setdefault('OMP_NUM_THREADS', '1')  # also of what tests start
     torch.set_num_threads(int(threads))
+
+# mmengine reads all metafiles of mmdet or mmseg anew for every 'mmdet::...' that a config names
+mmengine.config.utils.load = functools.cache(mmengine.config.utils.load)
 
 
 def pytest_addoption(parser):

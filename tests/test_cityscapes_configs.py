@@ -2,7 +2,7 @@
 
 import pytest
 from mmengine.config import Config
-from test_configs import CITYSCAPES, ROOT
+from test_configs import CITYSCAPES, ROOT, check_full_size
 
 from mmkd.data import streets
 from mmkd.hosts.datasets import datasets
@@ -36,4 +36,6 @@ def test_two_training_steps(name, cityscapes, tmp_path, full_size):
         config.model.student.data_preprocessor.size = tuple(
             side // 4 for side in config.model.student.data_preprocessor.size
         )
-    check_steps(two_steps(config, tmp_path), config)
+    model, steps = two_steps(config, tmp_path)
+    check_steps(steps, config)
+    check_full_size(name, model)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from mmengine.config import Config
 from mmengine.hooks import Hook
+from mmengine.model import BaseModel
 from mmengine.runner import Runner
 
 from mmkd.data import shapes, streets
@@ -184,8 +185,8 @@ def of_all_sources(folder: str | Path, family: str) -> dict:
     )
 
 
-def two_steps(config: Config, folder: str | Path) -> list[dict]:
-    """Train a distilled config for two steps, with random weights in both networks; what each step logged."""
+def two_steps(config: Config, folder: str | Path) -> tuple[BaseModel, list[dict]]:
+    """Train a distilled config for two steps, with random weights in both networks; the model, and what each step logged."""
     loader = config.train_dataloader
     loader.update(batch_size=2, num_workers=0, persistent_workers=False, batch_sampler=None)
     if loader.sampler.type != 'mmkd.DomainSampler':
@@ -207,7 +208,7 @@ def two_steps(config: Config, folder: str | Path) -> list[dict]:
     runner.model.sources['teacher'].accept_current_weights()  # with random weights
     runner.train()
     (scalars,) = Path(folder).glob('*/vis_data/scalars.json')
-    return [json.loads(line) for line in scalars.read_text().splitlines()]
+    return runner.model, [json.loads(line) for line in scalars.read_text().splitlines()]
 
 
 def check_steps(steps: list[dict], config: Config) -> None:
