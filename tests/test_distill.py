@@ -193,6 +193,7 @@ def test_a_layer_that_is_called_once_per_image_does_not_end_the_pass_early(teach
     assert build(teacher_options, load=False).sources['teacher'].calls == {'neck': 1, 'bbox_head': 1}
 
 
+@pytest.mark.slow
 def test_a_segmentor_learns_as_a_detector_does(tmp_path):
     """mmseg keeps its data preprocessor at the config's top level and calls `self.forward` in its heads."""
     from mmengine.hub import get_config

@@ -207,6 +207,7 @@ def test_a_model_that_folding_would_change_stays_as_it_is(images, log):
     assert "folding its batch norms would change ['neck']" in log.text
 
 
+@pytest.mark.slow
 def test_a_full_size_teacher_equals_stock_mmdet():
     """ResNet-50 with batch-norm statistics that are not the initial ones."""
     config = get_config('mmdet::retinanet/retinanet_r50_fpn_1x_coco.py').model

@@ -3,7 +3,10 @@
 import subprocess
 import sys
 
+import pytest
 
+
+@pytest.mark.slow
 def test_the_core_and_segmentation_import_without_mmdet():
     script = """
 import sys

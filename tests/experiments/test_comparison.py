@@ -58,6 +58,7 @@ def test_data_and_a_given_teachers_weights_are_looked_for_before_training(
 # the queue
 
 
+@pytest.mark.slow
 def test_teachers_come_first_then_seed_by_seed_with_the_trained_teacher(tmp_path, notes, compare, capsys):
     folder = tmp_path / 'work'
     command = ['shapes', 'gid_retinanet', 'cwd_retinanet', '--seeds', '3', '4', '--work-dir', folder]

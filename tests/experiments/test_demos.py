@@ -59,6 +59,7 @@ def test_the_class_table_has_the_models_iou_and_the_pictures_are_not_blank(monke
     assert (picture[..., :3] == np.array([200, 30, 30], np.float32) / 255).all(-1).mean() > 0.01
 
 
+@pytest.mark.slow
 def test_a_segmentation_user_needs_no_mmdet():
     script = """
 import sys

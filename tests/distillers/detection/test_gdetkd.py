@@ -198,6 +198,7 @@ dist.destroy_process_group()
 """
 
 
+@pytest.mark.slow
 def test_two_processes_have_the_same_memory_of_both(tmp_path):
     """With 2 regions a step in the first, and 0, 1 and 2 in the second."""
     environment = {**os.environ, 'OMP_NUM_THREADS': '1'}

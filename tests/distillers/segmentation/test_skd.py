@@ -279,6 +279,7 @@ def reference_penalty(critic, student, teacher, seed):
 
 
 @pytest.mark.parametrize('mode', ['wgan-gp', 'hinge'])
+@pytest.mark.slow
 def test_one_optimizer_changes_the_weights_as_two_alternating_ones_do(mode, tmp_path):
     """The authors' order, written out: a step of the student against a frozen critic, then a step of the critic on the
     outputs of the same forward pass.
@@ -343,6 +344,7 @@ def test_one_optimizer_changes_the_weights_as_two_alternating_ones_do(mode, tmp_
         assert (found[name] - start[name]).abs().max() > 1e-5, name
 
 
+@pytest.mark.slow
 def test_training_with_spectral_norm_stays_finite_and_every_part_of_the_critic_learns(tmp_path):
     model = pair(tmp_path, condition_on_image=True)
     for module in model.distillers.modules():
