@@ -180,3 +180,9 @@ def test_zero_for_equal_networks(tmp_path):
 def test_options_out_of_range_are_errors(options):
     with pytest.raises(ConfigError, match=next(iter(options)).removeprefix('loss_')):
         AT('neck', **options)
+
+
+def test_the_least_power_takes_the_mean_of_absolute_values():
+    feature = torch.randn(2, 3, 4, 5)
+    found = AT('neck', power=1).levels.reduce(feature)
+    torch.testing.assert_close(found, feature.abs().mean(1, keepdim=True))

@@ -146,3 +146,8 @@ def test_levels_in_order_are_resized_to_the_teachers():
 def test_options_out_of_range_are_errors(options):
     with pytest.raises(ConfigError, match=next(iter(options)).removeprefix('loss_')):
         PKD('neck', **options)
+
+
+def test_without_an_epsilon_it_is_not_added():
+    feature = torch.randn(2, 3, 4, 5)
+    assert PKD('neck', eps=0).compare(feature, 2 * feature).item() == pytest.approx(0, abs=1e-6)

@@ -8,7 +8,7 @@ from mmengine.optim import build_optim_wrapper
 
 from mmkd.distill import distill
 from mmkd.distillers.segmentation.kd import pixel_divergence
-from mmkd.distillers.segmentation.skd import SKD, pair_wise_loss, pool_nodes
+from mmkd.distillers.segmentation.skd import SKD, pair_wise_loss, pool_nodes, same_size
 from mmkd.errors import ConfigError
 from mmkd.hosts.running import probe
 from mmkd.taps import Taps
@@ -120,6 +120,15 @@ def test_nodes_of_a_map(size, options, nodes):
         for j in range(nodes[1]):
             window = feature[:, :, i * high : (i + 1) * high, j * wide : (j + 1) * wide]
             assert torch.equal(found[:, :, i, j], window.amax((2, 3)))
+
+
+@pytest.mark.parametrize('size', [(4, 6), (2, 6), (4, 3)])
+def test_the_students_map_is_resized_where_a_side_differs(size):
+    student, teacher = torch.randn(1, 2, *size, requires_grad=True), torch.randn(1, 3, 4, 6)
+    found = same_size({'a': (student,)}, 'a', {'b': (teacher,)}, 'b')
+    assert found[1] is teacher
+    expected = F.interpolate(student, (4, 6), mode='bilinear') if size != (4, 6) else student
+    assert torch.equal(found[0], expected)
 
 
 # --- as a distiller
