@@ -433,6 +433,7 @@ def test_the_value_does_not_depend_on_the_number_of_images():
     [
         (dict(), dict(classes=5), '3 .student. and 5 .teacher. classes'),
         (dict(), dict(bbox_head=dict(bbox_coder=dict(target_stds=[0.1] * 4))), 'different units'),
+        (dict(), dict(bbox_head=dict(bbox_coder=dict(add_ctr_clamp=True))), 'does not predict boxes as deltas'),
         (dict(), dict(bbox_head=dict(anchor_generator=dict(ratios=[1.0]))), 'different slots'),
         (dict(), dict(bbox_head=dict(anchor_generator=dict(octave_base_scale=6))), 'different anchors'),
         (dict(adapter=None), dict(channels=24), '16 and 24 channels with adapter=None'),
@@ -442,6 +443,15 @@ def test_the_value_does_not_depend_on_the_number_of_images():
 def test_pairs_that_cannot_be_compared_are_errors(options, teacher, message):
     with pytest.raises(ConfigError, match=message):
         ready(GID(**options), models.build(detectors.retinanet()), models.build(detectors.retinanet(**teacher)))
+
+
+def test_a_frozen_neck_is_an_error():
+    student, teacher = (models.build(detectors.retinanet(), seed=seed) for seed in (0, 1))
+    distiller = ready(GID(), student, teacher)
+    student.backbone.requires_grad_(False)
+    student.neck.requires_grad_(False)
+    with pytest.raises(ConfigError, match="'neck': its output has no gradient"):
+        distiller(*tapped(student, teacher, distiller), samples())
 
 
 @pytest.mark.parametrize('options', [dict(relation='all'), dict(feature_distance='l1'), dict(topk=0), dict(nms_pre=5)])
