@@ -157,6 +157,15 @@ def test_a_mistake_in_a_source_is_one_line(source, message):
     assert '\n' not in str(error.value)
 
 
+@pytest.mark.parametrize('name', ['myloss', 'a.b', 'keys', 'forward'])
+def test_a_name_that_log_keys_or_attributes_cannot_have_is_an_error(teacher_options, name):
+    spec = dict(type='CWD', layer='neck')
+    with pytest.raises(
+        ConfigError, match=f"^distillers.{name}: a name starts the log keys and must not contain 'loss'"
+    ):
+        mmkd.distill(models.build(detectors.retinanet()), teacher_options, {name: spec})
+
+
 def test_a_method_of_several_teachers_gets_a_dict_of_one_as_well(teacher_options):
     one, other = (build(teacher_options, own(name))['it.loss'] for name in ('Several', 'Plain'))
     torch.testing.assert_close(one, other)

@@ -400,6 +400,9 @@ def test_trained_parts_have_the_sizes_of_the_options(tmp_path):
         'memory.filled': (40,),
         'memory.cursor': (),
     }
+    biased = {name.removesuffix('.bias') for name in distiller.state_dict() if name.endswith('.bias')}
+    assert biased == {'adapters.0.conv', 'keys.0', 'keys.2'}
+    assert {(distiller.keys[each].stride, distiller.keys[each].padding) for each in (0, 2)} == {((2, 2), (1, 1))}
     distiller.memory.add(torch.randn(20, 48))
     assert distiller.memory.filled.sum() == 9
 
