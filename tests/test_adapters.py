@@ -100,3 +100,12 @@ def test_another_number_of_levels_than_probed_is_no_silent_truncation():
 def test_shapes_that_cannot_agree_are_errors(spec, student, teacher, message):
     with pytest.raises(ConfigError, match=message):
         Adapters(spec, student, teacher)
+
+
+def test_weights_from_a_normal_distribution_that_is_cut_at_twice_its_deviation():
+    adapter = ConvAdapter(64, 64, 3, init_std=0.1)
+    weight = adapter.conv.weight
+    assert 0.19 < weight.abs().max() <= 0.2
+    assert weight.std().item() == pytest.approx(0.1 * 0.88, rel=0.02)  # of a standard normal cut at 2: 0.880
+    assert not adapter.conv.bias.any()
+    assert ConvAdapter(8, 8, bias=False, init_std=0.1).conv.bias is None

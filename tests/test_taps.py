@@ -50,6 +50,23 @@ def test_inputs_of_a_layer(images):
     with Taps(model, ['stem:input']) as taps:
         model(images)
     assert taps['stem:input'][0] is images
+    assert taps.per_call('stem:input')[0] is images
+
+
+def test_several_inputs_of_a_layer_are_a_tuple(images):
+    model = nn.ModuleDict(dict(join=nn.Bilinear(4, 5, 6)))
+    one, other = torch.randn(2, 4), torch.randn(2, 5)
+    with Taps(model, ['join:input']) as taps:
+        model['join'](one, other)
+    ((first, second),) = taps.per_call('join:input')
+    assert first is one
+    assert second is other
+
+
+def test_the_nearest_names_are_those_of_the_plain_model():
+    model = nn.ModuleDict({each: nn.ModuleDict(dict(neck=nn.Identity())) for each in ('distillers', 'sources', 'own')})
+    with pytest.raises(ConfigError, match="no such module; the nearest are 'own.neck'"):
+        Taps(model, ['n.neck'])
 
 
 def test_an_fpn_gives_its_levels():
