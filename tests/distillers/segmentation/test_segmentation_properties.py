@@ -161,6 +161,7 @@ def test_finite_and_differentiable_in_every_trainable_part(method, images, objec
     assert_differentiable(model, losses_of(model, batch_of(model, images, objects)))
 
 
+@pytest.mark.slow
 @holds('batch')
 def test_the_same_images_twice_give_the_same_value(method, tmp_path):
     model = pair(method, tmp_path)
@@ -168,6 +169,7 @@ def test_the_same_images_twice_give_the_same_value(method, tmp_path):
     assert_close(twice, once, 1e-4, 1e-6)
 
 
+@pytest.mark.slow
 @holds('bf16')
 def test_bf16_autocast_changes_little(method, tmp_path):
     """The whole forward pass of both networks under autocast, 2e-2 of the value."""
