@@ -25,6 +25,7 @@ def preprocess(config, image):
         dict(mean=[103.53, 116.28, 123.675], std=[1.0, 1.0, 1.0], bgr_to_rgb=False),
         dict(mean=[0.0, 0.0, 0.0], std=[255.0, 255.0, 255.0], bgr_to_rgb=True),
         dict(mean=None, std=None, bgr_to_rgb=False),
+        dict(pad_value=7),
     ],
 )
 def test_a_batch_is_renormalized_as_the_teacher_would_have_done(teachers):
@@ -34,8 +35,8 @@ def test_a_batch_is_renormalized_as_the_teacher_would_have_done(teachers):
     renormalised = Renormalize.between(source, target)(inputs, data_samples)
     assert renormalised.shape[2:] == (64, 96)
     torch.testing.assert_close(renormalised, expected, rtol=1e-5, atol=1e-3)
-    assert (renormalised[:, :, 50:] == 0).all()
-    assert (renormalised[:, :, :, 70:] == 0).all()
+    assert (renormalised[:, :, 50:] == teachers.get('pad_value', 0)).all()
+    assert (renormalised[:, :, :, 70:] == teachers.get('pad_value', 0)).all()
 
 
 def test_equal_normalisation_costs_nothing():
