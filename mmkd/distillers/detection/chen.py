@@ -154,10 +154,8 @@ class Chen(Distiller):
         other = teacher_hint_layer or hint_layer or self.teacher_layer
         self.hint = LevelPairs(hint_layer or layer, other, adapter)
         self.rpn_head, self.roi_head, self.teacher_stage = rpn_head, RoIHead(roi_head, stage), teacher_stage
-        self.rpn_cls_weight, self.rpn_bbox_weight = (
-            Weight(rpn_cls_weight, 'rpn_cls_weight'),
-            Weight(rpn_bbox_weight, 'rpn_bbox_weight'),
-        )
+        self.rpn_cls_weight = Weight(rpn_cls_weight, 'rpn_cls_weight')
+        self.rpn_bbox_weight = Weight(rpn_bbox_weight, 'rpn_bbox_weight')
         self.cls_weight, self.bbox_weight = Weight(cls_weight, 'cls_weight'), Weight(bbox_weight, 'bbox_weight')
         self.hint_weight = Weight(hint_weight, 'hint_weight')
         self.margin, self.bg_cls_weight, self.tau = margin, bg_cls_weight, tau

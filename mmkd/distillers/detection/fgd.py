@@ -203,14 +203,10 @@ class FGD(Distiller):
         if not isinstance(tau, (int, float)) or tau <= 0:
             raise ConfigError(f'tau={tau!r}: expected a positive number')
         self.tau = tau
-        self.foreground_weight, self.background_weight = (
-            Weight(foreground_weight, 'foreground_weight'),
-            Weight(background_weight, 'background_weight'),
-        )
-        self.attention_weight, self.global_weight = (
-            Weight(attention_weight, 'attention_weight'),
-            Weight(global_weight, 'global_weight'),
-        )
+        self.foreground_weight = Weight(foreground_weight, 'foreground_weight')
+        self.background_weight = Weight(background_weight, 'background_weight')
+        self.attention_weight = Weight(attention_weight, 'attention_weight')
+        self.global_weight = Weight(global_weight, 'global_weight')
 
     def setup(self, student: Taps, teacher: Taps) -> None:
         self.levels.setup(student, teacher)

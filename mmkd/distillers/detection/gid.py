@@ -247,10 +247,8 @@ class GID(Distiller):
         self.student_layers = (self.layer, self.head)
         self.teacher_layers = (self.teacher_layer, self.teacher_head)
         self.topk, self.nms_iou, self.nms_pre, self.min_box_side = topk, nms_iou, nms_pre, min_box_side
-        self.feature_weight, self.relation_weight = (
-            Weight(feature_weight, 'feature_weight'),
-            Weight(relation_weight, 'relation_weight'),
-        )
+        self.feature_weight = Weight(feature_weight, 'feature_weight')
+        self.relation_weight = Weight(relation_weight, 'relation_weight')
         self.cls_weight, self.bbox_weight = Weight(cls_weight, 'cls_weight'), Weight(bbox_weight, 'bbox_weight')
         self.relation, self.feature_distance = relation, feature_distance
         self.pooled_size, self.sampling_ratio = pooled_size, sampling_ratio

@@ -236,10 +236,8 @@ class CIRKD(Distiller):
         if not isinstance(tau, (int, float)) or tau <= 0:
             raise ConfigError(f'tau={tau!r}: expected a positive temperature')
         self.batch_weight = Weight(batch_weight, 'batch_weight')
-        self.pixel_weight, self.region_weight = (
-            Weight(pixel_weight, 'pixel_weight'),
-            Weight(region_weight, 'region_weight'),
-        )
+        self.pixel_weight = Weight(pixel_weight, 'pixel_weight')
+        self.region_weight = Weight(region_weight, 'region_weight')
         self.tau = tau
         self.pixel_contrast_size, self.region_contrast_size = pixel_contrast_size, region_contrast_size
         self.pixel_memory_size, self.region_memory_size = pixel_memory_size, region_memory_size

@@ -271,10 +271,8 @@ class DAKD(Distiller):
             raise ConfigError(f'threshold={threshold!r}: expected a probability, or None')
         if not isinstance(critic_channels, int) or critic_channels < 1:
             raise ConfigError(f'critic_channels={critic_channels!r}: expected a positive number of channels')
-        self.kl_weight, self.auxiliary_kl_weight = (
-            Weight(kl_weight, 'kl_weight'),
-            Weight(auxiliary_kl_weight, 'auxiliary_kl_weight'),
-        )
+        self.kl_weight = Weight(kl_weight, 'kl_weight')
+        self.auxiliary_kl_weight = Weight(auxiliary_kl_weight, 'auxiliary_kl_weight')
         self.mse_weight = Weight(mse_weight, 'mse_weight')
         self.pseudo_weight = Weight(pseudo_weight, 'pseudo_weight')
         self.adversarial_weight = Weight(adversarial_weight, 'adversarial_weight')

@@ -123,10 +123,8 @@ class DIST(Distiller):
         self.levels = LevelPairs(layer or logits_layer, teacher_layer)
         if not isinstance(tau, (int, float)) or tau <= 0:
             raise ConfigError(f'tau={tau!r}: expected a positive temperature')
-        self.inter_weight, self.intra_weight = (
-            Weight(inter_weight, 'inter_weight'),
-            Weight(intra_weight, 'intra_weight'),
-        )
+        self.inter_weight = Weight(inter_weight, 'inter_weight')
+        self.intra_weight = Weight(intra_weight, 'intra_weight')
         self.tau, self.use_labels = tau, use_labels
 
     def prepare(self, student: nn.Module, teacher: nn.Module) -> None:

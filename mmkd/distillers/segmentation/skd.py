@@ -170,10 +170,8 @@ class SKD(Distiller):
             raise ConfigError('critic_weight=0 with holistic_weight: the critic would never learn; set both or neither')
         self.named = layer, teacher_layer or layer, feature_layer, teacher_feature_layer or feature_layer
         self.pixel_weight, self.pair_weight = Weight(pixel_weight, 'pixel_weight'), Weight(pair_weight, 'pair_weight')
-        self.holistic_weight, self.critic_weight = (
-            Weight(holistic_weight, 'holistic_weight'),
-            Weight(critic_weight, 'critic_weight'),
-        )
+        self.holistic_weight = Weight(holistic_weight, 'holistic_weight')
+        self.critic_weight = Weight(critic_weight, 'critic_weight')
         self.penalty_weight = penalty_weight
         self.tau, self.reduction, self.use_labels = tau, pixel_reduction, use_labels
         self.kernel, self.scale, self.max_nodes = kernel, 0.5 if scale is None else scale, max_nodes
