@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from mmengine.config import Config, DictAction
 from mmengine.dist import init_dist, is_distributed
+from mmengine.hooks import CheckpointHook
 from mmengine.registry import METRICS, RUNNERS, DefaultScope
 from mmengine.runner import Runner
 from mmengine.utils.dl_utils import set_multi_processing
@@ -18,10 +19,14 @@ from mmengine.visualization import Visualizer
 from torch import nn
 
 from mmkd.checks import heads_have_the_datas_classes
-from mmkd.errors import ConfigError, nearest
+from mmkd.errors import ConfigError, Stopped, nearest
+from mmkd.hosts.checkpoints import SafeCheckpointHook, check_resumable, latest_checkpoint
 from mmkd.hosts.configs import check_named_configs, name_classes, resolve_files
 from mmkd.hosts.hooks import SavePictures, StopAtInvalidLoss
+from mmkd.hosts.interrupts import StopOnSignal
 from mmkd.hosts.mmengine import config_path
+from mmkd.hosts.randomness import SeedIterations, seeded_loader
+from mmkd.weights import fetch, trust_checkpoints
 
 # mmengine 0.10 imports it again and again
 warnings.filterwarnings('ignore', message='pkg_resources is deprecated')
@@ -38,22 +43,35 @@ def add_common_options(parser: argparse.ArgumentParser) -> None:
         metavar='KEY=VALUE',
         help='change entries of the config, as in model.distillers.gid.topk=5',
     )
+    parser.add_argument(
+        '--trust-checkpoint',
+        action='store_true',
+        help='read checkpoints that hold more than data, which may run code; see SECURITY.md',
+    )
     parser.add_argument('--launcher', choices=['none', 'pytorch', 'slurm', 'mpi'], default='none')
     parser.add_argument('--local_rank', '--local-rank', type=int, default=0, help='set by the launcher')
 
 
 @contextlib.contextmanager
 def clear_errors() -> Iterator[None]:
-    """Print a ConfigError as one line and exit with status 1; other errors keep their traceback."""
+    """Print a ConfigError, or what stopped a training, as one line and exit with status 1; other errors keep their traceback."""
     try:
         yield
-    except ConfigError as error:
-        sys.exit(f'error: {error}')
+    except (ConfigError, Stopped) as error:
+        sys.exit(f'error: {error_line(error)}')
+
+
+def error_line(error: Exception) -> str:
+    """The one line of an error; one that a data worker raised comes with that process's traceback around it."""
+    lines = str(error).strip().splitlines()
+    return lines[-1].partition(': ')[2] if lines[0].startswith('Caught ') else lines[0]
 
 
 def read_config(args: argparse.Namespace) -> Config:
     """The config that the parsed options name, changed as they say."""
     path = args.config
+    if args.trust_checkpoint:
+        trust_checkpoints()
     if path.startswith('mmkd::'):
         path = config_path(path)
     elif not Path(path).is_file():
@@ -129,16 +147,58 @@ def bare_model(runner: Runner) -> nn.Module | None:
 
 
 def watch(runner: Runner) -> None:
-    """Register the hooks that stop a training which cannot work, unless the config has them.
+    """Have a training survive what befalls it, and stop when it cannot work.
 
-    mmdet's ``NumClassCheckHook`` compares all modules that have ``num_classes`` with the data's classes.
+    The hooks of :mod:`mmkd.hosts` are registered unless the config has them; its ``CheckpointHook`` becomes a
+    :class:`mmkd.hosts.checkpoints.SafeCheckpointHook`. mmdet's ``NumClassCheckHook`` compares all modules that have
+    ``num_classes`` with the data's classes.
     """
     config, there = runner.cfg, {type(hook).__name__ for hook in runner.hooks}
+    for hook in runner.hooks:
+        if type(hook) is CheckpointHook:
+            hook.__class__ = SafeCheckpointHook
     if not there & {'CheckInvalidLossHook', 'StopAtInvalidLoss'}:
         runner.register_hook(StopAtInvalidLoss())
+    if 'StopOnSignal' not in there:
+        runner.register_hook(StopOnSignal())
     detects = config.get('default_scope') == 'mmdet' and heads_have_the_datas_classes(config)
     if detects and 'NumClassCheckHook' not in there:
         runner.register_hook(dict(type='NumClassCheckHook'))
+
+
+def resume(config: Config, checkpoint: str) -> tuple[int, list[str]]:
+    """Have a training go on from a checkpoint, or with ``'auto'`` from the last one in the work directory that can be read.
+
+    Returns:
+        The iterations that were trained; and warnings for the log, a line each.
+
+    Raises:
+        ConfigError: if the checkpoint holds no state of a training.
+    """
+    warnings: list[str] = []
+    config.resume = True
+    path: Path | None
+    if checkpoint == 'auto':
+        path, warnings = latest_checkpoint(config.work_dir)
+        if path is None:
+            config.resume, config.load_from = False, config.get('load_from')
+            return 0, [*warnings, f'--resume: {config.work_dir} has no checkpoint; the training begins anew.']
+    else:
+        path = fetch(checkpoint, '--resume', missing='', unreachable='name another')
+    config.load_from = str(path)
+    if path.is_dir():  # of DeepSpeed
+        return 0, warnings
+    meta = check_resumable(path, '--resume')['meta']
+    if meta.get('seed') is not None:
+        config.setdefault('randomness', {}).seed = meta['seed']
+    return meta['iter'], warnings
+
+
+def repeatable(runner: Runner, done: int = 0) -> None:
+    """Have a training's random numbers depend on the iteration alone; ``done`` were trained before."""
+    if isinstance(runner._train_dataloader, Mapping):
+        runner._train_dataloader = seeded_loader(runner._train_dataloader, runner.seed, done)
+        runner.register_hook(SeedIterations(runner.seed))
 
 
 def end_processes() -> None:

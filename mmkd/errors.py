@@ -1,4 +1,4 @@
-"""The one error type of mmkd."""
+"""The error types of mmkd."""
 
 import difflib
 from collections.abc import Iterable
@@ -10,6 +10,10 @@ class ConfigError(ValueError):
     Its message is one line: the option, what was found, what to do. The tools print that line and stop; it is always
     raised before the first training iteration.
     """
+
+
+class Stopped(RuntimeError):
+    """A training that ran cannot go on; as with :class:`ConfigError` its message is one line, and the tools print it alone."""
 
 
 def nearest(name: str, names: Iterable[str]) -> str:

@@ -1,6 +1,7 @@
 """Weights of a checkpoint: found or downloaded, read without executing anything in the file, loaded strictly."""
 
 import os
+import zipfile
 from collections import OrderedDict
 from collections.abc import Sequence
 from http.client import HTTPException
@@ -11,6 +12,7 @@ from urllib.parse import urlparse
 
 import torch
 from mmengine.dist import barrier
+from mmengine.runner import CheckpointLoader
 from mmengine.utils import digit_version
 from torch import nn
 
@@ -30,6 +32,7 @@ OLD_TORCH = (
     else ''
 )
 
+_trusted = False
 
 ELSEWHERE = (
     "point to another with --cfg-options model.teacher.config='...' model.teacher.checkpoint='...'; to try mmkd without any "
@@ -90,21 +93,70 @@ def fetchable(checkpoint: str) -> bool:
     return '://' not in checkpoint or checkpoint.startswith(('http://', 'https://', *NAMED))
 
 
-def read_file(path: Path, what: str = 'teacher checkpoint') -> object:
+def trust_checkpoints() -> None:
+    """Read all checkpoints from here on with pickle's full powers; what is in them may run code."""
+    global _trusted
+    _trusted = True
+
+
+def read_file(path: Path, what: str = 'teacher checkpoint', map_location: Any = 'cpu') -> object:
     """The content of a checkpoint file, read without executing anything in it.
 
     Raises:
         ConfigError: if the file is damaged, or holds more than data.
     """
+    if not path.is_file():  # a folder, or a pipe, which would be waited for
+        raise ConfigError(f'{what} {path}: is not a file')
     try:
-        return torch.load(path, map_location='cpu', weights_only=True)
+        _check_archive(path)
+        return torch.load(path, map_location=map_location, weights_only=not _trusted)
     except UnpicklingError as error:
         reason = next((line for line in str(error).splitlines() if 'GLOBAL' in line), first_line(error))
+        reason = reason.partition('Please use')[0].strip().removeprefix('Weights only load failed. ')
         raise ConfigError(
-            f'{what} {path}: refused, it is damaged or holds code instead of weights alone ({reason.strip()}){OLD_TORCH}'
+            f'{what} {path}: refused, it is damaged or holds code instead of weights alone ({reason}); if you trust where it '
+            f'comes from, --trust-checkpoint reads it all the same, and runs what is in it{OLD_TORCH}'
         ) from None
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except Exception as error:  # whatever a damaged file makes torch raise
         raise ConfigError(f'{what} {path}: cannot be read, it may be truncated ({first_line(error)})') from None
+
+
+def _check_archive(path: Path) -> None:
+    """Refuse archives that grow when they are read; torch itself writes nothing compressed.
+
+    Raises:
+        ValueError: with the reason.
+    """
+    if not zipfile.is_zipfile(path):
+        return
+    with zipfile.ZipFile(path) as archive:
+        packed = next((each for each in archive.infolist() if each.compress_type != zipfile.ZIP_STORED), None)
+        declared = sum(each.file_size for each in archive.infolist())
+    if packed is not None:
+        raise ValueError(f'its entry {packed.filename} is compressed')
+    if declared > path.stat().st_size:
+        raise ValueError(f'its entries claim {declared} bytes and the file has {path.stat().st_size}')
+
+
+def load_from_file(filename: str, map_location: Any = None) -> object:
+    """:func:`fetch` and :func:`read_file` in the place of mmengine's own loaders; see :func:`read_safely`."""
+    what = 'checkpoint'
+    content = read_file(fetch(filename, what, missing='', unreachable='name another'), what, map_location)
+    meta = content.get('meta') if isinstance(content, dict) else None
+    if isinstance(meta, dict) and not _trusted:
+        meta.pop('config', None)  # mmengine runs this text as Python when a training is resumed; it writes none itself
+    return content
+
+
+def read_safely() -> None:
+    """Have mmengine read whatever it loads from files and addresses as :func:`read_file` does.
+
+    Its own loaders unpickle without a check what comes from an address, and on torch < 2.6 all.
+    """
+    schemes = ['', 'http://', 'https://', *NAMED]
+    CheckpointLoader.register_scheme(prefixes=schemes, loader=load_from_file, force=True)
 
 
 def plain_weights(content: object, path: Path, what: str = 'teacher checkpoint') -> dict[str, torch.Tensor]:
@@ -117,6 +169,11 @@ def plain_weights(content: object, path: Path, what: str = 'teacher checkpoint')
     if not isinstance(state, dict) or not state or not all(isinstance(each, torch.Tensor) for each in state.values()):
         raise ConfigError(f"{what} {path}: holds no weights (expected a dict of tensors, or 'state_dict')")
     weights: Any = OrderedDict((name, tensor) for name, tensor in state.items() if not name.startswith(BESIDE))
+    for name, tensor in weights.items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise ConfigError(
+                f'{what} {path}: {name} holds NaN or infinite values; take a checkpoint from before they arose'
+            )
     if hasattr(state, '_metadata'):  # each module's version, by which it converts older weights
         weights._metadata = state._metadata
     return weights

@@ -18,11 +18,17 @@ mmengine.config.utils.load = functools.cache(mmengine.config.utils.load)
 
 def pytest_addoption(parser):
     parser.addoption('--full-size', action='store_true', help='configs are tried with images of their own size')
+    parser.addoption('--kills', type=int, default=3, help='how often the training of tests/test_kills.py is killed')
 
 
 @pytest.fixture(scope='session')
 def full_size(request) -> bool:
     return request.config.getoption('--full-size')
+
+
+@pytest.fixture(scope='session')
+def kills(request) -> int:
+    return request.config.getoption('--kills')
 
 
 @pytest.fixture(autouse=True)

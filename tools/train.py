@@ -9,6 +9,7 @@ import torch
 
 from mmkd import checks, cli
 from mmkd.errors import ConfigError
+from mmkd.hosts.interrupts import Interrupted
 
 
 def main() -> None:
@@ -34,17 +35,20 @@ def main() -> None:
             config.optim_wrapper.setdefault('loss_scale', 'dynamic')
         if args.auto_scale_lr:
             cli.scale_learning_rate(config)
-        if args.resume:
-            config.resume = True
-            config.load_from = None if args.resume == 'auto' else args.resume
         cli.join_processes(config)
-        warnings = checks.check_config(config)
+        done, warnings = cli.resume(config, args.resume) if args.resume else (0, [])
+        warnings += checks.check_config(config)
         runner = cli.build_runner(config)
         cli.watch(runner)
+        cli.repeatable(runner, done)
         warnings += checks.check_model(config, cli.bare_model(runner))
         for line in warnings:
             runner.logger.warning(line)
-        runner.train()
+        try:
+            runner.train()
+        except Interrupted:
+            cli.end_processes()
+            raise
         cli.end_processes()
 
 

@@ -5,11 +5,13 @@ import mmap
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
+from mmengine.dataset import Compose
 from mmengine.fileio import list_from_file
 from mmengine.registry import DATASETS
 
-from mmkd.errors import ConfigError
+from mmkd.errors import ConfigError, Stopped
 
 
 def type_name(spec: Mapping) -> str:
@@ -96,3 +98,29 @@ def coco_categories(path: str, option: str) -> list[str]:
             return [category['name'] for category in categories]
         except (ValueError, TypeError, KeyError):
             raise ConfigError(f'{option}: {path} is not a COCO annotation file (cannot read its categories)') from None
+
+
+class NamedSamples(Compose):
+    """A pipeline whose errors name the file of the sample that they arose with."""
+
+    def __init__(self, pipeline: Compose):
+        self.transforms = pipeline.transforms
+
+    def __call__(self, data: dict) -> dict | None:
+        path = data.get('img_path') or data.get('sample_idx')
+        labels = data.get('seg_map_path')
+        try:
+            return super().__call__(data)
+        except Exception as error:
+            where = f'{path} (labels {labels})' if labels else path
+            reason = (str(error) or type(error).__name__).strip().splitlines()[0]
+            raise Stopped(f'sample {where} cannot be used: {type(error).__name__}: {reason}') from error
+
+
+def name_samples(dataset: Any) -> None:
+    """Have a data set, and those inside of wrappers, name the file of a sample that cannot be read."""
+    if type(getattr(dataset, 'pipeline', None)) is Compose:
+        dataset.pipeline = NamedSamples(dataset.pipeline)
+    for inner in [getattr(dataset, 'dataset', None), *(getattr(dataset, 'datasets', None) or ())]:
+        if inner is not None:
+            name_samples(inner)

@@ -1,37 +1,176 @@
 """Hooks that the tools register with mmengine's Runner; no config names them."""
 
+import json
+import logging
 import os
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
+from mmengine.dist import all_reduce, broadcast_object_list
 from mmengine.fileio import get
 from mmengine.hooks import Hook
+from mmengine.logging import print_log
 from mmengine.runner import Runner
+from torch import nn
+
+from mmkd.distill import Distilled
+from mmkd.errors import Stopped
+from mmkd.hosts.checkpoints import AtomicBackend
+from mmkd.taps import Taps, tensors
+
+NEVER = 2**40  # an iteration that no training gets to
 
 
 class StopAtInvalidLoss(Hook):
-    """End a training whose loss is infinite or no number.
+    """End a training whose loss is infinite or no number, before a checkpoint of it is written.
+
+    Every term of the loss, each level of its own, is looked at in every iteration, on the device and without waiting for
+    it; the result is read now and then. The error names the first iteration and process in which a term was not finite,
+    and these terms; ``invalid_loss.json`` in the work directory has the images of that batch, and of all layers that are
+    compared the statistics in the batch at hand when it was found.
 
     Args:
-        interval: The number of iterations between two looks; the last iteration's loss is looked at as well. Each waits
-            for the device once.
+        interval: The number of iterations between two looks at the result; there is one in the last iteration, and before
+            each checkpoint. Each waits for the device once.
+        skip: Leave out steps whose gradients are not finite, up to so many in a row. With more than 0, the default,
+            every step waits for the device. (In mixed precision mmengine's wrapper leaves them out by itself.)
+
+    Raises:
+        Stopped: by all processes together.
     """
 
-    def __init__(self, interval: int = 50):
-        self.interval = interval
+    def __init__(self, interval: int = 50, skip: int = 0):
+        self.interval, self.skip = interval, skip
+        self.skipped = 0
+        self._iteration = 0
+        self._images: deque[tuple[int, list[str]]] = deque(maxlen=max(interval, 1) + 1)
+        self._found: dict[tuple[str, ...], tuple[torch.Tensor, torch.Tensor]] = {}
+        self._batch: dict | None = None
+
+    def before_train(self, runner: Runner) -> None:
+        model = getattr(runner.model, 'module', runner.model)
+        model.register_forward_hook(self._look)
+        if self.skip:
+            runner.optim_wrapper.optimizer.register_step_pre_hook(self._leave_out)
+
+    def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: dict | None = None) -> None:
+        self._iteration, self._batch = runner.iter + 1, data_batch
+        samples = data_batch.get('data_samples') if isinstance(data_batch, dict) else None
+        names = [str(getattr(each, 'img_path', '')) for each in samples] if isinstance(samples, (list, tuple)) else []
+        self._images.append((self._iteration, names))
+
+    def _look(self, module: nn.Module, inputs: tuple, output: object) -> None:
+        if not module.training or not isinstance(output, dict):
+            return
+        terms = dict(_terms(output))
+        if not terms:
+            return
+        values = torch.stack([value.detach().float().mean() for value in terms.values()])
+        names = tuple(terms)
+        if names not in self._found:
+            self._found[names] = (torch.full_like(values, NEVER, dtype=torch.long), values)
+        first, worst = self._found[names]
+        new = ~torch.isfinite(values) & (first == NEVER)
+        self._found[names] = (torch.where(new, self._iteration, first), torch.where(new, values, worst))
 
     def after_train_iter(
         self, runner: Runner, batch_idx: int, data_batch: dict | None = None, outputs: dict | None = None
     ) -> None:
-        if not self.every_n_train_iters(runner, self.interval) and not self.is_last_train_iter(runner):
+        if self.every_n_train_iters(runner, self.interval) or self.is_last_train_iter(runner):
+            self.before_checkpoint(runner)
+
+    def before_checkpoint(self, runner: Runner) -> None:
+        """Stop, on all processes, if a term was not finite on any."""
+        first = min((int(each.min()) for each, _ in self._found.values()), default=NEVER)
+        seen = torch.tensor(first * runner.world_size + runner.rank)
+        all_reduce(seen, 'min')
+        first, process = divmod(int(seen), runner.world_size)
+        if first == NEVER:
             return
-        values = {name: torch.as_tensor(value) for name, value in (outputs or {}).items() if 'loss' in name}
-        if 'loss' in values and not torch.isfinite(values['loss']).all():
-            invalid = [
-                f'{name} is {value.sum():g}' for name, value in values.items() if not torch.isfinite(value).all()
-            ]
-            raise FloatingPointError(f'iteration {runner.iter + 1}: {", ".join(invalid)}; the training was stopped')
+        found = [None]
+        if runner.rank == process:
+            terms = {
+                name: float(value)
+                for names, (iterations, values) in self._found.items()
+                for name, iteration, value in zip(names, iterations.tolist(), values)
+                if iteration == first
+            }
+            found = [dict(iteration=first, process=process, terms=terms, images=dict(self._images).get(first, []))]
+        broadcast_object_list(found, src=process)
+        # all processes take part, because losses are averaged over them
+        report: dict = {**found[0], 'layers': self._statistics(runner)}
+        path = Path(runner.work_dir) / 'invalid_loss.json'
+        if runner.rank == process:
+            AtomicBackend().put_text(json.dumps(report, indent=1), path)
+        invalid = ', '.join(f'{name} is {value:g}' for name, value in report['terms'].items())
+        raise Stopped(
+            f'iteration {first}, process {process}: {invalid}; the training was stopped, and the images and layers are in '
+            f"{path}: lower the learning rate or that loss's weight, and go on with --resume from the checkpoint before"
+        )
+
+    def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        for name, value in checkpoint['state_dict'].items():
+            if value.is_floating_point() and not torch.isfinite(value).all():
+                raise Stopped(
+                    f'iteration {self._iteration}: {name} holds NaN or infinite values, and no checkpoint of it is written; '
+                    f'lower the learning rate, and go on with --resume from the one before'
+                )
+
+    def _leave_out(self, optimizer: torch.optim.Optimizer, inputs: tuple, options: dict) -> None:
+        parameters = [each for group in optimizer.param_groups for each in group['params'] if each.grad is not None]
+        norms = torch.stack(torch._foreach_norm([each.grad for each in parameters]))
+        if torch.isfinite(norms).all():
+            self.skipped = 0
+            return
+        self.skipped += 1
+        if self.skipped > self.skip:
+            return  # what the loss shows in the next iteration ends the training
+        for each in parameters:
+            each.grad = None  # a parameter without gradient is left as it is
+        self._found.clear()
+        print_log(
+            f'iteration {self._iteration}: gradients that are not finite, the step is left out ({self.skipped} in a row; images '
+            f'{", ".join(self._images[-1][1]) if self._images else "unknown"})',
+            logger='current',
+            level=logging.WARNING,
+        )
+
+    def _statistics(self, runner: Runner) -> dict:
+        """Of the layers that are compared, in student and teachers, over the batch at hand."""
+        model = getattr(runner.model, 'module', runner.model)
+        if not isinstance(model, Distilled):
+            return {}
+        with torch.no_grad():
+            data = model.data_preprocessor(self._batch, True)
+            inputs, samples = data['inputs'], data['data_samples']
+            found = {name: source.read(model, inputs, samples)[0] for name, source in model.sources.items()}
+            with Taps(model, model.distillers.student_layers, images=len(inputs)) as student:
+                model.forward(inputs, samples, mode='loss')
+        return {
+            name: {layer: [_describe(each) for each in tensors(taps[layer])] for layer in taps if taps.calls[layer]}
+            for name, taps in {'student': student, **found}.items()
+        }
+
+
+def _terms(losses: dict) -> Iterator[tuple[str, torch.Tensor]]:
+    for name, value in losses.items():
+        if 'loss' in name:
+            levels = [value] if isinstance(value, torch.Tensor) else value
+            for level, each in enumerate(levels):
+                if isinstance(each, torch.Tensor) and each.numel():
+                    yield (name if len(levels) == 1 else f'{name}[{level}]'), each
+
+
+def _describe(tensor: torch.Tensor) -> dict:
+    finite = tensor[torch.isfinite(tensor)].float()
+    shown = dict(least=finite.min(), mean=finite.mean(), most=finite.max()) if finite.numel() else {}
+    return dict(
+        shape=list(tensor.shape),
+        invalid=tensor.numel() - finite.numel(),
+        **{key: float(each) for key, each in shown.items()},
+    )
 
 
 class SavePictures(Hook):
