@@ -1,6 +1,8 @@
 """What the tools share: reading configs, the Runner, pictures."""
 
 import argparse
+import json
+import math
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,7 @@ from mmengine.hooks import Hook
 from mmengine.model import BaseModel
 
 from mmkd import cli
-from mmkd.errors import ConfigError
+from mmkd.errors import ConfigError, Stopped
 from mmkd.hosts.hooks import StopAtInvalidLoss
 from mmkd.testing import detectors, models, segmentors
 from mmkd.testing.runs import distilled, shapes_config, streets_config
@@ -23,7 +25,9 @@ ROOT = Path(__file__).parents[1]
 
 def read(path, **options):
     return cli.read_config(
-        argparse.Namespace(config=str(path), cfg_options=options, launcher='none', local_rank=0, work_dir=None)
+        argparse.Namespace(
+            config=str(path), cfg_options=options, launcher='none', local_rank=0, work_dir=None, trust_checkpoint=False
+        )
     )
 
 
@@ -195,10 +199,15 @@ def test_an_invalid_loss_ends_the_training(tmp_path, interval, last):
     runner = cli.build_runner(config)
     cli.watch(runner)
     assert sum(isinstance(hook, StopAtInvalidLoss) for hook in runner.hooks) == 1
-    with pytest.raises(
-        FloatingPointError, match=f'^iteration {last}: loss is nan, loss_b is nan; the training was stopped$'
-    ):
+    message = (
+        f'^iteration 1, process 0: loss_b is nan; the training was stopped, and .* in {tmp_path}/invalid_loss.json:'
+    )
+    with pytest.raises(Stopped, match=message):
         runner.train()
+    assert runner.iter + 1 == last  # when it is looked at
+    report = json.loads((tmp_path / 'invalid_loss.json').read_text())
+    assert report['iteration'] == 1
+    assert math.isnan(report['terms']['loss_b'])
 
 
 def test_what_is_watched_by_default(tmp_path):

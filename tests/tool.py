@@ -27,14 +27,14 @@ def tool(name: str, *arguments, expect: int = 0, env: Mapping | None = None, fol
     return printed
 
 
-def train_together(config: str | Path, processes: int) -> list[str]:
+def train_together(config: str | Path, processes: int, *arguments, expect: int = 0) -> list[str]:
     """``tools/train.py CONFIG --launcher pytorch`` in several processes, as torchrun would; what each printed."""
     with socket.socket() as free:
         free.bind(('127.0.0.1', 0))
         port = free.getsockname()[1]
     shared = dict(MASTER_ADDR='127.0.0.1', MASTER_PORT=port, WORLD_SIZE=processes, LOCAL_WORLD_SIZE=processes)
     environments = [dict(shared, RANK=rank, LOCAL_RANK=rank) for rank in range(processes)]
-    return run_together('train', [config, '--launcher', 'pytorch'], environments)
+    return run_together('train', [config, '--launcher', 'pytorch', *arguments], environments, expect)
 
 
 def run_together(
