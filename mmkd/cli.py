@@ -166,35 +166,33 @@ def watch(runner: Runner) -> None:
         runner.register_hook(dict(type='NumClassCheckHook'))
 
 
-def resume(config: Config, checkpoint: str) -> tuple[int, list[str]]:
+def resume(config: Config, checkpoint: str) -> tuple[dict | None, list[str]]:
     """Have a training go on from a checkpoint, or with ``'auto'`` from the last one in the work directory that can be read.
 
     Returns:
-        The iterations that were trained; and warnings for the log, a line each.
+        What the checkpoint holds, None where nothing can be said of it before it is loaded; and warnings for the log.
 
     Raises:
         ConfigError: if the checkpoint holds no state of a training.
     """
     warnings: list[str] = []
-    config.resume = True
     path: Path | None
     if checkpoint == 'auto':
         path, warnings = latest_checkpoint(config.work_dir)
         if path is None:
-            config.resume, config.load_from = False, config.get('load_from')
-            return 0, [*warnings, f'--resume: {config.work_dir} has no checkpoint; the training begins anew.']
+            return None, [*warnings, f'--resume: {config.work_dir} has no checkpoint; the training begins anew.']
     else:
         path = fetch(checkpoint, '--resume', missing='', unreachable='name another')
-    config.load_from = str(path)
+    config.resume, config.load_from = True, str(path)
     if path.is_dir():  # of DeepSpeed
-        return 0, warnings
-    meta = check_resumable(path, '--resume')['meta']
-    if meta.get('seed') is not None:
-        config.setdefault('randomness', {}).seed = meta['seed']
-    return meta['iter'], warnings
+        return None, warnings
+    content = check_resumable(path, '--resume')
+    if content['meta'].get('seed') is not None:
+        config.setdefault('randomness', {}).seed = content['meta']['seed']
+    return content, warnings
 
 
-def repeatable(runner: Runner, done: int = 0) -> None:
+def repeatable(runner: Runner, done: int) -> None:
     """Have a training's random numbers depend on the iteration alone; ``done`` were trained before."""
     if isinstance(runner._train_dataloader, Mapping):
         runner._train_dataloader = seeded_loader(runner._train_dataloader, runner.seed, done)

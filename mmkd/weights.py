@@ -1,6 +1,7 @@
 """Weights of a checkpoint: found or downloaded, read without executing anything in the file, loaded strictly."""
 
 import os
+import re
 import zipfile
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -111,16 +112,25 @@ def read_file(path: Path, what: str = 'teacher checkpoint', map_location: Any = 
         _check_archive(path)
         return torch.load(path, map_location=map_location, weights_only=not _trusted)
     except UnpicklingError as error:
-        reason = next((line for line in str(error).splitlines() if 'GLOBAL' in line), first_line(error))
-        reason = reason.partition('Please use')[0].strip().removeprefix('Weights only load failed. ')
+        code = re.search('GLOBAL ([^ ]+)', str(error))
+        if code is None:
+            raise ConfigError(f'{what} {path}: is no checkpoint of PyTorch, or damaged ({_reason(error)})') from None
         raise ConfigError(
-            f'{what} {path}: refused, it is damaged or holds code instead of weights alone ({reason}); if you trust where it '
-            f'comes from, --trust-checkpoint reads it all the same, and runs what is in it{OLD_TORCH}'
+            f'{what} {path}: refused, it holds code instead of weights alone ({code[1]}); if you trust where it comes from, '
+            f'--trust-checkpoint reads it all the same, and runs what is in it{OLD_TORCH}'
         ) from None
     except (KeyboardInterrupt, SystemExit):
         raise
     except Exception as error:  # whatever a damaged file makes torch raise
-        raise ConfigError(f'{what} {path}: cannot be read, it may be truncated ({first_line(error)})') from None
+        raise ConfigError(f'{what} {path}: cannot be read, it may be truncated ({_reason(error)})') from None
+
+
+def _reason(error: Exception) -> str:
+    """What torch found in a file, without its advice to read it unchecked."""
+    advice = ('weights_only', 'PyTorch 2.6', 'trusted source', 'Weights only load failed', 'internal miniz')
+    sentences = re.split(r'(?<=\.)\s+|\n+', str(error) or type(error).__name__)
+    told = [each.strip() for each in sentences if each.strip() and not any(word in each for word in advice)]
+    return told[0] if told else 'its format cannot be read safely'
 
 
 def _check_archive(path: Path) -> None:

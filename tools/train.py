@@ -9,6 +9,7 @@ import torch
 
 from mmkd import checks, cli
 from mmkd.errors import ConfigError
+from mmkd.hosts.checkpoints import check_continues
 from mmkd.hosts.interrupts import Interrupted
 
 
@@ -36,11 +37,13 @@ def main() -> None:
         if args.auto_scale_lr:
             cli.scale_learning_rate(config)
         cli.join_processes(config)
-        done, warnings = cli.resume(config, args.resume) if args.resume else (0, [])
+        before, warnings = cli.resume(config, args.resume) if args.resume else (None, [])
         warnings += checks.check_config(config)
         runner = cli.build_runner(config)
         cli.watch(runner)
-        cli.repeatable(runner, done)
+        cli.repeatable(runner, before['meta']['iter'] if before else 0)
+        if before:
+            check_continues(before, config.load_from, runner)
         warnings += checks.check_model(config, cli.bare_model(runner))
         for line in warnings:
             runner.logger.warning(line)

@@ -2,14 +2,16 @@
 
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 from mmengine.dist import broadcast_object_list, is_main_process
 from mmengine.fileio import LocalBackend, register_backend
 from mmengine.hooks import CheckpointHook
+from mmengine.optim import OptimWrapper
 from mmengine.runner import Runner
+from torch import nn
 
 from mmkd.errors import ConfigError, Stopped
 from mmkd.weights import first_line, plain_weights, read_file
@@ -222,3 +224,42 @@ def check_resumable(path: Path, what: str = 'checkpoint to resume from') -> dict
             f'a new one from them with --cfg-options load_from={path}'
         )
     return content
+
+
+def check_continues(content: Mapping, path: str | Path, runner: Runner) -> None:
+    """Check that the state of a training is one of this config's: the same weights, and an optimizer of the same kind.
+
+    Raises:
+        ConfigError: with the first difference.
+    """
+    if not isinstance(runner.model, nn.Module):  # a Runner that builds its model later checks as it loads
+        return
+    model = getattr(runner.model, 'module', runner.model)
+    found, own = content['state_dict'], model.state_dict()
+    differ = [
+        name for name in [*own, *found] if name not in found or name not in own or own[name].shape != found[name].shape
+    ]
+    begin = f'--resume: {path} is of another training'
+    again = 'resume with the config it was written with, or name a new --work-dir'
+    if differ:
+        shapes = ['not there' if differ[0] not in each else tuple(each[differ[0]].shape) for each in (found, own)]
+        raise ConfigError(
+            f'{begin}: {len(differ)} weights differ, {differ[0]} is {shapes[0]} in it and {shapes[1]} in this model; {again}'
+        )
+    runner.optim_wrapper = runner.build_optim_wrapper(runner.optim_wrapper)
+    if not isinstance(runner.optim_wrapper, OptimWrapper):  # several optimizers
+        return
+    groups = runner.optim_wrapper.optimizer.param_groups
+    written = content['optimizer'].get('param_groups', [])
+    sizes = [[len(group['params']) for group in each] for each in (written, groups)]
+    if sizes[0] != sizes[1]:
+        raise ConfigError(
+            f'{begin}: its optimizer has {len(written)} groups of {sum(sizes[0])} parameters, and this one {len(groups)} of '
+            f'{sum(sizes[1])}; {again}'
+        )
+    options = [set(each[0]) - {'params', 'initial_lr'} for each in (written, groups)]
+    if options[0] != options[1]:
+        kind = type(runner.optim_wrapper.optimizer).__name__
+        raise ConfigError(
+            f'{begin}: its optimizer has the options {sorted(options[0])}, and {kind} has {sorted(options[1])}; {again}'
+        )

@@ -34,7 +34,7 @@ class StopAtInvalidLoss(Hook):
     Args:
         interval: The number of iterations between two looks at the result; there is one in the last iteration, and before
             each checkpoint. Each waits for the device once.
-        skip: Leave out steps whose gradients are not finite, up to so many in a row. With more than 0, the default,
+        skip: Leave out steps whose losses or gradients are not finite, up to so many in a row. With more than 0, the default,
             every step waits for the device. (In mixed precision mmengine's wrapper leaves them out by itself.)
 
     Raises:
@@ -121,7 +121,15 @@ class StopAtInvalidLoss(Hook):
     def _leave_out(self, optimizer: torch.optim.Optimizer, inputs: tuple, options: dict) -> None:
         parameters = [each for group in optimizer.param_groups for each in group['params'] if each.grad is not None]
         norms = torch.stack(torch._foreach_norm([each.grad for each in parameters]))
-        if torch.isfinite(norms).all():
+        seen = [first != NEVER for first, _ in self._found.values()]  # a loss may be invalid and its gradient none
+        invalid = (
+            (~torch.isfinite(norms))
+            .any()
+            .logical_or(torch.cat(seen).any() if seen else torch.zeros_like(norms[0], dtype=torch.bool))
+            .long()
+        )
+        all_reduce(invalid, 'max')
+        if not invalid:
             self.skipped = 0
             return
         self.skipped += 1
@@ -131,7 +139,7 @@ class StopAtInvalidLoss(Hook):
             each.grad = None  # a parameter without gradient is left as it is
         self._found.clear()
         print_log(
-            f'iteration {self._iteration}: gradients that are not finite, the step is left out ({self.skipped} in a row; images '
+            f'iteration {self._iteration}: losses or gradients are not finite, the step is left out ({self.skipped} in a row; images '
             f'{", ".join(self._images[-1][1]) if self._images else "unknown"})',
             logger='current',
             level=logging.WARNING,
