@@ -138,9 +138,10 @@ class StopAtInvalidLoss(Hook):
         for each in parameters:
             each.grad = None  # a parameter without gradient is left as it is
         self._found.clear()
+        images = ', '.join(self._images[-1][1]) if self._images else 'unknown'
         print_log(
-            f'iteration {self._iteration}: losses or gradients are not finite, the step is left out ({self.skipped} in a row; images '
-            f'{", ".join(self._images[-1][1]) if self._images else "unknown"})',
+            f'iteration {self._iteration}: losses or gradients are not finite, the step is left out ({self.skipped} in a row; '
+            f'images {images})',
             logger='current',
             level=logging.WARNING,
         )
