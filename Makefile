@@ -1,8 +1,9 @@
 # make demo   set up, then train teacher and students on generated data and write a report
 # make demo-seg   the same for segmentation
 # make test   set up, then run the tests (make test-fast: those that take no longer than seconds)
+# make test-kills   kill a training twenty times, at random moments, and compare what it ends with
 # make lint   check format, style and the types of the core (make format applies them); needs nothing but Python
-.PHONY: setup demo demo-seg test test-fast lint format clean
+.PHONY: setup demo demo-seg test test-fast test-kills lint format clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -24,6 +25,9 @@ test: setup
 
 test-fast: setup
 	$(PYTEST) -m 'not slow'
+
+test-kills: setup
+	$(PYTEST) tests/test_kills.py --kills 10
 
 $(LINT)/ready: requirements.txt
 	$(PYTHON) -m venv $(LINT)

@@ -2,6 +2,7 @@
 
 import os
 import re
+import socket
 import zipfile
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -34,6 +35,7 @@ OLD_TORCH = (
 )
 
 _trusted = False
+PATIENCE = 60  # seconds that a server may say nothing
 
 ELSEWHERE = (
     "point to another with --cfg-options model.teacher.config='...' model.teacher.checkpoint='...'; to try mmkd without any "
@@ -70,15 +72,19 @@ def fetch(
             places = ' and '.join(str(folder.absolute()) for folder in looked_in or [Path.cwd()])
             raise ConfigError(f'{what} {path}: no such file (looked in {places})' + (f'; {missing}' if missing else ''))
         return path
+    address = mirrored(address)
     folder = Path(torch.hub.get_dir()) / 'checkpoints'
     path = folder / Path(urlparse(address).path).name
     failure = ''
     if not path.is_file() and int(os.environ.get('LOCAL_RANK', 0)) == 0:
-        folder.mkdir(parents=True, exist_ok=True)
         try:
-            digest = torch.hub.HASH_REGEX.search(path.name)
-            torch.hub.download_url_to_file(address, str(path), digest[1] if digest else None)
-        except (OSError, HTTPException, RuntimeError) as error:  # RuntimeError: the hash in its name is another
+            _download(address, path)
+        except (
+            OSError,
+            HTTPException,
+            RuntimeError,
+            ConfigError,
+        ) as error:  # RuntimeError: the hash in its name is another
             failure = f' ({error})'
     barrier()
     if not path.is_file():
@@ -87,6 +93,40 @@ def fetch(
             f'{what} {checkpoint}: could not be downloaded{source}{failure}; put the file at {path}, or {unreachable}'
         )
     return path
+
+
+def _download(address: str, path: Path) -> None:
+    """Download a file under another name, and give it its own when its hash is right and it can be read."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f'{path.name}.{os.getpid()}.part')
+    digest = torch.hub.HASH_REGEX.search(path.name)
+    patience = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(PATIENCE)
+    try:
+        torch.hub.download_url_to_file(address, str(part), digest[1] if digest else None)
+        read_file(part, 'what was downloaded,')
+        part.replace(path)
+    finally:
+        socket.setdefaulttimeout(patience)
+        part.unlink(missing_ok=True)
+
+
+def mirrored(address: str) -> str:
+    """A URL in the place that the environment's ``MMKD_MIRRORS`` has for it.
+
+    These are pairs ``https://download.openmmlab.com/=https://mirror.example.org/openmmlab/``, separated by spaces, of the
+    beginnings of URLs.
+
+    Raises:
+        ConfigError: for what is no such pair.
+    """
+    for pair in os.environ.get('MMKD_MIRRORS', '').split():
+        original, found, mirror = pair.partition('=')
+        if not found or '://' not in original or '://' not in mirror:
+            raise ConfigError(f'MMKD_MIRRORS={pair}: expected https://...=https://..., the beginnings of two URLs')
+        if address.startswith(original):
+            return mirror + address.removeprefix(original)
+    return address
 
 
 def fetchable(checkpoint: str) -> bool:

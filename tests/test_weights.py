@@ -1,4 +1,5 @@
 import builtins
+import hashlib
 import threading
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -11,7 +12,7 @@ from mmkd.errors import ConfigError
 from mmkd.hosts.mmengine import weights_address
 from mmkd.testing import detectors, models
 from mmkd.testing.runs import shapes_config
-from mmkd.weights import dataset_meta, fetch, fetchable, load_weights, read_checkpoint
+from mmkd.weights import dataset_meta, fetch, fetchable, load_weights, mirrored, read_checkpoint
 
 
 @pytest.fixture
@@ -43,6 +44,68 @@ def test_named_weights_come_from_the_cache_or_the_error_says_where_to_put_them(c
         fetch(name, 'student', unreachable='do without')
     (cache / file).write_bytes(b'')
     assert fetch(name, 'student') == cache / file
+
+
+@pytest.fixture
+def served(tmp_path):
+    """A folder and the address under which it is served."""
+    folder = tmp_path / 'served'
+    folder.mkdir()
+    server = ThreadingHTTPServer(('127.0.0.1', 0), partial(Sized, directory=str(folder)))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield folder, f'http://127.0.0.1:{server.server_port}'
+    server.shutdown()
+
+
+class Sized(SimpleHTTPRequestHandler):
+    """Says of files that end with .half.pth that they are twice as long, as a broken connection does."""
+
+    def send_header(self, keyword, value):
+        if keyword == 'Content-Length' and self.path.endswith('.half.pth'):
+            value = str(2 * int(value))
+        super().send_header(keyword, value)
+
+    def log_message(self, *_):
+        pass
+
+
+def test_a_download_is_whole_and_right_or_not_there(tmp_path, served, monkeypatch):
+    monkeypatch.setenv('TORCH_HOME', str(tmp_path / 'torch'))
+    folder, address = served
+    torch.save({'a': torch.ones(3)}, folder / 'whole.pth')
+    content = (folder / 'whole.pth').read_bytes()
+    (folder / 'cut.half.pth').write_bytes(content[: len(content) // 2])
+    (folder / 'other-01234567.pth').write_bytes(content)
+    (folder / 'page.pth').write_text('<html>moved</html>')
+    digest = hashlib.sha256(content).hexdigest()[:8]
+    (folder / f'named-{digest}.pth').write_bytes(content)
+    for name in ('whole.pth', f'named-{digest}.pth'):
+        assert fetch(f'{address}/{name}').read_bytes() == content
+    for name, reason in (
+        ('cut.half.pth', 'cannot be read'),
+        ('other-01234567.pth', 'invalid hash'),
+        ('page.pth', 'is no checkpoint'),
+        ('none.pth', '404'),
+    ):
+        with pytest.raises(
+            ConfigError, match=rf'could not be downloaded \(.*{reason}.*put the file at {tmp_path}/torch'
+        ):
+            fetch(f'{address}/{name}')
+    cache = tmp_path / 'torch' / 'hub' / 'checkpoints'
+    assert sorted(path.name for path in cache.iterdir()) == sorted(['whole.pth', f'named-{digest}.pth'])
+
+
+def test_mirrors(tmp_path, served, monkeypatch):
+    monkeypatch.setenv('TORCH_HOME', str(tmp_path / 'torch'))
+    folder, address = served
+    (folder / 'a').mkdir()
+    torch.save({'a': torch.ones(3)}, folder / 'a' / 'x.pth')
+    monkeypatch.setenv('MMKD_MIRRORS', f'https://one.invalid/=https://two.invalid/ https://host.invalid/v1/={address}/')
+    assert fetch('https://host.invalid/v1/a/x.pth').is_file()
+    assert mirrored('https://elsewhere.invalid/x') == 'https://elsewhere.invalid/x'
+    monkeypatch.setenv('MMKD_MIRRORS', 'one.invalid=two.invalid')
+    with pytest.raises(ConfigError, match='^MMKD_MIRRORS=one.invalid=two.invalid: expected https://...=https://'):
+        mirrored('https://one.invalid/x')
 
 
 def test_names_that_mmengine_does_not_know():
