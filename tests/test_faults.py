@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import signal
 import time
 from pathlib import Path
@@ -32,6 +33,14 @@ class Poison(Hook):
             bias.fill_(float('nan'))
         elif runner.iter == self.iteration and self.once:
             bias.copy_(self.kept)
+
+
+class FileLimit(Hook):
+    """From an iteration on no file may be larger than a checkpoint is, as on a disk that is full."""
+
+    def before_train_iter(self, runner, batch_idx, data_batch=None):
+        if runner.iter == 3:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 
 
 class KillWorker(Hook):
@@ -110,6 +119,22 @@ def test_an_image_that_cannot_be_read_is_named(tmp_path, workers):
     last = line(tool('train', path, expect=1))
     assert f'error: sample {tmp_path}/shapes/train/' in last
     assert ' cannot be used: ' in last
+    if workers:  # four batches are sixteen images, most of which are broken
+        printed = tool('train', path, '--leave-out', 1000)
+        assert printed.count('; it is left out') > 10
+        assert (tmp_path / 'work' / 'iter_8.pth').exists()
+        line(tool('train', path, '--leave-out', 2, '--work-dir', tmp_path / 'two', expect=1))
+
+
+def test_a_full_disk(tmp_path):
+    path = build(tmp_path, dict(type='test_faults.FileLimit'))
+    last = line(tool('train', path, expect=1))
+    assert (
+        f'iteration 4: checkpoint {tmp_path}/work/iter_4.pth could not be written ([Errno 27] File too large)' in last
+    )
+    assert latest_checkpoint(tmp_path / 'work') == (tmp_path / 'work' / 'iter_2.pth', [])
+    assert not list((tmp_path / 'work').glob('.*'))
+    tool('train', path, '--resume', '--cfg-options', 'custom_hooks=None')
 
 
 def test_a_data_worker_that_is_killed(tmp_path):

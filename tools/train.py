@@ -10,6 +10,7 @@ import torch
 from mmkd import checks, cli
 from mmkd.errors import ConfigError
 from mmkd.hosts.checkpoints import check_continues
+from mmkd.hosts.datasets import leave_out_samples
 from mmkd.hosts.interrupts import Interrupted
 
 
@@ -26,6 +27,13 @@ def main() -> None:
         metavar='CHECKPOINT',
         help='continue from a checkpoint, or without one from the latest in the work directory',
     )
+    parser.add_argument(
+        '--leave-out',
+        type=int,
+        default=0,
+        metavar='N',
+        help='leave out up to N samples that cannot be read, with a warning each; default: the first one ends the training',
+    )
     args = parser.parse_args()
     with cli.clear_errors():
         config = cli.read_config(args)
@@ -36,6 +44,7 @@ def main() -> None:
             config.optim_wrapper.setdefault('loss_scale', 'dynamic')
         if args.auto_scale_lr:
             cli.scale_learning_rate(config)
+        leave_out_samples(args.leave_out)
         cli.join_processes(config)
         before, warnings = cli.resume(config, args.resume) if args.resume else (None, [])
         warnings += checks.check_config(config)

@@ -1,7 +1,9 @@
 """Read the data sets of a config without building them: those inside wrappers, their classes, a COCO file's categories."""
 
 import json
+import logging
 import mmap
+import multiprocessing
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -9,6 +11,7 @@ from typing import Any
 
 from mmengine.dataset import Compose
 from mmengine.fileio import list_from_file
+from mmengine.logging import print_log
 from mmengine.registry import DATASETS
 
 from mmkd.errors import ConfigError, Stopped
@@ -100,8 +103,16 @@ def coco_categories(path: str, option: str) -> list[str]:
             raise ConfigError(f'{option}: {path} is not a COCO annotation file (cannot read its categories)') from None
 
 
+_may_leave_out = multiprocessing.Value('i', 0)  # data workers are forked, and share it
+
+
+def leave_out_samples(most: int) -> None:
+    """Have a training leave out up to so many samples that cannot be used, all data workers together, with a line each."""
+    _may_leave_out.value = most
+
+
 class NamedSamples(Compose):
-    """A pipeline whose errors name the file of the sample that they arose with."""
+    """A pipeline whose errors name the file of the sample that they arose with; see also :func:`leave_out_samples`."""
 
     def __init__(self, pipeline: Compose):
         self.transforms = pipeline.transforms
@@ -114,7 +125,14 @@ class NamedSamples(Compose):
         except Exception as error:
             where = f'{path} (labels {labels})' if labels else path
             reason = (str(error) or type(error).__name__).strip().splitlines()[0]
-            raise Stopped(f'sample {where} cannot be used: {type(error).__name__}: {reason}') from error
+            line = f'sample {where} cannot be used: {type(error).__name__}: {reason}'
+            with _may_leave_out.get_lock():
+                left_out = _may_leave_out.value > 0
+                _may_leave_out.value -= left_out
+            if not left_out:
+                raise Stopped(f'{line}; mend or remove it, or have --leave-out N leave out up to N of them') from error
+            print_log(f'{line}; it is left out', logger='current', level=logging.WARNING)
+            return None  # the data set then takes another
 
 
 def name_samples(dataset: Any) -> None:
