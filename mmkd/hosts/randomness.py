@@ -27,11 +27,14 @@ SAMPLES, ITERATIONS = range(2)  # so that both have other numbers
 
 
 def seed_all(*key: int) -> None:
-    """Seed the generators of Python, NumPy and torch, on all devices, with numbers derived from ``key``."""
+    """Seed the generators of Python, NumPy and torch, on CPU and CUDA devices, with numbers derived from ``key``."""
     first, second, third = np.random.SeedSequence(key).generate_state(3, np.uint32).tolist()
     random.seed(first)
     np.random.seed(second)
-    torch.manual_seed(third)
+    # what `torch.manual_seed` does, without the stack trace that it takes for a device that is not used
+    torch.default_generator.manual_seed(third)
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed_all(third)
 
 
 @dataclass(frozen=True)
