@@ -41,12 +41,12 @@ def _slurm(tmp_path_factory):
 
 @pytest.fixture
 def config(tmp_path):
-    """A segmentor that is trained for 8 iterations in two processes, with a checkpoint after each third."""
+    """A segmentor that is trained for 8 iterations in two processes, with a checkpoint after each fourth."""
     model = distilled(tmp_path, dict(kd=dict(type='KD')), segmentors.pspnet(), segmentors.pspnet(24))
     for head in ('decode_head', 'auxiliary_head'):
         model['student'][head].dropout_ratio = 0.0
     config = streets_config(tmp_path, model, iterations=8, batch=2)
-    config.default_hooks.checkpoint.interval = 3
+    config.default_hooks.checkpoint.interval = 4
     config.custom_hooks = [dict(type='mmkd.testing.runs.SaveEachRank')]
     return config
 
@@ -163,7 +163,7 @@ def preempted(job, tmp_path):
 
 @pytest.mark.parametrize('how', [told_by_a_signal, requeued_by_hand, preempted])
 def test_a_job_that_has_to_leave_comes_back_and_goes_on_where_it_was(tmp_path, config, whole, how):
-    """It saves a checkpoint at the next iteration, which is no third, and ends as if nothing had happened."""
+    """It saves a checkpoint at the next iteration, which is no fourth, and ends as if nothing had happened."""
     job = Job(config, tmp_path / 'job')
     job.wait()
     how(job, tmp_path)

@@ -129,4 +129,5 @@ def test_a_node_is_lost_and_comes_back(tmp_path, nodes):
 
 def children(process: int) -> set[int]:
     """Of a process, those that it started itself."""
-    return {int(each) for each in Path(f'/proc/{process}/task/{process}/children').read_text().split()}
+    lists = Path(f'/proc/{process}/task').glob('*/children')
+    return {int(each) for path in lists for each in path.read_text().split()}
