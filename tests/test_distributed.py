@@ -293,8 +293,9 @@ def test_two_times_four_images_are_one_time_eight_after_20_steps_with_all_source
     assert_equal_updates(one, two, trained)
 
 
-def test_what_is_trained_is_reduced_and_a_frozen_teacher_neither_reduced_nor_broadcast(tmp_path):
+def test_what_is_trained_is_reduced_and_a_frozen_teacher_neither_reduced_nor_broadcast(tmp_path, monkeypatch):
     """All collective operations from the Runner's start to the end of the second step, as torch's profiler saw them."""
+    monkeypatch.setenv('LOCAL_RANK', '0')
     wide = detectors.retinanet(classes=6, channels=64, base=32)
     config = shapes_config(tmp_path, distilled(tmp_path, METHODS, teacher=wide), iterations=2)
     config.launcher, config.default_hooks.checkpoint = 'pytorch', None
@@ -316,11 +317,11 @@ def test_what_is_trained_is_reduced_and_a_frozen_teacher_neither_reduced_nor_bro
         for kind in ('all_reduce', 'broadcast')
     }
     in_teacher = sum(value.numel() for value in teacher.model.parameters())
-    states = sum(value.numel() for value in model.state_dict().values())
     trained = sum(value.numel() for value in model.parameters() if value.requires_grad)
-    # beside them mmengine and mmdet broadcast seeds and reduce counts of positives
-    assert 0 <= sum(found['broadcast']) - states < 100 < in_teacher
-    assert 0 <= sum(found['all_reduce']) - 2 * trained < 100 < in_teacher
+    assert any(name.startswith('distillers.') for name, _ in model.named_parameters())
+    assert sum(found['all_reduce']) == 2 * trained
+    # beside the weights, once, the seed and the start's time are broadcast, and the shapes of the weights
+    assert 0 <= sum(found['broadcast']) - trained < 1000 < in_teacher
 
 
 def test_processes_that_die_are_started_again_and_resume(tmp_path):
