@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from tool import free_port, kill, start, wait_until
+from tool import free_port, kill, start, train_together, wait_until
 
 from mmkd.testing.runs import distilled, shapes_config
 
+IN_NAMESPACES = pytest.param('namespaces', marks=pytest.mark.cluster)
 METHODS = dict(gid=dict(type='GID'), cwd=dict(type='CWD', layer='neck'))
 
 
@@ -44,9 +45,7 @@ def joined_namespaces(name):
     ]
 
 
-@pytest.fixture(
-    params=[pytest.param('loopback', marks=pytest.mark.slow), pytest.param('namespaces', marks=pytest.mark.cluster)]
-)
+@pytest.fixture
 def nodes(request):
     if request.param == 'loopback':
         yield [Node('127.0.0.1', {})] * 2
@@ -96,35 +95,50 @@ class Job:
                 agent.wait()
 
 
-def assert_equal(weights, others):
-    for name, value in weights.items():
-        assert torch.isfinite(value).all(), name
-        assert torch.equal(value, others[name]), name
-
-
-def test_a_node_is_lost_and_comes_back(tmp_path, nodes):
-    """Both end as in a run that nothing happened to: of the same two nodes, which end with equal weights."""
+@pytest.fixture
+def config(tmp_path):
     config = shapes_config(tmp_path, distilled(tmp_path, METHODS), iterations=8, batch=2)
     config.default_hooks.checkpoint.interval = 3
     config.custom_hooks = [dict(type='mmkd.testing.runs.SaveEachRank')]
-    with Job(config, tmp_path / 'whole', nodes) as job:
-        first, second = job.end()
-    assert_equal(first, second)
+    return config
+
+
+@pytest.fixture
+def expected(tmp_path, config):
+    """The weights after a run on one machine that nothing happens to."""
+    config.work_dir = str(tmp_path / 'whole')
+    config.dump(tmp_path / 'whole.py')
+    train_together(tmp_path / 'whole.py', 2)
+    return torch.load(tmp_path / 'whole' / 'rank0.pth')
+
+
+def assert_equal(found, expected):
+    for weights in found:
+        for name, value in expected.items():
+            assert torch.equal(weights[name], value), name
+
+
+@pytest.mark.parametrize('nodes', [IN_NAMESPACES], indirect=True)
+def test_two_nodes_train_as_one_machine_does(tmp_path, config, expected, nodes):
+    with Job(config, tmp_path / 'two', nodes) as job:
+        assert_equal(job.end(), expected)
+
+
+@pytest.mark.parametrize('nodes', [pytest.param('loopback', marks=pytest.mark.slow), IN_NAMESPACES], indirect=True)
+def test_a_node_is_lost_and_comes_back(tmp_path, config, expected, nodes):
+    """An agent and its process are killed between two checkpoints, and the agent is started anew."""
     config.custom_hooks.append(dict(type='mmkd.testing.runs.PauseAt', iteration=5))
     with Job(config, tmp_path / 'parts', nodes, MAX_RESTARTS=1) as job:
         paused = [job.folder / f'paused{rank}' for rank in range(2)]
         wait_until(lambda: all(each.exists() for each in paused), job.logs)
-        workers = {int(each.read_text()) for each in paused}
-        of_lost = workers & children(job.agents[1].pid)
+        of_lost = {int(each.read_text()) for each in paused} & children(job.agents[1].pid)
         assert len(of_lost) == 1
         kill(job.agents[1].pid, *of_lost)
         job.agents[1].wait()
         (job.folder / 'go_on').touch()
         job.start(1)
-        found = job.end()
+        assert_equal(job.end(), expected)
     assert 'resumed epoch: 0, iter: 3' in ''.join(log.read_text() for log in job.logs)
-    for weights in found:
-        assert_equal(first, weights)
 
 
 def children(process: int) -> set[int]:
