@@ -2,8 +2,9 @@
 # make demo-seg   the same for segmentation
 # make test   set up, then run the tests (make test-fast: those that take no longer than seconds)
 # make test-kills   kill a training twenty times, at random moments, and compare what it ends with
+# make test-cluster   set up, then run the tests on several nodes and under a real Slurm; what cannot run here says why
 # make lint   check format, style and the types of the core (make format applies them); needs nothing but Python
-.PHONY: setup demo demo-seg test test-fast test-kills lint format clean
+.PHONY: setup demo demo-seg test test-fast test-kills test-cluster lint format clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -24,7 +25,10 @@ test: setup
 	$(PYTEST) --durations=10
 
 test-fast: setup
-	$(PYTEST) -m 'not slow'
+	$(PYTEST) -m 'not slow and not cluster'
+
+test-cluster: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -rs --durations=0 tests/cluster
 
 test-kills: setup
 	$(PYTEST) tests/test_kills.py --kills 10

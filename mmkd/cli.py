@@ -2,7 +2,9 @@
 
 import argparse
 import contextlib
+import datetime
 import os
+import subprocess
 import sys
 import warnings
 from collections.abc import Iterator, Mapping
@@ -103,23 +105,65 @@ def scale_learning_rate(config: Config) -> None:
     config.auto_scale_lr.enable = True
 
 
+# where each launcher tells a process its number, how many there are and its number on this machine; what else has to be set, and
+# what sets it
+LAUNCHERS = dict(
+    pytorch=(
+        ('RANK', 'WORLD_SIZE', 'LOCAL_RANK'),
+        ('MASTER_ADDR', 'MASTER_PORT'),
+        'torchrun, as tools/dist_train.sh does',
+    ),
+    slurm=(
+        ('SLURM_PROCID', 'SLURM_NTASKS', 'SLURM_LOCALID'),
+        ('SLURM_STEP_NODELIST', 'SLURM_JOB_ID'),
+        'srun, as tools/slurm_train.sh does',
+    ),
+    mpi=(
+        ('OMPI_COMM_WORLD_RANK', 'OMPI_COMM_WORLD_SIZE', 'OMPI_COMM_WORLD_LOCAL_RANK'),
+        ('MASTER_ADDR',),
+        "Open MPI's mpirun -x MASTER_ADDR",
+    ),
+)
+
+
 def join_processes(config: Config) -> None:
-    """Start the process group as the Runner would, so that checks can use it; on machines without a GPU, over gloo."""
-    if config.launcher == 'none' or is_distributed():
+    """Start the process group as the Runner would, so that checks can use it; on machines without a GPU, over gloo.
+
+    Raises:
+        ConfigError: where the launcher did not start this process.
+    """
+    launcher = config.launcher
+    if launcher == 'none' or is_distributed():
         return
+    numbers, others, starter = LAUNCHERS[launcher]
+    missing = [name for name in (*numbers, *others) if name not in os.environ]
+    if missing:
+        raise ConfigError(
+            f'--launcher {launcher}: {", ".join(missing)} not set in the environment; start with {starter}, or leave '
+            f'--launcher out for one process'
+        )
+    for name, given in zip(('RANK', 'WORLD_SIZE', 'LOCAL_RANK'), numbers):
+        os.environ[name] = os.environ[given]
     environment = config.get('env_cfg') or {}
+    options = environment.get('dist_cfg') or {}
+    if launcher == 'slurm':
+        hosts = subprocess.check_output(['scontrol', 'show', 'hostnames', os.environ['SLURM_STEP_NODELIST']], text=True)
+        os.environ.setdefault('MASTER_ADDR', hosts.split()[0])
+        # two jobs on a machine need two ports
+        os.environ.setdefault('MASTER_PORT', str(options.get('port', 20000 + int(os.environ['SLURM_JOB_ID']) % 10000)))
+    os.environ.setdefault('MASTER_PORT', '29500')
     set_multi_processing(**(environment.get('mp_cfg') or {}), distributed=True)
-    if config.launcher == 'pytorch' and not torch.cuda.is_available():
-        # mmengine would select a CUDA device first
-        torch.distributed.init_process_group('gloo')
-    else:
-        init_dist(config.launcher, **(environment.get('dist_cfg') or {}))
+    if torch.cuda.is_available():
+        init_dist(launcher, **options)
+    else:  # mmengine would select a CUDA device first
+        wait = {'timeout': datetime.timedelta(seconds=options['timeout'])} if 'timeout' in options else {}
+        torch.distributed.init_process_group('gloo', **wait)
 
 
 def build_runner(config: Config) -> Runner:
     """mmengine's Runner."""
     join_processes(config)
-    if config.launcher == 'pytorch' and not torch.cuda.is_available():
+    if config.launcher != 'none' and not torch.cuda.is_available():
         # mmengine would hand DDP a device it does not have
         config.setdefault('model_wrapper_cfg', dict(type='MMDistributedDataParallel', broadcast_buffers=False))
         config.model_wrapper_cfg.device_ids = None

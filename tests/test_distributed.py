@@ -1,19 +1,22 @@
 """Two processes over gloo."""
 
+import copy
 import json
+import math
 import os
 import re
 import shutil
-import socket
 import subprocess
-import sys
 
 import cv2
 import numpy as np
 import pytest
 import torch
-from tool import ROOT, train_together
+from mmengine.config import Config
+from tool import ROOT, free_port, kill, launch, run_together, start, train_together, wait_until
 
+from mmkd import cli
+from mmkd.errors import ConfigError
 from mmkd.testing import detectors, segmentors
 from mmkd.testing.runs import distilled, of_all_sources, shapes_config, streets_config
 
@@ -98,25 +101,13 @@ SEGMENTATION = {
 pytestmark = pytest.mark.slow
 
 
-def launch(script, *arguments):
-    """Run a script of tools/ on a free port; what it printed."""
-    with socket.socket() as free:
-        free.bind(('127.0.0.1', 0))
-        port = free.getsockname()[1]
-    environment = {**os.environ, 'PYTHON': sys.executable, 'PORT': str(port), 'OMP_NUM_THREADS': '1'}
-    command = ['bash', str(ROOT / 'tools' / script), *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout + done.stderr
-
-
-def train(config, folder, processes, start=train_together):
+def train(config, folder, processes, how=train_together):
     """Train in one or two processes; the weights of each, in the end and in the beginning."""
     config.work_dir = str(folder)
-    config.custom_hooks = [dict(type='mmkd.testing.runs.SaveEachRank')]
+    config.custom_hooks = [*config.get('custom_hooks', ()), dict(type='mmkd.testing.runs.SaveEachRank')]
     path = folder.with_suffix('.py')
     config.dump(path)
-    start(path, processes)
+    how(path, processes)
     assert 'find_unused_parameters' not in path.read_text()
     return [[torch.load(folder / f'rank{rank}{when}.pth') for rank in range(processes)] for when in ('', '_before')]
 
@@ -204,12 +195,30 @@ def test_two_processes_evaluate_as_one(tmp_path, make, model, metrics):
 def one_step(tmp_path):
     """A single step of plain SGD on the first eight images, in order and not flipped."""
     config = shapes_config(tmp_path, distilled(tmp_path, METHODS), iterations=1, images=8)
-    config.train_dataloader.sampler.shuffle = False
-    pipeline = config.train_dataloader.dataset.pipeline
-    config.train_dataloader.dataset.pipeline = [step for step in pipeline if step.type != 'RandomFlip']
+    in_order_and_not_flipped(config)
     config.optim_wrapper = dict(type='OptimWrapper', optimizer=dict(type='SGD', lr=1.0))
     config.param_scheduler = []
     return config
+
+
+def in_order_and_not_flipped(config):
+    config.train_dataloader.sampler.shuffle = False
+    pipeline = config.train_dataloader.dataset.pipeline
+    config.train_dataloader.dataset.pipeline = [step for step in pipeline if step.type != 'RandomFlip']
+
+
+def same_images_in_both_processes(tmp_path):
+    """Every other image of the shapes is made equal to the one before; two processes take turns."""
+    images = tmp_path / 'shapes' / 'train'
+
+    def edit(content):
+        kept = [each for each in content['annotations'] if each['image_id'] % 2 == 0]
+        twins = [dict(each, image_id=each['image_id'] + 1, id=each['id'] + 10**6) for each in kept]
+        content['annotations'] = kept + twins
+
+    edit_annotations(tmp_path, edit)
+    for image in sorted(images.iterdir())[::2]:
+        shutil.copy(image, images / f'{int(image.stem) + 1:06d}.jpg')
 
 
 def updates(config, folder, processes, batch):
@@ -240,20 +249,181 @@ def test_two_times_four_images_train_the_student_as_one_time_eight(tmp_path):
     """mmdet's RetinaNet and GID's response loss divide by the positive slots of their own process. The sum of both
     is equal to that of one process where those numbers are equal, so here both processes have the same four images."""
     config = one_step(tmp_path)
-    images = tmp_path / 'shapes' / 'train'
-
-    def edit(content):
-        kept = [each for each in content['annotations'] if each['image_id'] % 2 == 0]
-        twins = [dict(each, image_id=each['image_id'] + 1, id=each['id'] + 1000) for each in kept]
-        content['annotations'] = kept + twins
-
-    edit_annotations(tmp_path, edit)
-    for index in range(0, 8, 2):
-        shutil.copy(images / f'{index:06d}.jpg', images / f'{index + 1:06d}.jpg')
+    same_images_in_both_processes(tmp_path)
     one, two = updates(config, tmp_path / 'one', 1, 8), updates(config, tmp_path / 'two', 2, 4)
     trained = [name for name, update in one.items() if update.is_floating_point() and update.abs().max() > 0]
     assert any(name.startswith('backbone.') for name in trained)
     assert_equal_updates(one, two, trained)
+
+
+def with_group_norm(config):
+    """A model's config whose batch norms, which see the images of their own process, are group norms."""
+    config = copy.deepcopy(config)
+
+    def change(part):
+        if part.get('norm_cfg'):
+            part['norm_cfg'] = dict(type='GN', num_groups=4)
+        for each in part.values():
+            if isinstance(each, dict):
+                change(each)
+
+    change(config)
+    return config
+
+
+@pytest.mark.parametrize('family', ['RetinaNet', 'PSPNet'])
+def test_two_times_four_images_are_one_time_eight_after_20_steps_with_all_sources(tmp_path, family):
+    """A frozen teacher, an average, a peer and the student itself; all that is trained or averaged.
+
+    In RetinaNet both processes have the same four images, for the reason above; PSPNet has the eight of the single process.
+    """
+    model = of_all_sources(tmp_path, family)
+    if family == 'RetinaNet':
+        config = shapes_config(tmp_path, model, iterations=20, images=48)
+        same_images_in_both_processes(tmp_path)
+    else:
+        model['student'], peer = with_group_norm(model['student']), model['teacher']['peer']
+        peer['config'] = with_group_norm(peer['config'])
+        config = streets_config(tmp_path, model, iterations=20, images=48)
+    in_order_and_not_flipped(config)
+    one, two = updates(config, tmp_path / 'one', 1, 8), updates(config, tmp_path / 'two', 2, 4)
+    trained = [name for name, update in one.items() if update.is_floating_point() and update.abs().max() > 0]
+    for part in ('backbone.', 'sources.mean.', 'sources.peer.'):
+        assert any(name.startswith(part) for name in trained)
+    assert_equal_updates(one, two, trained)
+
+
+def test_what_is_trained_is_reduced_and_a_frozen_teacher_neither_reduced_nor_broadcast(tmp_path, monkeypatch):
+    """All collective operations from the Runner's start to the end of the second step, as torch's profiler saw them."""
+    monkeypatch.setenv('LOCAL_RANK', '0')
+    wide = detectors.retinanet(classes=6, channels=64, base=32)
+    config = shapes_config(tmp_path, distilled(tmp_path, METHODS, teacher=wide), iterations=2)
+    config.launcher, config.default_hooks.checkpoint = 'pytorch', None
+    torch.distributed.init_process_group('gloo', store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        with torch.profiler.profile(record_shapes=True) as profile:
+            runner = cli.build_runner(config)
+            runner.train()
+    finally:
+        torch.distributed.destroy_process_group()
+    model = runner.model.module
+    (teacher,) = model.sources.values()
+    found = {
+        kind: [
+            sum(math.prod(shape) for shape in event.input_shapes)
+            for event in profile.events()
+            if event.name == f'gloo:{kind}'
+        ]
+        for kind in ('all_reduce', 'broadcast')
+    }
+    in_teacher = sum(value.numel() for value in teacher.model.parameters())
+    trained = sum(value.numel() for value in model.parameters() if value.requires_grad)
+    assert any(name.startswith('distillers.') for name, _ in model.named_parameters())
+    assert sum(found['all_reduce']) == 2 * trained
+    # beside the weights, once, the seed and the start's time are broadcast, and the shapes of the weights
+    assert 0 <= sum(found['broadcast']) - trained < 1000 < in_teacher
+
+
+def test_processes_that_die_are_started_again_and_resume(tmp_path):
+    """One of two is killed in mid-training; the end is that of a run that nothing happened to."""
+    config = shapes_config(tmp_path, distilled(tmp_path, METHODS), iterations=8, batch=2)
+    config.default_hooks.checkpoint.interval = 3
+    (whole, _), _ = train(config, tmp_path / 'whole', 2)
+    config.custom_hooks.append(dict(type='mmkd.testing.runs.PauseAt', iteration=5))
+    folder, log = tmp_path / 'parts', tmp_path / 'log'
+
+    def with_a_kill(path, processes):
+        training = start(log, 'dist_train.sh', path, processes, env=dict(MAX_RESTARTS=1))
+        paused = [folder / f'paused{rank}' for rank in range(processes)]
+        wait_until(lambda: all(each.exists() for each in paused) or training.poll() is not None, [log])
+        kill(int(paused[1].read_text()))
+        (folder / 'go_on').touch()
+        assert training.wait(timeout=120) == 0, log.read_text()[-3000:]
+
+    (first, second), _ = train(config, folder, 2, with_a_kill)
+    assert 'resumed epoch: 0, iter: 3' in log.read_text()
+    for name, value in whole.items():
+        assert torch.equal(value, first[name]), name
+        assert torch.equal(value, second[name]), name
+
+
+@pytest.mark.parametrize('script', ['dist_train.sh', 'slurm_train.sh'])
+def test_what_resumes_by_itself_takes_no_resume(script):
+    arguments = ['c.py', 2] if script == 'dist_train.sh' else ['--requeue', 'gpu', 'job', 'c.py', 'out']
+    command = ['bash', str(ROOT / 'tools' / script), *map(str, arguments), '--amp', '--resume', 'x.pth']
+    env = {**os.environ, 'MAX_RESTARTS': '1'}
+    done = subprocess.run(command, capture_output=True, text=True, env=env, check=False)
+    assert done.returncode == 2
+    assert 'resumes by itself, from the latest checkpoint; leave --resume out' in done.stderr
+
+
+OF_SLURM = dict(SLURM_NTASKS=2, SLURM_STEP_NODELIST='node[1-2]', SLURM_JOB_ID=7)
+
+
+@pytest.mark.parametrize('launcher', ['slurm', 'mpi'])
+def test_without_a_gpu_other_launchers_join_as_torchruns_does(tmp_path, launcher):
+    """From the variables that srun and mpirun set, and an scontrol that has the first machine's name for a list of them."""
+    scontrol = tmp_path / 'scontrol'
+    scontrol.write_text('#!/bin/sh\n[ "$*" = "show hostnames node[1-2]" ] && printf "localhost\\nnode2\\n"\n')
+    scontrol.chmod(0o755)
+    shared = dict(PATH=f'{tmp_path}:{os.environ["PATH"]}', MASTER_PORT=free_port())
+    environments = [
+        dict(shared, **OF_SLURM, SLURM_PROCID=rank, SLURM_LOCALID=rank)
+        if launcher == 'slurm'
+        else dict(
+            shared,
+            MASTER_ADDR='127.0.0.1',
+            OMPI_COMM_WORLD_RANK=rank,
+            OMPI_COMM_WORLD_SIZE=2,
+            OMPI_COMM_WORLD_LOCAL_RANK=rank,
+        )
+        for rank in range(2)
+    ]
+    config = shapes_config(tmp_path, distilled(tmp_path, METHODS), iterations=2, batch=2)
+    (first, _), _ = train(config, tmp_path / 'torchrun', 2)
+
+    def how(path, processes):
+        run_together('train', [path, '--launcher', launcher], environments)
+
+    (same, second), _ = train(config, tmp_path / launcher, 2, how)
+    for name, value in first.items():
+        assert torch.equal(value, same[name]), name
+        assert torch.equal(value, second[name]), name
+
+
+@pytest.mark.parametrize(
+    ('launcher', 'given', 'line'),
+    [
+        (
+            'pytorch',
+            {'RANK': 0, 'WORLD_SIZE': 2},
+            '--launcher pytorch: MASTER_ADDR, MASTER_PORT not set in the environment; start with torchrun, as '
+            'tools/dist_train.sh does, or leave --launcher out for one process',
+        ),
+        (
+            'slurm',
+            {'SLURM_JOB_ID': 7, 'SLURM_NTASKS': 2, 'SLURM_PROCID': 0, 'SLURM_LOCALID': 0},  # in sbatch, without srun
+            '--launcher slurm: SLURM_STEP_NODELIST not set in the environment; start with srun, as tools/slurm_train.sh '
+            'does, or leave --launcher out for one process',
+        ),
+        (
+            'mpi',
+            {},
+            '--launcher mpi: OMPI_COMM_WORLD_RANK, OMPI_COMM_WORLD_SIZE, OMPI_COMM_WORLD_LOCAL_RANK, MASTER_ADDR not set '
+            "in the environment; start with Open MPI's mpirun -x MASTER_ADDR, or leave --launcher out for one process",
+        ),
+    ],
+)
+def test_a_launcher_that_did_not_start_the_process_is_one_line(monkeypatch, launcher, given, line):
+    for name in list(os.environ):
+        if name.startswith(('SLURM_', 'OMPI_', 'MASTER_')) or name in ('RANK', 'WORLD_SIZE'):
+            monkeypatch.delenv(name)
+    monkeypatch.setenv('LOCAL_RANK', '0')  # which the tools set
+    for name, value in given.items():
+        monkeypatch.setenv(name, str(value))
+    with pytest.raises(ConfigError) as error:
+        cli.join_processes(Config(dict(launcher=launcher)))
+    assert str(error.value) == line
 
 
 @pytest.mark.parametrize(
@@ -284,7 +454,16 @@ def test_slurm_scripts_hand_over_to_srun(tmp_path, script, arguments, runs):
     }
     environment.pop('PYTHON', None)
     command = ['bash', str(ROOT / 'tools' / script), *arguments]
-    printed = subprocess.run(command, capture_output=True, text=True, env=environment, check=True).stdout.strip()
+
+    def run(**changes):
+        return subprocess.run(
+            command, capture_output=True, text=True, env={**environment, **changes}, check=True
+        ).stdout
+
+    assert '--job-name=job --ntasks=2 --ntasks-per-node=2 ' in run(GPUS='2', GRES='')
+    assert '--gres=gpu:2 --ntasks=2 --ntasks-per-node=2 ' in run(GPUS='2')
+    assert '--gres=gpu:a100:4 --ntasks=16 --ntasks-per-node=4 ' in run(GPUS_PER_NODE='4', GRES='gpu:a100:4')
+    printed = run().strip()
     assert printed.startswith('-p gpu --job-name=job --gres=gpu:8 --ntasks=16 --ntasks-per-node=8 --cpus-per-task=5')
     assert '--time=1:00 --exclusive python -u' in printed
     assert printed.endswith(runs)

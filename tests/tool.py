@@ -6,10 +6,13 @@ A server, one beside each test process, imports them once and forks for every ca
 import multiprocessing
 import os
 import runpy
+import signal
 import socket
+import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -29,12 +32,59 @@ def tool(name: str, *arguments, expect: int = 0, env: Mapping | None = None, fol
 
 def train_together(config: str | Path, processes: int, *arguments, expect: int = 0) -> list[str]:
     """``tools/train.py CONFIG --launcher pytorch`` in several processes, as torchrun would; what each printed."""
-    with socket.socket() as free:
-        free.bind(('127.0.0.1', 0))
-        port = free.getsockname()[1]
-    shared = dict(MASTER_ADDR='127.0.0.1', MASTER_PORT=port, WORLD_SIZE=processes, LOCAL_WORLD_SIZE=processes)
+    shared = dict(MASTER_ADDR='127.0.0.1', MASTER_PORT=free_port(), WORLD_SIZE=processes, LOCAL_WORLD_SIZE=processes)
     environments = [dict(shared, RANK=rank, LOCAL_RANK=rank) for rank in range(processes)]
     return run_together('train', [config, '--launcher', 'pytorch', *arguments], environments, expect)
+
+
+def free_port() -> int:
+    """A port that nobody listens at."""
+    with socket.socket() as free:
+        free.bind(('127.0.0.1', 0))
+        return free.getsockname()[1]
+
+
+def launch(script: str, *arguments, env: Mapping | None = None) -> str:
+    """``tools/SCRIPT ARGUMENTS`` on a free port, to its end; what it printed."""
+    with tempfile.TemporaryDirectory() as temporary:
+        log = Path(temporary, 'log')
+        started = start(log, script, *arguments, env=env)
+        assert started.wait(timeout=600) == 0, log.read_text()[-3000:]
+        return log.read_text()
+
+
+def start(
+    log: Path, script: str, *arguments, env: Mapping | None = None, inside: Sequence[str] = ()
+) -> subprocess.Popen:
+    """``tools/SCRIPT ARGUMENTS``, printing to a file, on a free port unless ``env`` has one.
+
+    Args:
+        log: The file, which is appended to.
+        script: Its name.
+        arguments: Its arguments.
+        env: Added to the environment.
+        inside: A command that runs it, such as ``ip netns exec NAME``.
+    """
+    env = {'PYTHON': sys.executable, 'PORT': free_port(), 'OMP_NUM_THREADS': 1, **(env or {})}
+    command = [*inside, 'bash', str(ROOT / 'tools' / script), *map(str, arguments)]
+    with log.open('a') as file:
+        return subprocess.Popen(
+            command, stdout=file, stderr=file, env={**os.environ, **{key: str(value) for key, value in env.items()}}
+        )
+
+
+def wait_until(happened: Callable[[], object], logs: Sequence[Path] = (), seconds: float = 120) -> None:
+    """Wait until it has happened; otherwise fail with the ends of the logs."""
+    end = time.monotonic() + seconds
+    while not happened():
+        assert time.monotonic() < end, '\n'.join(log.read_text()[-3000:] for log in logs)
+        time.sleep(0.1)
+
+
+def kill(*processes: int) -> None:
+    """``kill -9``."""
+    for process in processes:
+        os.kill(process, signal.SIGKILL)
 
 
 def run_together(

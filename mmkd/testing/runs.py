@@ -2,6 +2,8 @@
 
 import json
 import math
+import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -232,3 +234,31 @@ class SaveEachRank(Hook):
     def _save(self, runner: Runner, when: str) -> None:
         model = getattr(runner.model, 'module', runner.model)
         torch.save(model.state_dict(), Path(runner.work_dir) / f'rank{runner.rank}{when}.pth')
+
+
+class PauseAt(Hook):
+    """Hold the training after an iteration until the work directory has a file ``go_on``, at most for two minutes.
+
+    A process that is held says so by a file ``paused<rank>``, which has its process id.
+
+    Args:
+        iteration: The first is 1.
+    """
+
+    def __init__(self, iteration: int):
+        self.iteration = iteration
+
+    def after_train_iter(
+        self, runner: Runner, batch_idx: int, data_batch: dict | None = None, outputs: dict | None = None
+    ) -> None:
+        folder = Path(runner.work_dir)
+        if runner.iter + 1 != self.iteration or (folder / 'go_on').exists():
+            return
+        name = folder / f'paused{runner.rank}'
+        name.with_suffix('.new').write_text(str(os.getpid()))
+        name.with_suffix('.new').rename(name)
+        for _ in range(1200):
+            if (folder / 'go_on').exists():
+                return
+            time.sleep(0.1)
+        raise TimeoutError(f'{folder / "go_on"}: nobody wrote it')
