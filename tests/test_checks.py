@@ -9,6 +9,7 @@ from mmengine.hub import get_config
 
 from mmkd import checks
 from mmkd.errors import ConfigError
+from mmkd.hosts.datasets import dataset_class
 from mmkd.testing import detectors, models, segmentors
 from mmkd.testing.runs import distilled, shapes_config, streets_config
 
@@ -265,7 +266,7 @@ def test_other_classes_are_worth_a_warning_where_there_are_as_many(shapes, folde
 
 def test_the_classes_of_training_and_validation_are_in_one_order(folder):
     config = streets_config(folder, segmentors.pspnet())
-    kind = checks.dataset_class(config.train_dataloader.dataset, 'mmseg')
+    kind = dataset_class(config.train_dataloader.dataset, 'mmseg')
     config.val_dataloader.dataset.metainfo = dict(classes=kind.METAINFO['classes'][::-1])
     with pytest.raises(ConfigError, match=r"^val_dataloader.dataset: class 0 is 'bicycle', and 'road' in train"):
         checks.check_config(config)

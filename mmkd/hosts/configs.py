@@ -91,6 +91,12 @@ def config_folder(config: Config) -> list[Path]:
     return [Path(config.filename).parent] if config.filename else []
 
 
+def numbered(key: str, value: object) -> Iterator[tuple[str, Any]]:
+    """The entries of a list in a config, each with its option's name; none of what is no list."""
+    for index, each in enumerate(value if isinstance(value, (list, tuple)) else ()):
+        yield f'{key}.{index}', each
+
+
 def name_classes(value: object) -> object:
     """Write classes in a config as dotted paths, in place, which is what mmengine can print of a config with ``_base_``.
 
