@@ -26,7 +26,7 @@ def main() -> None:
         help='continue from a checkpoint, or without one from the latest in the work directory',
     )
     args = parser.parse_args()
-    with cli.clear_errors():
+    with cli.clear_errors(args.debug) as begun:
         config = cli.read_config(args)
         if args.amp:
             if not torch.cuda.is_available():
@@ -39,6 +39,7 @@ def main() -> None:
         done, warnings = cli.resume(config, args.resume) if args.resume else (0, [])
         warnings += checks.check_config(config)
         runner = cli.build_runner(config)
+        runner.register_hook(begun)
         cli.watch(runner)
         cli.repeatable(runner, done)
         warnings += checks.check_model(config, cli.bare_model(runner))

@@ -9,7 +9,9 @@ from torch import nn
 
 from mmkd.checks.classes import check_heads, compare_classes, heads_have_the_datas_classes
 from mmkd.checks.data import check_data
-from mmkd.checks.options import compare_batch_size, compare_critics
+from mmkd.checks.keys import check_changes, check_names
+from mmkd.checks.models import check_batch_norms, compare_critics, compare_custom_keys
+from mmkd.checks.options import check_folder, check_launcher, check_options, check_parts, compare_batch_size
 from mmkd.checks.weights import (
     check_checkpoint,
     check_fit,
@@ -20,18 +22,26 @@ from mmkd.checks.weights import (
 )
 
 __all__ = [
+    'check_batch_norms',
+    'check_changes',
     'check_checkpoint',
     'check_config',
     'check_data',
     'check_fit',
+    'check_folder',
     'check_heads',
+    'check_launcher',
     'check_model',
+    'check_names',
+    'check_options',
+    'check_parts',
     'check_pretrained',
     'check_start',
     'check_teachers',
     'compare_batch_size',
     'compare_classes',
     'compare_critics',
+    'compare_custom_keys',
     'heads_have_the_datas_classes',
     'pretrained',
 ]
@@ -46,12 +56,14 @@ def check_config(config: Config) -> list[str]:
     Raises:
         ConfigError: for the first thing that cannot work.
     """
-    check_data(config, ('train', 'val'))
+    check_names(config, ('train', 'val'))
+    check_options(config)
+    warnings = check_data(config, ('train', 'val'))
     check_heads(config)
     check_pretrained(config)
     check_checkpoint(config)
     known = check_teachers(config)
-    return [*compare_classes(config, known), *compare_batch_size(config)]
+    return [*warnings, *compare_classes(config, known), *compare_batch_size(config)]
 
 
 def check_model(config: Config, model: nn.Module | None) -> list[str]:
@@ -59,4 +71,5 @@ def check_model(config: Config, model: nn.Module | None) -> list[str]:
     if model is None:
         return []
     check_start(config, model)
-    return compare_critics(config, model)
+    check_batch_norms(config, model)
+    return [*compare_critics(config, model), *compare_custom_keys(config, model)]

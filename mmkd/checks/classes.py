@@ -20,11 +20,11 @@ def heads_have_the_datas_classes(config: Config) -> bool:
     return not panoptic and not {'language_model', 'text_encoder'} & set(plain_model(config))
 
 
-def check_heads(config: Config) -> None:
+def check_heads(config: Config, part: str = 'train') -> None:
     """Check that the heads of the student and its peers, or of a plain model, have as many classes as the data."""
     if not heads_have_the_datas_classes(config):
         return
-    source, dataset = next(part_datasets(config, 'train'), ('', {}))
+    source, dataset = next(part_datasets(config, part), ('', {}))
     names = class_names(dataset, source, config.get('default_scope')) if dataset else None
     heads = [each for option, model in trained_models(config) for each in _head_classes(model, option)]
     for head, classes in heads:
@@ -53,7 +53,7 @@ def compare_classes(config: Config, teachers: Sequence[tuple[str, Sequence[str] 
         teachers: What :func:`check_teachers` found.
 
     Raises:
-        ConfigError: for the same names in another order.
+        ConfigError: for the same names in another order, and for a validation on other classes than the training's.
 
     Returns:
         Warnings about as many classes of other names.
@@ -69,11 +69,15 @@ def compare_classes(config: Config, teachers: Sequence[tuple[str, Sequence[str] 
     warnings = []
     for where, names in known[1:]:
         (first, own), position = known[0], _first_difference(known[0][1], names)
+        if where.startswith(WHICH['val']) and len(names) != len(own) and heads_have_the_datas_classes(config):
+            raise ConfigError(f'{where} has {len(names)} classes, and {first} {len(own)}; give both the same metainfo')
         if position is None or len(names) != len(own):
             continue
         found = f'{where}: class {position} is {names[position]!r}, and {own[position]!r} in {first}'
         if set(names) == set(own):
             raise ConfigError(f'{found}; the same classes have to be in the same order: {own}')
+        if where.startswith(WHICH['val']) and heads_have_the_datas_classes(config):
+            raise ConfigError(f'{found}; give both the same metainfo')
         warnings.append(f'{found}. Methods that compare classes need the same ones in the same order.')
     return warnings
 

@@ -13,6 +13,7 @@ from mmengine.registry import MODELS, DefaultScope
 from mmengine.utils import is_installed
 
 from mmkd.errors import ConfigError
+from mmkd.hosts.config_files import read_config_file
 from mmkd.hosts.datasets import class_names, datasets, type_name
 from mmkd.hosts.mmengine import config_path
 
@@ -54,7 +55,7 @@ def described_sources(config: Config) -> Iterator[tuple[str, Any]]:
         yield 'model.teacher', found
 
 
-def _kind(source: object) -> str:
+def source_kind(source: object) -> str:
     """The name of a source's class; '' of what is no config."""
     if isinstance(source, str):
         return 'Teacher'
@@ -64,7 +65,7 @@ def _kind(source: object) -> str:
 def teachers(config: Config) -> Iterator[tuple[str, str | Mapping]]:
     """The frozen teachers of a distilled config, each with its option's name."""
     for option, spec in described_sources(config):
-        if _kind(spec) == 'Teacher' and (isinstance(spec, str) or 'config' in spec):
+        if source_kind(spec) == 'Teacher' and (isinstance(spec, str) or 'config' in spec):
             yield option, spec
 
 
@@ -72,7 +73,7 @@ def trained_models(config: Config) -> Iterator[tuple[str, Mapping]]:
     """The models that a training initializes, each with its option's name: the student, or a plain model, and peers."""
     yield ('model.student' if 'student' in config.model else 'model'), plain_model(config)
     for option, spec in described_sources(config):
-        if _kind(spec) == 'Peer' and 'config' in spec:
+        if source_kind(spec) == 'Peer' and 'config' in spec:
             yield f'{option}.config', read_teacher(dict(config=spec['config'])).model
 
 
@@ -153,41 +154,46 @@ def check_named_configs(config: Config) -> None:
 
 def plain_model(config: Config) -> ConfigDict:
     """The model that a config trains, without what distills it: of a distilled model, its student."""
-    model = config.model.get('student', config.model)
+    whole = config.get('model')
+    model = whole.get('student', whole) if isinstance(whole, Mapping) else whole
+    if not isinstance(model, (str, Mapping)) or not model:
+        where = f' of {config.filename}' if getattr(config, 'filename', None) else ''
+        option = 'model.student' if isinstance(whole, Mapping) and 'student' in whole else 'model'
+        raise ConfigError(f"{option}{where}: expected a model's config, found {model!r}")
     if isinstance(model, str) or 'model' in model:  # a config's name, or a whole config
-        model = read_model(model)
+        model = read_model(model, 'student')
     if config.get('data_preprocessor') and 'data_preprocessor' not in model:  # where mmseg has it, as Runner does
         model.data_preprocessor = config.data_preprocessor
     return model
 
 
-def _read_config(config: str | Mapping) -> tuple[Config, str | None]:
+def _read_config(config: str | Mapping, what: str = 'teacher config') -> tuple[Config, str | None]:
     """The config and the URL of the weights that its metafile lists, if any."""
     if isinstance(config, Mapping):
         return Config(dict(model=ConfigDict(config))), None
     package, found, _ = config.partition('::')
     if found and package == 'mmkd':
-        return Config.fromfile(config_path(config)), None
+        return read_config_file(config_path(config), what), None
     if found:
         if not is_installed({'mmseg': 'mmsegmentation'}.get(package, package)) and not is_installed(package):
-            raise ConfigError(f'teacher config {config}: package {package!r} is not installed')
+            raise ConfigError(f'{what} {config}: package {package!r} is not installed')
         try:
             read = get_config(config, pretrained=True)
         except (AssertionError, FileNotFoundError):  # no weights in its metafile, or no such config
             try:
                 read = get_config(config)
             except FileNotFoundError:
-                raise ConfigError(f'teacher config {config}: {package} has no such config') from None
+                raise ConfigError(f'{what} {config}: {package} has no such config') from None
         return read, read.get('model_path')
     if not Path(config).expanduser().is_file():
-        raise ConfigError(f'teacher config {config}: no such file (looked in {Path.cwd()})')
-    return Config.fromfile(Path(config).expanduser()), None
+        raise ConfigError(f'{what} {config}: no such file (looked in {Path.cwd()})')
+    return read_config_file(config, what), None
 
 
 def read_model(config: str | Mapping, what: str = 'config') -> ConfigDict:
     """The plain model of a config: its name, its path, or a whole config."""
     if isinstance(config, str):
-        config, _ = _read_config(config)
+        config, _ = _read_config(config, what)
     return plain_model(config)
 
 
