@@ -17,8 +17,9 @@ class Stopped(RuntimeError):
 
 
 def nearest(name: str, names: Iterable[str]) -> str:
-    """The existing names most like ``name``, best first, for an error message."""
-    found = difflib.get_close_matches(name, list(names), n=3, cutoff=0.3)
+    """The existing names most like ``name``, whatever their case, best first, for an error message."""
+    existing = {each.lower(): each for each in names}
+    found = [existing[each] for each in difflib.get_close_matches(name.lower(), list(existing), n=3, cutoff=0.3)]
     return ', '.join(repr(each) for each in found) or 'none'
 
 

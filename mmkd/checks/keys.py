@@ -67,12 +67,13 @@ def _problem(config: Config, key: str, known: Mapping[str, Place], changes: Mapp
         return 'expected names between dots, as in model.distillers.gid.topk'
     if parts[0] not in known_keys():
         return _unread(config, key, parts, changes[key])
-    node: Any = config
+    node: Any = config._cfg_dict
     for index, part in enumerate(parts):
         path = '.'.join(parts[:index])
         if isinstance(node, Mapping):
             if part not in node:
-                return _unknown(config, path, node, part, known, changes) if index else _below(config, parts)
+                problem = _unknown(config, path, node, part, known, changes) if index else None
+                return problem or _below(config, parts, index)
             node = node[part]
         elif isinstance(node, (list, tuple)):
             if not part.isdigit() or int(part) >= len(node):
@@ -85,10 +86,19 @@ def _problem(config: Config, key: str, known: Mapping[str, Place], changes: Mapp
     return None
 
 
-def _below(config: Config, parts: Sequence[str]) -> str | None:
-    """A key whose first part is read, but not in the config yet."""
-    if len(parts) > 1 and parts[0] in PLAIN and parts[1] not in PLAIN[parts[0]]:
-        return f'{parts[0]} has no entry {parts[1]!r}; the nearest are {nearest(parts[1], PLAIN[parts[0]])}'
+def _entries(config: Config, path: str) -> set[str] | None:
+    """What is read of a dict that names no class; None where that is not known."""
+    if path == 'optim_wrapper.paramwise_cfg' and 'constructor' not in config.optim_wrapper:
+        return PARAMWISE
+    return PLAIN.get(path)
+
+
+def _below(config: Config, parts: Sequence[str], index: int) -> str | None:
+    """What is wrong below an entry that is read, but not in the config yet."""
+    path = '.'.join(parts[: index + 1])
+    entries = _entries(config, path)
+    if len(parts) > index + 1 and entries and parts[index + 1] not in entries:
+        return f'{path} has no entry {parts[index + 1]!r}; the nearest are {nearest(parts[index + 1], entries)}'
     return None
 
 
@@ -96,10 +106,10 @@ def _unread(config: Config, key: str, parts: Sequence[str], value: Any) -> str |
     """A key that nobody reads: it does not exist, or was only used to write others."""
     if parts[0] not in config:
         return f'there is no such key, and nothing would read it; the nearest are {_nearest_path(config, key)}'
-    node: Any = config
+    node: Any = config._cfg_dict
     for part in parts:
         node = node.get(part) if isinstance(node, Mapping) else None
-    copies = [path for path, each in _paths(config) if _written_with(path, each, parts[-1], node)]
+    copies = [path for path, each in _paths(config._cfg_dict) if _written_with(path, each, parts[-1], node)]
     if node is None or not copies:
         return None  # the user's own code may read it
     shown = ', '.join(copies[:4]) + (', ...' if len(copies) > 4 else '')
@@ -130,7 +140,7 @@ def _paths(node: Any, path: str = '') -> Iterator[tuple[str, Any]]:
 
 
 def _nearest_path(config: Config, key: str) -> str:
-    paths = [path for path, _ in _paths(config)]
+    paths = [path for path, _ in _paths(config._cfg_dict)]
     last = key.rpartition('.')[2]
     same = [path for path in paths if path.rpartition('.')[2] == last]
     close = difflib.get_close_matches(key, [*paths, *known_keys()], n=3, cutoff=0.6)
@@ -156,9 +166,7 @@ def _unknown(
             return f'{path} has no entry {part!r}; the nearest are {nearest(part, node)}; a new one needs {new}.type'
         return None
     else:
-        options = PLAIN.get(path)
-        if path == 'optim_wrapper.paramwise_cfg' and 'constructor' not in config.optim_wrapper:
-            options = PARAMWISE
+        options = _entries(config, path)
         if options is not None and part not in options:
             return f'{path} has no entry {part!r}; the nearest are {nearest(part, {*options, *node})}'
     if options is None:  # nobody knows what is read
@@ -184,6 +192,11 @@ def check_names(config: Config, parts: Sequence[str]) -> None:
         slip = difflib.get_close_matches(key, known_keys(), n=1, cutoff=0.92)
         if slip and key not in known_keys():
             raise ConfigError(f'config {config.filename}: nothing reads {key!r}; {slip[0]!r} was meant, most likely')
+    for option, entries in PLAIN.items():
+        node = config.get(option) if not option.startswith(unused) else None
+        for key in node if isinstance(node, Mapping) and option not in NAMED else ():
+            if key not in entries:
+                raise ConfigError(f'{option} has no entry {key!r}; the nearest are {nearest(key, entries)}')
     for place in places(config):
         if place.option.startswith(unused):
             continue
@@ -191,14 +204,18 @@ def check_names(config: Config, parts: Sequence[str]) -> None:
             if place.option == 'train_cfg':  # by_epoch may stand for a type
                 continue
             raise ConfigError(f'{place.option}: it names no class; give it a type')
-        if isinstance(place.spec.get('type'), str) and place.registry.scope == 'mmkd':
+        if place.registry.scope == 'mmkd':
             continue  # their own building says more
         kind = place.kind(scope)
         if kind is None:
+            named = place.spec['type']
+            advice = '' if scope else "; default_scope='mmdet' or 'mmseg' says whose classes are meant"
             raise ConfigError(
-                f'{place.option}.type={place.spec["type"]!r}: there is no such {place.registry.name} in '
-                f'{scope or "mmengine"}; the nearest are {nearest(place.spec["type"], _registered(place, scope))}'
+                f'{place.option}.type={named!r}: there is no such {place.registry.name} in {scope or "mmengine"}; the nearest '
+                f'are {nearest(named, _registered(place, named, scope))}{advice}'
             )
+        if not callable(kind):
+            raise ConfigError(f'{place.option}.type={kind!r}: expected the name of a class')
         options = options_of(kind)
         for key in place.spec if options is not None else ():
             if key not in options | place.extra | {'type', '_scope_'}:
@@ -206,6 +223,9 @@ def check_names(config: Config, parts: Sequence[str]) -> None:
                 raise ConfigError(f'{place.option}: {kind.__name__} has no option {key!r}; the nearest are {found}')
 
 
-def _registered(place: Place, scope: str | None) -> set[str]:
-    registry = place.registry
-    return {*registry.module_dict, *(registry.children[scope].module_dict if scope in registry.children else ())}
+def _registered(place: Place, named: str, scope: str | None) -> set[str]:
+    """The names of a registry, those of the package that a name begins with where it does."""
+    children, package = place.registry.children, named.partition('.')[0]
+    if package in children:
+        return {f'{package}.{name}' for name in children[package].module_dict}
+    return {*place.registry.module_dict, *(children[scope].module_dict if scope in children else ())}

@@ -202,9 +202,10 @@ def _check_values(
             )
         found |= set(values.tolist())
     if found == {0, IGNORED} and len(classes) > 1 and not _has_more(option, dataset, files, mapping):
+        advice = 'leave out reduce_zero_label' if mapping.reduce_zero_label else f'write 1 instead of {IGNORED}'
         raise ConfigError(
             f'{option}: label maps such as {path} hold 0 and {IGNORED} alone, and {IGNORED} is ignored: no pixel is of class '
-            f'{classes[1]!r}; write 1 instead of {IGNORED}'
+            f'{classes[1]!r}; {advice}'
         )
     if found == {IGNORED}:
         return [f'{option}: no pixel of {SAMPLE} label maps has a class, all are {IGNORED}, which is ignored.']

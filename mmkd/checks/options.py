@@ -12,6 +12,7 @@ from mmengine.dist import get_world_size
 
 from mmkd.errors import ConfigError, nearest
 from mmkd.hosts.configs import described_sources, numbered
+from mmkd.hosts.datasets import type_name
 from mmkd.registry import SOURCES, resolve
 from mmkd.values import is_number, is_whole
 
@@ -29,7 +30,7 @@ def check_options(config: Config) -> None:
     _check_optimizer(config)
     _check_schedulers(config)
     _check_runner(config)
-    if 'student' in config.model:
+    if 'student' in config.model or type_name(config.model) == 'Distill':
         _check_distillation(config)
 
 
@@ -211,7 +212,7 @@ def _check_distillation(config: Config) -> None:
     """The teachers' options and the distillers, which are built for it: most of their options need no model."""
     from mmkd.distillers.collection import Distillers  # all methods, seconds that `--help` need not take
 
-    for name in ('teacher', 'distillers'):
+    for name in ('student', 'teacher', 'distillers'):
         if not config.model.get(name):
             raise ConfigError(f'model.{name}: missing, or empty; a distilled model has student, teacher and distillers')
     for option, source in described_sources(config):

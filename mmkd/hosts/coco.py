@@ -55,6 +55,8 @@ def _read(path: str, changed: int, size: int) -> CocoFile:
         each['id']: (each['file_name'], each['width'], each['height'])
         for each in _named(path, content, 'images', 'id', 'file_name', 'width', 'height')
     }
+    if not categories:
+        raise ConfigError(f'{path} lists no categories')
     if not images:
         raise ConfigError(f'{path} lists no images')
     for image, (name, width, height) in images.items():

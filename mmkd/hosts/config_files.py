@@ -59,6 +59,7 @@ def _chain(path: Path, what: str) -> Iterator[Path]:
     text = re.sub(r'\{\{.*?\}\}', '0', path.read_text(encoding='utf-8-sig'))  # what mmengine fills in
     try:
         tree = ast.parse(text)
+        compile(text, str(path), 'exec')  # finds more, such as a keyword that is repeated
     except (SyntaxError, ValueError) as error:  # ValueError: binary
         line = getattr(error, 'lineno', None)
         reason = getattr(error, 'msg', None) or describe(error)

@@ -12,7 +12,7 @@ from mmengine.model import BaseModel
 from mmengine.registry import MODELS, DefaultScope
 from mmengine.utils import is_installed
 
-from mmkd.errors import ConfigError
+from mmkd.errors import ConfigError, describe
 from mmkd.hosts.config_files import read_config_file
 from mmkd.hosts.datasets import class_names, datasets, type_name
 from mmkd.hosts.mmengine import config_path
@@ -118,14 +118,29 @@ def _local_file(value: object) -> TypeGuard[str]:
     return isinstance(value, str) and '::' not in value and '://' not in value
 
 
-def _named_files(config: Config) -> Iterator[tuple[str, str]]:
-    """The options of a distilled config that name configs and checkpoints by paths, and these."""
+class NamedFile(NamedTuple):
+    """A path in a config."""
+
+    option: str
+    holder: Any
+    """The dict that has it."""
+    key: str
+
+    @property
+    def path(self) -> Any:
+        return self.holder.get(self.key)
+
+
+def _named_files(config: Config) -> Iterator[NamedFile]:
+    """The options of a distilled config that name configs and checkpoints by paths."""
+    found = [NamedFile('model.student', config.get('model') or {}, 'student')]
     for option, spec in described_sources(config):
-        named = {option: spec} if isinstance(spec, str) else {f'{option}.{key}': dict(spec).get(key) for key in FILES}
-        yield from ((key, path) for key, path in named.items() if _local_file(path))
-    student = (config.get('model') or {}).get('student')
-    if _local_file(student):
-        yield 'model.student', student
+        if isinstance(spec, Mapping):
+            found += [NamedFile(f'{option}.{key}', spec, key) for key in FILES]
+        else:
+            above, _, name = option.rpartition('.')
+            found.append(NamedFile(option, config.model if above == 'model' else config.model.teacher, name))
+    yield from (each for each in found if _local_file(each.path))
 
 
 def resolve_files(config: Config) -> None:
@@ -133,10 +148,10 @@ def resolve_files(config: Config) -> None:
 
     What is not there stays as it is, and begins at the current folder. The same goes for a student that is named.
     """
-    for option, path in list(_named_files(config)):
+    for named in list(_named_files(config)):
         for folder in config_folder(config):
-            if (folder / path).is_file():
-                config.merge_from_dict({option: str(folder / path)})
+            if (folder / named.path).is_file():
+                named.holder[named.key] = str(folder / named.path)
 
 
 def check_named_configs(config: Config) -> None:
@@ -145,7 +160,7 @@ def check_named_configs(config: Config) -> None:
     Raises:
         ConfigError: naming the folders in which one was looked for.
     """
-    for option, path in _named_files(config):
+    for option, path in ((each.option, each.path) for each in _named_files(config)):
         if not option.endswith('.checkpoint') and not Path(path).expanduser().is_file():
             places = ' and '.join(str(folder.absolute()) for folder in [*config_folder(config), Path.cwd()])
             what = 'student' if option == 'model.student' else 'teacher config'
@@ -179,10 +194,10 @@ def _read_config(config: str | Mapping, what: str = 'teacher config') -> tuple[C
             raise ConfigError(f'{what} {config}: package {package!r} is not installed')
         try:
             read = get_config(config, pretrained=True)
-        except (AssertionError, FileNotFoundError):  # no weights in its metafile, or no such config
+        except (AssertionError, FileNotFoundError, ValueError):  # no weights in its metafile, or no such config
             try:
                 read = get_config(config)
-            except FileNotFoundError:
+            except (FileNotFoundError, ValueError):  # ValueError: without a folder
                 raise ConfigError(f'{what} {config}: {package} has no such config') from None
         return read, read.get('model_path')
     if not Path(config).expanduser().is_file():
@@ -197,7 +212,7 @@ def read_model(config: str | Mapping, what: str = 'config') -> ConfigDict:
     return plain_model(config)
 
 
-def build_model(config: Mapping, scope: str | None = None) -> BaseModel:
+def build_model(config: Mapping, scope: str | None = None, what: str = 'model') -> BaseModel:
     """Build a model from a copy of its config, as some models change what they are built from.
 
     Without a process group mmcv's synchronized batch norm (``MMSyncBN``) cannot be built. In one process it computes what
@@ -206,12 +221,21 @@ def build_model(config: Mapping, scope: str | None = None) -> BaseModel:
     Args:
         config: The model's config.
         scope: The default scope of its types; None for the current one.
+        what: What it is, for errors.
+
+    Raises:
+        ConfigError: with what its class says, where it cannot be built.
     """
     config = copy.deepcopy(config)
     if not is_distributed():
         _without_synchronization(config)
-    with DefaultScope.overwrite_default_scope(scope):
-        return MODELS.build(config)
+    try:
+        with DefaultScope.overwrite_default_scope(scope):
+            return MODELS.build(config)
+    except ConfigError:
+        raise
+    except Exception as error:  # whatever a model's class raises
+        raise ConfigError(f'{what}: {type_name(config) or config} cannot be built; {describe(error)}') from error
 
 
 def _without_synchronization(node: Any) -> None:

@@ -62,10 +62,10 @@ def places(config: Config) -> Iterator[Place]:
                 yield Place(name, spec, registry, default, frozenset(extra))
 
 
-def _at(config: Mapping, option: str) -> Iterator[tuple[str, Mapping]]:
+def _at(config: Config | Mapping, option: str) -> Iterator[tuple[str, Mapping]]:
     """The dicts at an option: itself, those of a list, or with ``*`` those of a dict."""
     parent, _, last = option.rpartition('.')
-    node: Any = config
+    node: Any = config._cfg_dict if isinstance(config, Config) else config
     for key in parent.split('.') if parent else ():
         node = node.get(key) if isinstance(node, Mapping) else None
     if not isinstance(node, Mapping):

@@ -57,7 +57,7 @@ CASES = [
     Case('a base that is not there', r"_base_ 'bas.py': no such file .*; the nearest are 'base.py'", base='bas.py'),
     Case('a base of mmkd with a typo', r"the nearest are .*'gid_retinanet.py'", base='mmkd::gid_retinane.py'),
     Case('a base of mmdet with a typo', r'config config.py: .*', base='mmdet::retinanet/retinanet_r50_fpn_1x_cocoo.py'),
-    Case('a base of a package that is not installed', r'mmpose is not installed|mmpose', base='mmpose::x.py'),
+    Case('a base of a package that is not installed', r'mmpose is not installed|mmpose', base='mmpose::body/x.py'),
     Case(
         'the same key in two bases', r'config config.py: KeyError: Duplicate key is not allowed among bases', base=''
     )._replace(files=written("_base_ = ['base.py', 'plain.py']\n"), arguments=('config.py',)),
@@ -78,7 +78,7 @@ CASES = [
     ),
     Case(
         'custom_imports of what is not there',
-        r"No module named 'my_method', which custom_imports names \(is it on",
+        r'Failed to import my_method, which custom_imports names \(is it on',
         "custom_imports = dict(imports=['my_method'])",
     ),
     Case(
@@ -96,7 +96,7 @@ CASES = [
         r'config config.py: model=\[.*\]: expected a dict',
         "model = [dict(type='RetinaNet')]\n",
     ),
-    alone('a model alone', r'train_cfg: missing; mmengine takes all of', "model = dict(type='RetinaNet')\n"),
+    alone('a model alone', r"no such model in mmengine; .*default_scope='mmdet'", "model = dict(type='RetinaNet')\n"),
     alone('bytes', r'config config.py.*: not Python|config config.py: ', b'\x80\x02}q\x00.'),
     alone('json of something else', r'config package.json: it has no model', '{"name": "x"}', 'package.json'),
     alone('json that is a list', r'config x.json: ', '[1, 2]', 'x.json'),

@@ -32,12 +32,12 @@ CASES = [
     whole(
         'one without a name',
         "dict(_delete_=True, type='GID', topk=3)",
-        r"distillers.type='GID': expected a dict with type",
+        r'distillers=.*: expected a dict such as dict.gid=',
     ),
     distillers('one that is a string', "gid='GID'", r"distillers.gid='GID': expected a dict with type"),
     distillers('one that is None', 'gid=None', r'distillers.gid=None: expected a dict with type'),
-    distillers('one without a type', 'gid=dict(topk=3)', r'distillers.gid=.*: expected a dict with type'),
-    distillers('a type with a typo', "gid=dict(type='GDI')", r"there is no distiller 'GDI'; the nearest are 'GID'"),
+    distillers('one without a type', 'gid=dict(topk=3)', r'model.distillers.gid: it names no class; give it a type'),
+    distillers('a type with a typo', "gid=dict(type='GDI')", r"there is no distiller 'GDI'; the nearest are .*'GID'"),
     distillers(
         'a type in small letters', "gid=dict(type='gid')", r"there is no distiller 'gid'; the nearest are 'GID'"
     ),
@@ -111,7 +111,11 @@ CASES = [
         "layer='backbone.layer1', teacher_layer='backbone.layer4', adapter=None",
         r'level 0 has',
     ),
-    cwd('a frozen layer', "layer='backbone.conv1'", r"student layer 'backbone.conv1': its output has no gradient"),
+    Case(
+        'a frozen layer',
+        r"student layer 'backbone.conv1': its output has no gradient",
+        "model = dict(student=dict(backbone=dict(frozen_stages=1)), distillers=dict(cwd=dict(layer='backbone.conv1')))",
+    ),
     cwd(
         'an option with a typo',
         'weight_loss=1',
@@ -155,7 +159,7 @@ CASES = [
     kd(
         'a method for boxes on a segmentor',
         "_delete_=True, type='GID'",
-        r"distillers.kd: .*layer 'neck': EncoderDecoder has no such module",
+        r"distillers.kd: .*layer 'bbox_head': EncoderDecoder has no such module",
     ),
     kd('kernel and scale at once', "_delete_=True, type='SKD', kernel=2, scale=0.5", r'both say how large a node is'),
     kd(

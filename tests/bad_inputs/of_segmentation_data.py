@@ -86,13 +86,13 @@ CASES = [
     ),
     data(
         "classes of one's own in a stock data set",
-        "_delete_=True, type='CityscapesDataset', data_root='masks', data_prefix=dict(img_path='images', seg_map_path='labels'), metainfo=dict(classes=('background', 'cell'))",
+        "_delete_=True, type='CityscapesDataset', data_root='masks', data_prefix=dict(img_path='images', seg_map_path='labels'), metainfo=dict(classes=('background', 'cell')), pipeline=[dict(type='LoadImageFromFile'), dict(type='LoadAnnotations')]",
         r"'background' is no class of CityscapesDataset; .*type='BaseSegDataset'",
     ),
     data(
         'more classes than the head',
         "metainfo=dict(classes=('a', 'b', 'c'), palette=[[0, 0, 0]] * 3)",
-        r'decode_head.num_classes=2: train_dataloader.dataset has 3 classes',
+        r'_head.num_classes=2: train_dataloader.dataset has 3 classes',
     ),
     data(
         'a type with a typo',
@@ -124,7 +124,7 @@ CASES = [
     data(
         'zero reduced, where 0 is a class',
         'reduce_zero_label=True',
-        Accepted('it cannot be told from a class that is to be ignored'),
+        r"no pixel is of class 'cell'; leave out reduce_zero_label",
     ),
     head(
         "the head's classes forgotten",

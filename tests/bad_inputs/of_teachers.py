@@ -162,9 +162,15 @@ CASES = [
     teacher('an interval of 0', 'interval=0', r'interval=0: expected a whole number of at least 1'),
     teacher('an interval that is a string', "interval='2'", r"teacher: interval='2': expected a whole number"),
     teacher('an end before the begin', 'begin=5, end=5', r'end=5: expected a whole number of at least 6'),
-    teacher('another architecture', "config=dict(type='FasterRCNN')", r'.*', later=False)._replace(
-        expected=r'does not fit|FasterRCNN',
-        text="model = dict(teacher=dict(config=dict(bbox_head=dict(type='FCOSHead', _delete_=True, num_classes=6, in_channels=24, feat_channels=24))))",
+    teacher(
+        'a config of another backbone',
+        'config=dict(backbone=dict(base_channels=16), neck=dict(in_channels=[16, 32, 64, 128]))',
+        r'teacher checkpoint teacher.pth does not fit RetinaNet: \d+ of another shape',
+    ),
+    teacher(
+        'a model that its own class refuses',
+        'config=dict(backbone=dict(depth=19))',
+        r'teacher: config: RetinaNet cannot be built; KeyError: invalid depth 19 for resnet',
     ),
     teacher(
         'a model without a type',

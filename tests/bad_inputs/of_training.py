@@ -61,7 +61,7 @@ CASES = [
     loader(
         'an option with a typo',
         'num_worker=2',
-        r"train_dataloader: DataLoader has no option 'num_worker'; .*'num_workers'",
+        r"train_dataloader has no entry 'num_worker'; .*'num_workers'",
     ),
     loader('no sampler', 'sampler=None', r'train_dataloader: it has no sampler'),
     loader(

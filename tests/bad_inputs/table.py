@@ -46,20 +46,12 @@ class Case(NamedTuple):
     """Whether nothing but the library that reads it can say what is wrong, in words of its own."""
 
 
-def cases(subject: str, *rows: Case) -> list[Any]:
-    """A table's rows with their names, for ``pytest.mark.parametrize``."""
-    import pytest
-
-    names = [row.name for row in rows]
-    assert len(set(names)) == len(names), [name for name in names if names.count(name) > 1]
-    return [pytest.param(row, id=f'{subject}: {row.name}') for row in rows]
-
-
 class WithoutRunner:
     """In place of mmengine's Runner: what it builds before the first iteration, and the first batch, in a tenth of the time."""
 
     def __init__(self, config: Config):
         self.cfg, self.hooks, self.world_size, self.visualizer = config, [], 1, SimpleNamespace()
+        self.test_evaluator = SimpleNamespace(metrics=[])
         self.logger = MMLogger.get_current_instance()
         self.scope = DefaultScope.overwrite_default_scope(config.get('default_scope'))
         with self.scope:
