@@ -128,17 +128,22 @@ def _dataset(option: str, spec: Mapping) -> Iterator[Place]:
 def options_of(kind: Callable) -> set[str] | None:
     """The options that a class or function takes; None where it takes any.
 
-    A class that hands the rest on to what it inherits from takes that one's as well.
+    A class that hands the rest on to what it inherits from takes that one's as well; where it inherits from several, it
+    may be any of these.
     """
     found: set[str] = set()
+    several = closed = False
     for each in kind.__mro__ if inspect.isclass(kind) else (kind,):
-        if inspect.isclass(each) and '__init__' not in vars(each):
-            continue
+        if inspect.isclass(each):
+            several |= len(each.__bases__) > 1
+            if '__init__' not in vars(each):
+                continue
         try:
             parameters = inspect.signature(each.__init__ if inspect.isclass(each) else each).parameters.values()
         except ValueError:  # of C
             return None
         found |= {one.name for one in parameters if one.kind in (one.POSITIONAL_OR_KEYWORD, one.KEYWORD_ONLY)}
-        if not any(one.kind is one.VAR_KEYWORD for one in parameters):
-            return found - {'self'}
-    return None
+        closed |= not any(one.kind is one.VAR_KEYWORD for one in parameters)
+        if closed and not several:
+            break
+    return found - {'self'} if closed else None

@@ -102,7 +102,7 @@ CASES = [
         "dict(_delete_=True, type='mmkd.Distill', teacher='mmdet::x', distillers=dict(a=dict(type='AT', layer='neck')))",
         r'model.student: missing, or empty; a distilled model has student',
     ),
-    model('student is None', 'dict(student=None)', r'model.student.*: expected a model.s config, found None'),
+    model('student is None', 'dict(student=None)', r'model.student: missing, or empty'),
     model('student is a number', 'dict(student=50)', r'model.student.*: expected a model.s config, found 50'),
     model('student is a list', "dict(student=[dict(type='RetinaNet')])", r'model.student.*: expected a model.s config'),
     model('student is the name of no config', "dict(student='retinanet_r50')", r'student retinanet_r50: no such file'),
