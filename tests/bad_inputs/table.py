@@ -51,6 +51,7 @@ class WithoutRunner:
 
     def __init__(self, config: Config):
         self.cfg, self.hooks, self.world_size, self.visualizer = config, [], 1, SimpleNamespace()
+        self._train_dataloader, self.seed = None, 0
         self.test_evaluator = SimpleNamespace(metrics=[])
         self.logger = MMLogger.get_current_instance()
         self.scope = DefaultScope.overwrite_default_scope(config.get('default_scope'))

@@ -6,6 +6,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import of_adapters_and_schedules
+import of_checkpoints
 import of_coco_data
 import of_command_line
 import of_config_files
@@ -16,6 +17,7 @@ import of_teachers
 import of_test_and_export
 import of_training
 import pytest
+import torch
 from mmengine.config import Config
 from table import Case, attempt, check
 
@@ -32,6 +34,7 @@ TABLES = {
     'training': of_training.CASES,
     'COCO data': of_coco_data.CASES,
     'segmentation data': of_segmentation_data.CASES,
+    'checkpoints': of_checkpoints.CASES,
     'test and export': of_test_and_export.CASES,
 }
 ALL = [pytest.param(case, id=f'{subject}: {case.name}') for subject, rows in TABLES.items() for case in rows]
@@ -48,7 +51,8 @@ def made(tmp_path_factory) -> Path:
     config.model = config.model.student
     _write(config, folder / 'plain.py')
     _write(Config(dict(model=wide)), folder / 'teacher.py')
-    models.save_weights(config.model, folder / 'student.pth')
+    weights = torch.load(models.save_weights(config.model, folder / 'student.pth'), weights_only=True)
+    torch.save(dict(weights, meta=dict(epoch=0, iter=4, seed=0), optimizer={}, message_hub={}), folder / 'run.pth')
     _masks(folder / 'masks')
     heads = dict(decode_head=dict(num_classes=2), auxiliary_head=dict(num_classes=2))
     wide = segmentors.pspnet(24, **heads)
@@ -111,6 +115,7 @@ def place(made, tmp_path, monkeypatch) -> Path:
 @pytest.mark.parametrize('case', ALL)
 def test_a_bad_input_is_one_clear_line(case: Case, place, capsys, monkeypatch):
     check(case, attempt(case, capsys, monkeypatch))
+    assert not (place / of_checkpoints.EXECUTED).exists()
 
 
 def test_the_tables_have_250_cases():
