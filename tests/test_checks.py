@@ -202,9 +202,10 @@ def test_some_of_cocos_categories_are_numbered_from_0(shapes, tmp_path):
     dataset.pop('metainfo')
     dataset.ann_file = str(path)
     for names, fits in ((('person', 'bicycle'), True), (('cat', 'dog'), False)):
-        path.write_text(
-            json.dumps(dict(images=[], annotations=[], categories=[dict(id=1, name=name) for name in names]))
-        )
+        categories = [dict(id=index, name=name) for index, name in enumerate(names)]
+        images = [dict(id=0, file_name='000000.jpg', width=96, height=96)]
+        annotations = [dict(id=0, image_id=0, category_id=0, bbox=[1, 2, 30, 40], area=1200)]
+        path.write_text(json.dumps(dict(images=images, annotations=annotations, categories=categories)))
         if fits:
             checks.check_data(shapes, ('train',))
         else:
@@ -341,7 +342,10 @@ def test_a_critic_that_learns_at_the_students_rate(shapes):
     assert "no key of optim_wrapper.paramwise_cfg.custom_keys is in its parameters' names (keys: [])" in line
     shapes.optim_wrapper.paramwise_cfg = dict(custom_keys={'distillers.skd.critic': dict(lr_mult=0.04)})
     assert critics(shapes, 'skd') == []
-    (line,) = critics(shapes, 'renamed')
+    line, unused = critics(shapes, 'renamed')
+    assert unused == (
+        'optim_wrapper.paramwise_cfg.custom_keys.distillers.skd.critic: in no name of a parameter, so it changes nothing.'
+    )
     assert line.startswith("The critic of distillers.renamed learns at the student's rate")
     assert "add 'distillers.renamed.critic': dict(lr_mult=...)" in line
     shapes.optim_wrapper.clip_grad = dict(max_norm=10)

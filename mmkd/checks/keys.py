@@ -4,6 +4,7 @@ import difflib
 import functools
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
+from importlib.util import find_spec
 from typing import Any
 
 from mmengine.config import Config
@@ -12,7 +13,7 @@ from mmengine.utils.dl_utils import set_multi_processing
 from torch.utils.data import DataLoader
 
 from mmkd.errors import ConfigError, nearest
-from mmkd.hosts.places import PARTS, Place, options_of, places
+from mmkd.hosts.places import ALIKE, PARTS, Place, options_of, places
 
 # what is read of a config beside the Runner's own arguments: by its other parts, by mmdet's and mmseg's tools, by mmkd
 READ_BESIDE = {
@@ -37,8 +38,6 @@ PARAMWISE = {
 }
 # dicts whose entries are named by the user, each with a class
 NAMED = ('model.distillers', 'model.teacher', 'default_hooks')
-ALIKE = 0.75
-"""How like an entry that is there another one has to be to be taken for a slip of the pen, where nobody knows who reads."""
 
 
 @functools.cache
@@ -152,10 +151,10 @@ def _unknown(
     config: Config, path: str, node: Mapping, part: str, known: Mapping[str, Place], changes: Mapping[str, Any]
 ) -> str | None:
     """An entry that a dict does not have: what is wrong with it, if anything."""
-    options = None
     if path in known:
         kind = known[path].kind(config.get('default_scope'))
-        options = None if kind is None else options_of(kind)  # :func:`check_names` has more to say where they are known
+        if kind is not None and options_of(kind) is not None:
+            return None  # :func:`check_names` has more to say
     elif path in NAMED:
         new = f'{path}.{part}'
         if (
@@ -167,13 +166,13 @@ def _unknown(
         return None
     else:
         options = _entries(config, path)
-        if options is not None and part not in options:
-            return f'{path} has no entry {part!r}; the nearest are {nearest(part, {*options, *node})}'
-    if options is None:  # nobody knows what is read
-        alike = difflib.get_close_matches(part, [str(each) for each in node], n=1, cutoff=ALIKE)
-        if alike:
-            return f'{path} has no entry {part!r}, but {alike[0]!r}; write it into a config if it is meant'
-    return None
+        if options is not None:
+            found = nearest(part, {*options, *node})
+            return None if part in options else f'{path} has no entry {part!r}; the nearest are {found}'
+    alike = difflib.get_close_matches(
+        part, [str(each) for each in node], n=1, cutoff=ALIKE
+    )  # nobody knows what is read
+    return f'{path} has no entry {part!r}, but {alike[0]!r}; write it into a config if it is meant' if alike else None
 
 
 def check_names(config: Config, parts: Sequence[str]) -> None:
@@ -209,6 +208,11 @@ def check_names(config: Config, parts: Sequence[str]) -> None:
         kind = place.kind(scope)
         if kind is None:
             named = place.spec['type']
+            package = named.partition('.')[0]
+            if '.' in named and package not in place.registry.children and find_spec(package) is None:
+                raise ConfigError(
+                    f'{place.option}.type={named!r}: package {package!r} is not installed, or not on PYTHONPATH'
+                )
             advice = '' if scope else "; default_scope='mmdet' or 'mmseg' says whose classes are meant"
             raise ConfigError(
                 f'{place.option}.type={named!r}: there is no such {place.registry.name} in {scope or "mmengine"}; the nearest '
@@ -218,8 +222,8 @@ def check_names(config: Config, parts: Sequence[str]) -> None:
             raise ConfigError(f'{place.option}.type={kind!r}: expected the name of a class')
         options = options_of(kind)
         for key in place.spec if options is not None else ():
-            if key not in options | place.extra | {'type', '_scope_'}:
-                found = nearest(key, options)
+            if key not in place.extra | {'type', '_scope_'} and options.unknown(key):
+                found = nearest(key, options.names)
                 raise ConfigError(f'{place.option}: {kind.__name__} has no option {key!r}; the nearest are {found}')
 
 

@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping
+from difflib import get_close_matches
 from typing import Any, NamedTuple
 
 from mmengine import registry as registries
@@ -32,6 +33,8 @@ SIMPLE: tuple[tuple[str, Registry, str | None, tuple[str, ...]], ...] = (
     ('val_cfg', registries.LOOPS, 'ValLoop', ()),
     ('test_cfg', registries.LOOPS, 'TestLoop', ()),
 )
+ALIKE = 0.85
+"""How like an option another name has to be to be taken for a slip of the pen, where nobody knows what is read."""
 
 
 class Place(NamedTuple):
@@ -95,7 +98,8 @@ def _models(config: Config) -> Iterator[Place]:
 
 
 def _model(option: str, spec: Mapping) -> Iterator[Place]:
-    yield Place(option, spec, registries.MODELS)
+    of_head = {'bg_cls_weight'} if option.rpartition('.')[2].startswith('loss') else ()  # DETR's, which takes it out
+    yield Place(option, spec, registries.MODELS, extra=frozenset(of_head))
     for key in spec:
         if key in COMPONENTS:
             for name, each in _at(spec, key):
@@ -125,25 +129,30 @@ def _dataset(option: str, spec: Mapping) -> Iterator[Place]:
         yield Place(f'{option}.{name}', each, registries.TRANSFORMS)
 
 
-def options_of(kind: Callable) -> set[str] | None:
-    """The options that a class or function takes; None where it takes any.
+class Options(NamedTuple):
+    """The options that a class or function takes."""
 
-    A class that hands the rest on to what it inherits from takes that one's as well; where it inherits from several, it
-    may be any of these.
-    """
+    names: set[str]
+    sure: bool
+    """False where the class takes any and hands them on to what it inherits from, as far as one can tell."""
+
+    def unknown(self, key: str) -> bool:
+        """Whether there is no such option; where that is not sure, whether the key is one's that is misspelt."""
+        if key in self.names:
+            return False
+        return self.sure or bool(get_close_matches(key, self.names, cutoff=ALIKE))
+
+
+def options_of(kind: Callable) -> Options | None:
+    """The options that a class or function takes; None where it takes any."""
     found: set[str] = set()
-    several = closed = False
-    for each in kind.__mro__ if inspect.isclass(kind) else (kind,):
-        if inspect.isclass(each):
-            several |= len(each.__bases__) > 1
-            if '__init__' not in vars(each):
-                continue
+    classes = [each for each in kind.__mro__ if '__init__' in vars(each)] if inspect.isclass(kind) else [kind]
+    for index, each in enumerate(classes):
         try:
             parameters = inspect.signature(each.__init__ if inspect.isclass(each) else each).parameters.values()
         except ValueError:  # of C
             return None
         found |= {one.name for one in parameters if one.kind in (one.POSITIONAL_OR_KEYWORD, one.KEYWORD_ONLY)}
-        closed |= not any(one.kind is one.VAR_KEYWORD for one in parameters)
-        if closed and not several:
-            break
-    return found - {'self'} if closed else None
+        if not any(one.kind is one.VAR_KEYWORD for one in parameters):
+            return Options(found - {'self'}, sure=index == 0)
+    return None

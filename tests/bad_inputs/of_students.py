@@ -80,7 +80,7 @@ CASES = [
     student(
         'a package that is not installed',
         "backbone=dict(_delete_=True, type='mmpretrain.ConvNeXt')",
-        r"backbone.type='mmpretrain.ConvNeXt': there is no such model",
+        r"backbone.type='mmpretrain.ConvNeXt': package 'mmpretrain' is not installed",
     ),
     student(
         'pretrained weights that are not there',
