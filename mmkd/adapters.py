@@ -8,6 +8,7 @@ from torch import nn
 
 from mmkd.errors import ConfigError
 from mmkd.registry import ADAPTERS, build
+from mmkd.values import is_number, is_whole
 
 
 @ADAPTERS.register_module()
@@ -24,6 +25,9 @@ class ConvAdapter(nn.Module):
         relu: Whether a ReLU follows. Default False.
         init_std: Initial weights from a normal distribution of this standard deviation, cut at twice it, and a bias of
             0. None (default): as torch has them.
+
+    Raises:
+        ConfigError: for a kernel that is not odd, or a deviation that is not positive.
     """
 
     def __init__(
@@ -37,6 +41,10 @@ class ConvAdapter(nn.Module):
         init_std: float | None = None,
     ):
         super().__init__()
+        if not (is_whole(kernel_size) and kernel_size > 0 and kernel_size % 2):
+            raise ConfigError(f'kernel_size={kernel_size!r}: expected an odd number, which keeps height and width')
+        if init_std is not None and not (is_number(init_std) and init_std > 0):
+            raise ConfigError(f'init_std={init_std!r}: expected a positive number, or None')
         self.conv = nn.Conv2d(in_channels, out_channels, kernel_size, padding=kernel_size // 2, bias=bias)
         self.norm = nn.BatchNorm2d(out_channels, track_running_stats=False) if norm else nn.Identity()
         self.relu = relu

@@ -6,23 +6,26 @@ import datetime
 import os
 import subprocess
 import sys
+import traceback
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from mmengine.config import Config, DictAction
 from mmengine.dist import init_dist, is_distributed
-from mmengine.hooks import CheckpointHook
+from mmengine.hooks import CheckpointHook, Hook
 from mmengine.registry import METRICS, RUNNERS, DefaultScope
 from mmengine.runner import Runner
 from mmengine.utils.dl_utils import set_multi_processing
 from mmengine.visualization import Visualizer
 from torch import nn
 
-from mmkd.checks import heads_have_the_datas_classes
-from mmkd.errors import ConfigError, Stopped, nearest
+from mmkd.checks import check_changes, check_folder, check_launcher, heads_have_the_datas_classes
+from mmkd.errors import ConfigError, Stopped, describe, nearest
 from mmkd.hosts.checkpoints import SafeCheckpointHook, check_resumable, latest_checkpoint
+from mmkd.hosts.config_files import read_config_file
 from mmkd.hosts.configs import check_named_configs, name_classes, resolve_files
 from mmkd.hosts.hooks import SavePictures, StopAtInvalidLoss
 from mmkd.hosts.interrupts import StopOnSignal
@@ -40,7 +43,7 @@ def add_common_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         '--cfg-options',
         nargs='+',
-        action=DictAction,
+        action=_Changes,
         default={},
         metavar='KEY=VALUE',
         help='change entries of the config, as in model.distillers.gid.topk=5',
@@ -50,17 +53,68 @@ def add_common_options(parser: argparse.ArgumentParser) -> None:
         action='store_true',
         help='read checkpoints that hold more than data, which may run code; see SECURITY.md',
     )
+    add_debug_option(parser)
     parser.add_argument('--launcher', choices=['none', 'pytorch', 'slurm', 'mpi'], default='none')
     parser.add_argument('--local_rank', '--local-rank', type=int, default=0, help='set by the launcher')
 
 
+def add_debug_option(parser: argparse.ArgumentParser) -> None:
+    """``--debug``, for tools that have not all of the common options."""
+    parser.add_argument('--debug', action='store_true', help='show the traceback of an error')
+
+
+class _Changes(DictAction):
+    """KEY=VALUE pairs, with errors of argparse's for what is none."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        for each in values:
+            if not each.partition('=')[1] or not each.partition('=')[0].strip():
+                raise argparse.ArgumentError(self, f'expected KEY=VALUE, found {each!r}')
+            try:
+                super().__call__(parser, namespace, [each], option_string)
+            except (AssertionError, ValueError) as error:
+                raise argparse.ArgumentError(
+                    self, f'{each!r}: {error}; quote values that hold spaces or brackets'
+                ) from error
+
+
+class Begun(Hook):
+    """Knows in which iteration of a training or batch of a test the Runner is; 0 before the first."""
+
+    def __init__(self):
+        self.step = 0
+
+    def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None) -> None:
+        self.step = runner.iter + 1
+
+    def before_test_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None) -> None:
+        self.step = batch_idx + 1
+
+
 @contextlib.contextmanager
-def clear_errors() -> Iterator[None]:
-    """Print a ConfigError, or what stopped a training, as one line and exit with status 1; other errors keep their traceback."""
+def clear_errors(debug: bool = False) -> Iterator[Begun]:
+    """Print errors as one line, the last on the screen, and exit with status 1.
+
+    Before the first iteration an error is a user's mistake, most likely, whoever raises it: its traceback is shown with
+    ``debug`` alone. What is raised later keeps it, unless it is a ConfigError or one that says what stopped the training.
+
+    Yields:
+        The hook that tells the two apart, to be registered with the Runner.
+    """
+    begun = Begun()
     try:
-        yield
-    except (ConfigError, Stopped) as error:
-        sys.exit(f'error: {error_line(error)}')
+        yield begun
+    except Exception as error:
+        known = isinstance(error, (ConfigError, Stopped))
+        if debug or (begun.step and not known):
+            traceback.print_exc()
+        line = error_line(error) if known else describe(error)
+        if begun.step and not known:
+            line += f' (in iteration {begun.step})'
+        elif not known and not debug:
+            line += '; --debug shows the traceback'
+        sys.stdout.flush()  # so that the line is the last
+        sys.exit(f'error: {" ".join(line.split())}')
 
 
 def error_line(error: Exception) -> str:
@@ -79,28 +133,37 @@ def read_config(args: argparse.Namespace) -> Config:
     elif not Path(path).is_file():
         found = nearest(path, (str(each) for each in Path().glob('configs/**/*.py')))
         raise ConfigError(f'config {path}: no such file (looked in {Path.cwd()}); the nearest are {found}')
-    config = Config.fromfile(path)
+    config = read_config_file(path)
     name_classes(config._cfg_dict)
+    model = config.get('model')
+    if not isinstance(model, Mapping) or not model:
+        raise ConfigError(
+            f'config {path}: ' + ('it has no model' if not model else f'model={model!r}: expected a dict')
+        )
     resolve_files(config)
     changed = [key for key in args.cfg_options if key.startswith('model.teacher.')]
-    if changed and 'teacher' not in config.get('model', {}):
+    if changed and 'teacher' not in model:
         raise ConfigError(f'--cfg-options {changed[0]}: {path} trains a plain model, which has no teacher')
     # a teacher that is given by name alone can still get another checkpoint
     if changed and isinstance(config.model.teacher, str):
         config.model.teacher = dict(config=config.model.teacher)
-    config.merge_from_dict(args.cfg_options)
-    if 'model' not in config:
-        raise ConfigError(f'config {path}: it has no model')
+    check_changes(config, args.cfg_options)
+    try:
+        config.merge_from_dict(args.cfg_options)
+    except (KeyError, TypeError) as error:  # a list's entry that is not there, an entry of what has none
+        raise ConfigError(f'--cfg-options: {describe(error)}') from error
     check_named_configs(config)
+    check_launcher(args.launcher)
     config.launcher = args.launcher
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
     config.work_dir = args.work_dir or config.get('work_dir') or str(Path('work_dirs') / Path(path).stem)
+    check_folder(config.work_dir, '--work-dir' if args.work_dir else 'work_dir')
     return config
 
 
 def scale_learning_rate(config: Config) -> None:
     """Switch on mmengine's scaling of the learning rate with the batch size."""
-    if 'base_batch_size' not in config.get('auto_scale_lr', {}):
+    if 'base_batch_size' not in (config.get('auto_scale_lr') or {}):
         raise ConfigError('--auto-scale-lr: the config has no auto_scale_lr.base_batch_size to scale from')
     config.auto_scale_lr.enable = True
 
@@ -269,9 +332,21 @@ def draw_predictions(runner: Runner, folder: str) -> SavePictures:
     return hook
 
 
+def check_outputs(args: argparse.Namespace) -> None:
+    """Check that the pickle file and the folder can be written to which ``--out`` and ``--show-dir`` name.
+
+    Raises:
+        ConfigError: naming the option.
+    """
+    if args.out:
+        if not args.out.endswith(('.pkl', '.pickle')):
+            raise ConfigError(f'--out {args.out}: expected a name that ends with .pkl or .pickle')
+        check_folder(os.path.dirname(args.out) or '.', '--out')
+    if args.show_dir:
+        check_folder(args.show_dir, '--show-dir')
+
+
 def dump_predictions(runner: Runner, file: str) -> None:
     """Have the evaluator write the predictions to a pickle file."""
-    if not file.endswith(('.pkl', '.pickle')):
-        raise ConfigError(f'--out {file}: expected a name that ends with .pkl or .pickle')
     kind = 'DumpDetResults' if DefaultScope.get_current_instance().scope_name == 'mmdet' else 'DumpResults'
     runner.test_evaluator.metrics.append(METRICS.build(dict(type=kind, out_file_path=file)))

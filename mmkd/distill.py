@@ -130,7 +130,7 @@ def _build_student(student: Any, data_preprocessor: Mapping | None) -> BaseModel
         student = read_model(student, 'student')
     if data_preprocessor is not None and student.get('data_preprocessor') is None:
         student = {**student, 'data_preprocessor': data_preprocessor}
-    return build_model(student)
+    return build_model(student, what='student')
 
 
 def _connect(model: BaseModel, sources: Mapping[str, Source], distillers: Distillers) -> None:

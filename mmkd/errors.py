@@ -17,6 +17,14 @@ class Stopped(RuntimeError):
 
 
 def nearest(name: str, names: Iterable[str]) -> str:
-    """The existing names most like ``name``, best first, for an error message."""
-    found = difflib.get_close_matches(name, list(names), n=3, cutoff=0.3)
+    """The existing names most like ``name``, whatever their case, best first, for an error message."""
+    existing = {each.lower(): each for each in names}
+    found = [existing[each] for each in difflib.get_close_matches(name.lower(), list(existing), n=3, cutoff=0.3)]
     return ', '.join(repr(each) for each in found) or 'none'
+
+
+def describe(error: BaseException) -> str:
+    """An error of other code in one line: its kind, and the first line of what it says."""
+    said = error.args[0] if isinstance(error, KeyError) and len(error.args) == 1 else error  # whose str() is quoted
+    lines = [line for line in str(said).splitlines() if line.strip()]
+    return f'{type(error).__name__}: {lines[0].strip()}' if lines else type(error).__name__

@@ -28,6 +28,8 @@ def parts_by_teacher(
         return dict(inherit)
     if not inherit:
         return {}
+    if not isinstance(inherit, Sequence):
+        raise ConfigError(f"inherit={inherit!r}: expected a list of parts, such as ['neck']")
     if len(frozen) != 1:
         raise ConfigError(
             f'inherit={inherit!r}: there are {len(frozen)} frozen teachers; name one, as in inherit=dict(large={list(inherit)})'

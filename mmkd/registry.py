@@ -17,6 +17,7 @@ from mmengine.registry import Registry
 from torch import nn
 
 from mmkd.errors import ConfigError, nearest
+from mmkd.values import expected
 
 MODELS = Registry('model', parent=MMENGINE_MODELS, scope='mmkd', locations=['mmkd.distill'])
 SOURCES = Registry('source', scope='mmkd', locations=['mmkd.sources'])
@@ -36,8 +37,29 @@ def build(registry: Registry, option: str, spec: Mapping, **given: Any) -> Any:
         given: Options that the caller fills in, where the type has them.
 
     Raises:
-        ConfigError: for a type that does not exist or cannot be imported, or options that it does not have or misses.
+        ConfigError: for a type that does not exist or cannot be imported, options that it does not have or misses, and values
+            that its annotations rule out.
     """
+    kind, options = resolve(registry, option, spec, **given)
+    try:
+        made = kind(**options)
+    except ConfigError as error:
+        raise ConfigError(f'{option}: {error}') from None
+    except TypeError as error:
+        if 'unexpected keyword argument' not in str(error):
+            raise
+        raise ConfigError(f'{option}: {error}') from None
+    except AttributeError as error:
+        if 'before Module.__init__() call' not in str(error):
+            raise
+        raise ConfigError(f'{option}: {kind.__name__}.__init__ has to call super().__init__() first') from None
+    if isinstance(made, nn.Module) and '_modules' not in vars(made):
+        raise ConfigError(f'{option}: {kind.__name__}.__init__ has to call super().__init__() first')
+    return made
+
+
+def resolve(registry: Registry, option: str, spec: Mapping, **given: Any) -> tuple[Any, dict[str, Any]]:
+    """What :func:`build` would build, and with which options; arguments and errors are the same."""
     if not isinstance(spec, Mapping) or 'type' not in spec:
         raise ConfigError(f"{option}={spec!r}: expected a dict with type, such as dict(type='...')")
     kind = spec['type']
@@ -63,6 +85,10 @@ def build(registry: Registry, option: str, spec: Mapping, **given: Any) -> Any:
             if key not in parameters:
                 known = nearest(key, parameters)
                 raise ConfigError(f'{option}: {kind.__name__} has no option {key!r}; the nearest are {known}')
+    for key, value in options.items():
+        wanted = expected(kind, key, value)
+        if wanted:
+            raise ConfigError(f'{option}: {key}={value!r}: expected {wanted}')
     missing = [
         each.name
         for each in parameters.values()
@@ -70,21 +96,7 @@ def build(registry: Registry, option: str, spec: Mapping, **given: Any) -> Any:
     ]
     if missing:
         raise ConfigError(f'{option}: {kind.__name__} needs {", ".join(missing)}')
-    try:
-        made = kind(**options)
-    except ConfigError as error:
-        raise ConfigError(f'{option}: {error}') from None
-    except TypeError as error:
-        if 'unexpected keyword argument' not in str(error):
-            raise
-        raise ConfigError(f'{option}: {error}') from None
-    except AttributeError as error:
-        if 'before Module.__init__() call' not in str(error):
-            raise
-        raise ConfigError(f'{option}: {kind.__name__}.__init__ has to call super().__init__() first') from None
-    if isinstance(made, nn.Module) and '_modules' not in vars(made):
-        raise ConfigError(f'{option}: {kind.__name__}.__init__ has to call super().__init__() first')
-    return made
+    return kind, options
 
 
 def _find(registry: Registry, option: str, name: str) -> Any:

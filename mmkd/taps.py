@@ -23,6 +23,8 @@ def find_layer(model: nn.Module, layer: str, whose: str = '') -> nn.Module:
     Raises:
         ConfigError: if the model has no such module; the message has the nearest existing names.
     """
+    if not isinstance(layer, str) or not layer:
+        raise ConfigError(f"{whose}layer {layer!r}: expected a module's dotted name, such as 'neck'")
     name = layer.removesuffix(INPUT).removesuffix(KWARGS)
     try:
         return model.get_submodule(name)

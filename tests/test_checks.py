@@ -9,6 +9,7 @@ from mmengine.hub import get_config
 
 from mmkd import checks
 from mmkd.errors import ConfigError
+from mmkd.hosts.datasets import dataset_class
 from mmkd.testing import detectors, models, segmentors
 from mmkd.testing.runs import distilled, shapes_config, streets_config
 
@@ -201,9 +202,10 @@ def test_some_of_cocos_categories_are_numbered_from_0(shapes, tmp_path):
     dataset.pop('metainfo')
     dataset.ann_file = str(path)
     for names, fits in ((('person', 'bicycle'), True), (('cat', 'dog'), False)):
-        path.write_text(
-            json.dumps(dict(images=[], annotations=[], categories=[dict(id=1, name=name) for name in names]))
-        )
+        categories = [dict(id=index, name=name) for index, name in enumerate(names)]
+        images = [dict(id=0, file_name='000000.jpg', width=96, height=96)]
+        annotations = [dict(id=0, image_id=0, category_id=0, bbox=[1, 2, 30, 40], area=1200)]
+        path.write_text(json.dumps(dict(images=images, annotations=annotations, categories=categories)))
         if fits:
             checks.check_data(shapes, ('train',))
         else:
@@ -265,7 +267,7 @@ def test_other_classes_are_worth_a_warning_where_there_are_as_many(shapes, folde
 
 def test_the_classes_of_training_and_validation_are_in_one_order(folder):
     config = streets_config(folder, segmentors.pspnet())
-    kind = checks.dataset_class(config.train_dataloader.dataset, 'mmseg')
+    kind = dataset_class(config.train_dataloader.dataset, 'mmseg')
     config.val_dataloader.dataset.metainfo = dict(classes=kind.METAINFO['classes'][::-1])
     with pytest.raises(ConfigError, match=r"^val_dataloader.dataset: class 0 is 'bicycle', and 'road' in train"):
         checks.check_config(config)
@@ -340,7 +342,10 @@ def test_a_critic_that_learns_at_the_students_rate(shapes):
     assert "no key of optim_wrapper.paramwise_cfg.custom_keys is in its parameters' names (keys: [])" in line
     shapes.optim_wrapper.paramwise_cfg = dict(custom_keys={'distillers.skd.critic': dict(lr_mult=0.04)})
     assert critics(shapes, 'skd') == []
-    (line,) = critics(shapes, 'renamed')
+    line, unused = critics(shapes, 'renamed')
+    assert unused == (
+        'optim_wrapper.paramwise_cfg.custom_keys.distillers.skd.critic: in no name of a parameter, so it changes nothing.'
+    )
     assert line.startswith("The critic of distillers.renamed learns at the student's rate")
     assert "add 'distillers.renamed.critic': dict(lr_mult=...)" in line
     shapes.optim_wrapper.clip_grad = dict(max_norm=10)

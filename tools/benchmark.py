@@ -105,7 +105,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.rounds < 1:
         parser.error(f'--rounds: expected at least 1, but got {args.rounds}')
-    with cli.clear_errors():
+    with cli.clear_errors(args.debug):
         config = cli.read_config(args)
         init_default_scope(config.default_scope)
         device = torch.device(args.device)

@@ -31,10 +31,11 @@ def main() -> None:
         '--score', metavar='KEY', help='what ranks the models, as the logs name it; default: what the configs say'
     )
     parser.add_argument('--report-only', action='store_true', help='train nothing, report what is finished')
+    cli.add_debug_option(parser)
     args = parser.parse_args()
     if args.jobs < 1:
         parser.error(f'--jobs: expected at least 1, but got {args.jobs}')
-    with cli.clear_errors():
+    with cli.clear_errors(args.debug):
         try:
             results = run_comparison(
                 args.folder, args.methods, args.seeds, args.jobs, args.work_dir, args.score, args.report_only

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from mmengine.registry import init_default_scope
 
-from mmkd import cli
+from mmkd import checks, cli
 from mmkd.errors import ConfigError
 from mmkd.hosts.configs import build_model, plain_model
 from mmkd.hosts.plain import data_meta, plain_config
@@ -27,15 +27,17 @@ def main() -> None:
     parser.add_argument('output', type=Path, help='what to write, without suffix')
     cli.add_common_options(parser)
     args = parser.parse_args()
-    with cli.clear_errors():
+    with cli.clear_errors(args.debug):
         config = cli.read_config(args)
         if 'student' not in config.model:
             raise ConfigError(f'{args.config}: not a distilled model (model has no student); it can be used as it is')
         weights, settings = (args.output.with_name(args.output.name + suffix) for suffix in ('.pth', '.py'))
+        checks.check_folder(str(weights.parent), 'output')
         for path in (weights, settings):
             if path.exists():
                 raise ConfigError(f'{path} exists; remove it, or choose another name')
-        init_default_scope(config.default_scope)
+        checks.check_names(config, ())
+        init_default_scope(config.get('default_scope', 'mmengine'))
         model = build_model(plain_model(config))
         load_weights(model, args.checkpoint, 'checkpoint')
         checkpoint = fetch(args.checkpoint, 'checkpoint')

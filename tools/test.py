@@ -16,13 +16,18 @@ def main() -> None:
     parser.add_argument('--out', metavar='FILE.pkl', help='write the predictions to this file')
     parser.add_argument('--show-dir', metavar='FOLDER', help='write a picture of each prediction to this folder')
     args = parser.parse_args()
-    with cli.clear_errors():
+    with cli.clear_errors(args.debug) as begun:
+        cli.check_outputs(args)
         config = cli.read_config(args)
         config.load_from = args.checkpoint
         cli.join_processes(config)
+        checks.check_names(config, ('test',))
+        checks.check_parts(config, ('test',))
         checks.check_data(config, ('test',))
+        checks.check_heads(config, 'test')
         checks.check_checkpoint(config, 'checkpoint')
         runner = cli.build_runner(config)
+        runner.register_hook(begun)
         checks.check_fit(config, cli.bare_model(runner))
         pictures = cli.draw_predictions(runner, args.show_dir) if args.show_dir else None
         if args.out:

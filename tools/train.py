@@ -10,8 +10,8 @@ import torch
 from mmkd import checks, cli
 from mmkd.errors import ConfigError
 from mmkd.hosts.checkpoints import check_continues
-from mmkd.hosts.datasets import leave_out_samples
 from mmkd.hosts.interrupts import Interrupted
+from mmkd.hosts.samples import leave_out_samples
 
 
 def main() -> None:
@@ -35,7 +35,7 @@ def main() -> None:
         help='leave out up to N samples that cannot be read, with a warning each; default: the first one ends the training',
     )
     args = parser.parse_args()
-    with cli.clear_errors():
+    with cli.clear_errors(args.debug) as begun:
         config = cli.read_config(args)
         if args.amp:
             if not torch.cuda.is_available():
@@ -49,6 +49,7 @@ def main() -> None:
         before, warnings = cli.resume(config, args.resume) if args.resume else (None, [])
         warnings += checks.check_config(config)
         runner = cli.build_runner(config)
+        runner.register_hook(begun)
         cli.watch(runner)
         cli.repeatable(runner, before['meta']['iter'] if before else 0)
         if before:

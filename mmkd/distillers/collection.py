@@ -33,7 +33,7 @@ class Distillers(nn.ModuleDict):
 
     def __init__(self, specs: Mapping[str, Mapping | nn.Module]):
         super().__init__()
-        if not isinstance(specs, Mapping) or not specs:
+        if not isinstance(specs, Mapping) or not specs or isinstance(specs.get('type'), str):
             raise ConfigError(f"distillers={specs!r}: expected a dict such as dict(gid=dict(type='GID'))")
         self.teacher_of: dict[str, tuple[str, ...]] = {}
         self.learner_of: dict[str, str | None] = {}

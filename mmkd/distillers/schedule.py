@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from torch import nn
 
 from mmkd.errors import ConfigError, nearest
+from mmkd.values import is_number
 
 OPTIONS = {
     'constant': {'value', 'begin', 'end'},
@@ -32,7 +33,7 @@ class Weight(nn.Module):
         option: What it is called in the config, for errors. Default ``'weight'``.
 
     Raises:
-        ConfigError: for an unknown type or option, and for values that are no finite numbers.
+        ConfigError: for an unknown type or option, and for values that are no finite numbers or negative.
 
     Example:
         >>> Weight(dict(type='linear', value=10.0, begin=0, end=500)).at(250)
@@ -57,15 +58,18 @@ class Weight(nn.Module):
         if required - set(self.spec):
             raise ConfigError(f'{option}={spec!r}: {kind} needs {sorted(required - set(self.spec))}')
         value = self.spec['value']
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        if not is_number(value):
             raise ConfigError(f'{option}={spec!r}: expected a finite number, found {value!r}')
-        for key in {'start', 'begin', 'end', 'gamma'} & set(self.spec):
-            if isinstance(self.spec[key], bool) or not isinstance(self.spec[key], (int, float)):
+        for key in sorted({'start', 'begin', 'end', 'gamma'} & set(self.spec)):
+            if not is_number(self.spec[key]):
                 raise ConfigError(f'{option}={spec!r}: {key} has to be a number')
+        for key in sorted({'value', 'start', 'begin', 'gamma'} & set(self.spec)):
+            if self.spec[key] < 0:
+                raise ConfigError(f'{option}={spec!r}: {key} is negative; expected at least 0')
         milestones = self.spec.get('milestones', ())
-        if isinstance(milestones, str) or not isinstance(milestones, Sequence):
+        if isinstance(milestones, str) or not isinstance(milestones, Sequence) or not all(map(is_number, milestones)):
             raise ConfigError(f'{option}={spec!r}: milestones has to be a list of iterations, such as [8000, 11000]')
-        if kind in ('linear', 'cosine') and self.spec['end'] <= self.spec.get('begin', 0):
+        if 'end' in self.spec and self.spec['end'] <= self.spec.get('begin', 0):
             raise ConfigError(f'{option}={spec!r}: end has to come after begin')
 
     def at(self, iteration: int) -> float:

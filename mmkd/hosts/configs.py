@@ -12,7 +12,8 @@ from mmengine.model import BaseModel
 from mmengine.registry import MODELS, DefaultScope
 from mmengine.utils import is_installed
 
-from mmkd.errors import ConfigError
+from mmkd.errors import ConfigError, describe
+from mmkd.hosts.config_files import read_config_file
 from mmkd.hosts.datasets import class_names, datasets, type_name
 from mmkd.hosts.mmengine import config_path
 
@@ -54,7 +55,7 @@ def described_sources(config: Config) -> Iterator[tuple[str, Any]]:
         yield 'model.teacher', found
 
 
-def _kind(source: object) -> str:
+def source_kind(source: object) -> str:
     """The name of a source's class; '' of what is no config."""
     if isinstance(source, str):
         return 'Teacher'
@@ -64,7 +65,7 @@ def _kind(source: object) -> str:
 def teachers(config: Config) -> Iterator[tuple[str, str | Mapping]]:
     """The frozen teachers of a distilled config, each with its option's name."""
     for option, spec in described_sources(config):
-        if _kind(spec) == 'Teacher' and (isinstance(spec, str) or 'config' in spec):
+        if source_kind(spec) == 'Teacher' and (isinstance(spec, str) or 'config' in spec):
             yield option, spec
 
 
@@ -72,7 +73,7 @@ def trained_models(config: Config) -> Iterator[tuple[str, Mapping]]:
     """The models that a training initializes, each with its option's name: the student, or a plain model, and peers."""
     yield ('model.student' if 'student' in config.model else 'model'), plain_model(config)
     for option, spec in described_sources(config):
-        if _kind(spec) == 'Peer' and 'config' in spec:
+        if source_kind(spec) == 'Peer' and 'config' in spec:
             yield f'{option}.config', read_teacher(dict(config=spec['config'])).model
 
 
@@ -89,6 +90,12 @@ def teacher_classes(teacher: str | Mapping) -> tuple[str, ...] | None:
 def config_folder(config: Config) -> list[Path]:
     """The folder of a config's file; none for a config without one."""
     return [Path(config.filename).parent] if config.filename else []
+
+
+def numbered(key: str, value: object) -> Iterator[tuple[str, Any]]:
+    """The entries of a list in a config, each with its option's name; none of what is no list."""
+    for index, each in enumerate(value if isinstance(value, (list, tuple)) else ()):
+        yield f'{key}.{index}', each
 
 
 def name_classes(value: object) -> object:
@@ -111,14 +118,29 @@ def _local_file(value: object) -> TypeGuard[str]:
     return isinstance(value, str) and '::' not in value and '://' not in value
 
 
-def _named_files(config: Config) -> Iterator[tuple[str, str]]:
-    """The options of a distilled config that name configs and checkpoints by paths, and these."""
+class NamedFile(NamedTuple):
+    """A path in a config."""
+
+    option: str
+    holder: Any
+    """The dict that has it."""
+    key: str
+
+    @property
+    def path(self) -> Any:
+        return self.holder.get(self.key)
+
+
+def _named_files(config: Config) -> Iterator[NamedFile]:
+    """The options of a distilled config that name configs and checkpoints by paths."""
+    found = [NamedFile('model.student', config.get('model') or {}, 'student')]
     for option, spec in described_sources(config):
-        named = {option: spec} if isinstance(spec, str) else {f'{option}.{key}': dict(spec).get(key) for key in FILES}
-        yield from ((key, path) for key, path in named.items() if _local_file(path))
-    student = (config.get('model') or {}).get('student')
-    if _local_file(student):
-        yield 'model.student', student
+        if isinstance(spec, Mapping):
+            found += [NamedFile(f'{option}.{key}', spec, key) for key in FILES]
+        else:
+            above, _, name = option.rpartition('.')
+            found.append(NamedFile(option, config.model if above == 'model' else config.model.teacher, name))
+    yield from (each for each in found if _local_file(each.path))
 
 
 def resolve_files(config: Config) -> None:
@@ -126,10 +148,10 @@ def resolve_files(config: Config) -> None:
 
     What is not there stays as it is, and begins at the current folder. The same goes for a student that is named.
     """
-    for option, path in list(_named_files(config)):
+    for named in list(_named_files(config)):
         for folder in config_folder(config):
-            if (folder / path).is_file():
-                config.merge_from_dict({option: str(folder / path)})
+            if (folder / named.path).is_file():
+                named.holder[named.key] = str(folder / named.path)
 
 
 def check_named_configs(config: Config) -> None:
@@ -138,7 +160,7 @@ def check_named_configs(config: Config) -> None:
     Raises:
         ConfigError: naming the folders in which one was looked for.
     """
-    for option, path in _named_files(config):
+    for option, path in ((each.option, each.path) for each in _named_files(config)):
         if not option.endswith('.checkpoint') and not Path(path).expanduser().is_file():
             places = ' and '.join(str(folder.absolute()) for folder in [*config_folder(config), Path.cwd()])
             what = 'student' if option == 'model.student' else 'teacher config'
@@ -147,45 +169,50 @@ def check_named_configs(config: Config) -> None:
 
 def plain_model(config: Config) -> ConfigDict:
     """The model that a config trains, without what distills it: of a distilled model, its student."""
-    model = config.model.get('student', config.model)
+    whole = config.get('model')
+    model = whole.get('student', whole) if isinstance(whole, Mapping) else whole
+    if not isinstance(model, (str, Mapping)) or not model:
+        where = f' of {config.filename}' if getattr(config, 'filename', None) else ''
+        option = 'model.student' if isinstance(whole, Mapping) and 'student' in whole else 'model'
+        raise ConfigError(f"{option}{where}: expected a model's config, found {model!r}")
     if isinstance(model, str) or 'model' in model:  # a config's name, or a whole config
-        model = read_model(model)
+        model = read_model(model, 'student')
     if config.get('data_preprocessor') and 'data_preprocessor' not in model:  # where mmseg has it, as Runner does
         model.data_preprocessor = config.data_preprocessor
     return model
 
 
-def _read_config(config: str | Mapping) -> tuple[Config, str | None]:
+def _read_config(config: str | Mapping, what: str = 'teacher config') -> tuple[Config, str | None]:
     """The config and the URL of the weights that its metafile lists, if any."""
     if isinstance(config, Mapping):
         return Config(dict(model=ConfigDict(config))), None
     package, found, _ = config.partition('::')
     if found and package == 'mmkd':
-        return Config.fromfile(config_path(config)), None
+        return read_config_file(config_path(config), what), None
     if found:
         if not is_installed({'mmseg': 'mmsegmentation'}.get(package, package)) and not is_installed(package):
-            raise ConfigError(f'teacher config {config}: package {package!r} is not installed')
+            raise ConfigError(f'{what} {config}: package {package!r} is not installed')
         try:
             read = get_config(config, pretrained=True)
-        except (AssertionError, FileNotFoundError):  # no weights in its metafile, or no such config
+        except (AssertionError, FileNotFoundError, ValueError):  # no weights in its metafile, or no such config
             try:
                 read = get_config(config)
-            except FileNotFoundError:
-                raise ConfigError(f'teacher config {config}: {package} has no such config') from None
+            except (FileNotFoundError, ValueError):  # ValueError: without a folder
+                raise ConfigError(f'{what} {config}: {package} has no such config') from None
         return read, read.get('model_path')
     if not Path(config).expanduser().is_file():
-        raise ConfigError(f'teacher config {config}: no such file (looked in {Path.cwd()})')
-    return Config.fromfile(Path(config).expanduser()), None
+        raise ConfigError(f'{what} {config}: no such file (looked in {Path.cwd()})')
+    return read_config_file(config, what), None
 
 
 def read_model(config: str | Mapping, what: str = 'config') -> ConfigDict:
     """The plain model of a config: its name, its path, or a whole config."""
     if isinstance(config, str):
-        config, _ = _read_config(config)
+        config, _ = _read_config(config, what)
     return plain_model(config)
 
 
-def build_model(config: Mapping, scope: str | None = None) -> BaseModel:
+def build_model(config: Mapping, scope: str | None = None, what: str = 'model') -> BaseModel:
     """Build a model from a copy of its config, as some models change what they are built from.
 
     Without a process group mmcv's synchronized batch norm (``MMSyncBN``) cannot be built. In one process it computes what
@@ -194,12 +221,21 @@ def build_model(config: Mapping, scope: str | None = None) -> BaseModel:
     Args:
         config: The model's config.
         scope: The default scope of its types; None for the current one.
+        what: What it is, for errors.
+
+    Raises:
+        ConfigError: with what its class says, where it cannot be built.
     """
     config = copy.deepcopy(config)
     if not is_distributed():
         _without_synchronization(config)
-    with DefaultScope.overwrite_default_scope(scope):
-        return MODELS.build(config)
+    try:
+        with DefaultScope.overwrite_default_scope(scope):
+            return MODELS.build(config)
+    except ConfigError:
+        raise
+    except Exception as error:  # whatever a model's class raises
+        raise ConfigError(f'{what}: {type_name(config) or config} cannot be built; {describe(error)}') from error
 
 
 def _without_synchronization(node: Any) -> None:

@@ -1,20 +1,17 @@
-"""Read the data sets of a config without building them: those inside wrappers, their classes, a COCO file's categories."""
+"""Read the data sets of a config without building them: those inside wrappers, their classes, files and images."""
 
-import json
-import logging
-import mmap
-import multiprocessing
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from mmengine.dataset import Compose
+import numpy as np
 from mmengine.fileio import list_from_file
-from mmengine.logging import print_log
-from mmengine.registry import DATASETS
+from mmengine.registry import DATASETS, Registry
 
-from mmkd.errors import ConfigError, Stopped
+from mmkd.errors import ConfigError, describe
+
+T = TypeVar('T')
 
 
 def type_name(spec: Mapping) -> str:
@@ -39,13 +36,18 @@ def local(spec: Mapping) -> bool:
     return (spec.get('backend_args') or {}).get('backend', 'local') == 'local'
 
 
-def dataset_class(dataset: Mapping, scope: str | None) -> type | None:
-    """The class of a data set's config; None where it cannot be found."""
-    kind = dataset.get('type')
+def named_class(spec: Mapping, registry: Registry, scope: str | None) -> Any:
+    """The class or function that a config dict names in a registry of mmengine; None where it cannot be found."""
+    kind = spec.get('type')
     if not isinstance(kind, str):
         return kind
-    scope = dataset.get('_scope_', scope)
-    return DATASETS.get(kind if '.' in kind or scope is None else f'{scope}.{kind}')
+    scope = spec.get('_scope_', scope)
+    return registry.get(kind if '.' in kind or scope is None else f'{scope}.{kind}')
+
+
+def dataset_class(dataset: Mapping, scope: str | None) -> type | None:
+    """The class of a data set's config; None where it cannot be found."""
+    return named_class(dataset, DATASETS, scope)
 
 
 def is_coco(dataset: Mapping, scope: str | None) -> bool:
@@ -53,8 +55,18 @@ def is_coco(dataset: Mapping, scope: str | None) -> bool:
     kind = dataset_class(dataset, scope)
     if kind is None:
         return type_name(dataset) == 'CocoDataset'
-    reader = next((each for each in kind.__mro__ if 'load_data_list' in vars(each)), kind)
-    return reader.__name__ == 'CocoDataset'
+    return _reader(kind) == 'CocoDataset'
+
+
+def is_segmentation(dataset: Mapping, scope: str | None) -> bool:
+    """Whether a data set finds images and label maps as mmseg's ``BaseSegDataset`` does."""
+    kind = dataset_class(dataset, scope)
+    return kind is not None and _reader(kind) == 'BaseSegDataset'
+
+
+def _reader(kind: type) -> str:
+    """The name of the class whose reading of files a data set's class inherits."""
+    return next((each for each in kind.__mro__ if 'load_data_list' in vars(each)), kind).__name__
 
 
 def annotation_path(dataset: Mapping) -> str:
@@ -78,67 +90,55 @@ def class_names(dataset: Mapping, option: str, scope: str | None) -> tuple[str, 
                 f'name in each line'
             )
         names = list_from_file(names)
+    repeated = [name for index, name in enumerate(names or ()) if name in names[:index]]
+    if repeated:
+        raise ConfigError(f'{option}.metainfo.classes: {repeated[0]!r} is there twice')
     return tuple(names) if names else None
 
 
-def coco_categories(path: str, option: str) -> list[str]:
-    """The names of a COCO file's categories in their order, read without parsing all of the file.
+def image_folder(dataset: Mapping) -> str:
+    """Where a detection data set's images are."""
+    prefix = dataset.get('data_prefix') or {}
+    return os.path.join(dataset.get('data_root') or '', prefix.get('img_path', prefix.get('img', '')) or '')
+
+
+def names_below(folder: str | Path) -> set[str]:
+    """The files in a folder and those below it, as paths from there with ``/``."""
+    return {
+        os.path.relpath(os.path.join(root, name), folder).replace(os.sep, '/')
+        for root, _, names in os.walk(folder, followlinks=True)
+        for name in names
+        if not name.startswith('.')
+    }
+
+
+def loading(dataset: Mapping, step: str) -> Mapping | None:
+    """The first step of a data set's pipeline whose class's name ends so; None where there is none."""
+    return next((each for each in dataset.get('pipeline') or () if type_name(each).endswith(step)), None)
+
+
+def read_image(path: str | Path, step: Mapping | None, flag: str = 'color') -> np.ndarray:
+    """An image as a step of a pipeline would decode it.
 
     Raises:
-        ConfigError: if it is no such file.
+        ValueError: if it is none.
     """
-    with open(path, 'rb') as file:
-        if os.fstat(file.fileno()).st_size == 0:
-            raise ConfigError(f'{option}: {path} is empty')
-        content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        missing = [key for key in ('images', 'annotations', 'categories') if content.find(f'"{key}"'.encode()) < 0]
-        if missing or content[:64].lstrip()[:1] != b'{':
-            reason = f'it lacks {", ".join(missing)}' if missing else 'it is no JSON object'
-            raise ConfigError(f'{option}: {path} is not a COCO annotation file ({reason})')
-        start = content.find(b'[', content.find(b'"categories"'))
-        try:
-            categories, _ = json.JSONDecoder().raw_decode(content[start : start + 2**22].decode('utf-8', 'ignore'))
-            return [category['name'] for category in categories]
-        except (ValueError, TypeError, KeyError):
-            raise ConfigError(f'{option}: {path} is not a COCO annotation file (cannot read its categories)') from None
+    import mmcv  # what mmdet and mmseg need anyway; the core does not
+
+    stock = 'cv2' if flag == 'color' else 'pillow'
+    try:
+        image = mmcv.imfrombytes(
+            Path(path).read_bytes(), flag=flag, backend=(step or {}).get('imdecode_backend') or stock
+        )
+    except Exception as error:  # of the decoder that is named
+        raise ValueError(describe(error)) from error
+    if image is None:
+        raise ValueError('no decoder takes it')
+    return image
 
 
-_may_leave_out = multiprocessing.Value('i', 0)  # data workers are forked, and share it
-
-
-def leave_out_samples(most: int) -> None:
-    """Have a training leave out up to so many samples that cannot be used, all data workers together, with a line each."""
-    _may_leave_out.value = most
-
-
-class NamedSamples(Compose):
-    """A pipeline whose errors name the file of the sample that they arose with; see also :func:`leave_out_samples`."""
-
-    def __init__(self, pipeline: Compose):
-        self.transforms = pipeline.transforms
-
-    def __call__(self, data: dict) -> dict | None:
-        path = data.get('img_path') or data.get('sample_idx')
-        labels = data.get('seg_map_path')
-        try:
-            return super().__call__(data)
-        except Exception as error:
-            where = f'{path} (labels {labels})' if labels else path
-            reason = (str(error) or type(error).__name__).strip().splitlines()[0]
-            line = f'sample {where} cannot be used: {type(error).__name__}: {reason}'
-            with _may_leave_out.get_lock():
-                left_out = _may_leave_out.value > 0
-                _may_leave_out.value -= left_out
-            if not left_out:
-                raise Stopped(f'{line}; mend or remove it, or have --leave-out N leave out up to N of them') from error
-            print_log(f'{line}; it is left out', logger='current', level=logging.WARNING)
-            return None  # the data set then takes another
-
-
-def name_samples(dataset: Any) -> None:
-    """Have a data set, and those inside of wrappers, name the file of a sample that cannot be read."""
-    if type(getattr(dataset, 'pipeline', None)) is Compose:
-        dataset.pipeline = NamedSamples(dataset.pipeline)
-    for inner in [getattr(dataset, 'dataset', None), *(getattr(dataset, 'datasets', None) or ())]:
-        if inner is not None:
-            name_samples(inner)
+def spread(items: Sequence[T], count: int) -> list[T]:
+    """``count`` of the items, from the first to the last at equal distances; all where there are no more."""
+    if len(items) <= count:
+        return list(items)
+    return [items[round(index * (len(items) - 1) / (count - 1))] for index in range(count)]

@@ -20,8 +20,8 @@ from mmengine.registry import DATA_SAMPLERS
 from mmengine.runner import IterBasedTrainLoop, Runner
 from torch.utils.data import BatchSampler, Sampler, get_worker_info
 
-from mmkd.hosts.datasets import name_samples
 from mmkd.hosts.interrupts import heed_parent_alone
+from mmkd.hosts.samples import name_samples
 
 SAMPLES, ITERATIONS = range(2)  # so that both have other numbers
 

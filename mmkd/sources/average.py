@@ -11,6 +11,7 @@ from mmkd.hosts.running import run
 from mmkd.registry import SOURCES
 from mmkd.sources.source import Kept, Source
 from mmkd.taps import Taps
+from mmkd.values import is_number
 
 
 @SOURCES.register_module()
@@ -41,7 +42,7 @@ class Average(Source):
         self, student: nn.Module, momentum: float = 0.999, interval: int = 1, begin: int = 0, end: int | None = None
     ):
         super().__init__(interval, begin, end)
-        if isinstance(momentum, bool) or not isinstance(momentum, (int, float)) or not 0 <= momentum < 1:
+        if not (is_number(momentum) and 0 <= momentum < 1):
             raise ConfigError(f'momentum={momentum!r}: expected a number of at least 0 and below 1')
         self.momentum = momentum
         self.model = copy.deepcopy(student)

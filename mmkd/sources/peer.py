@@ -49,7 +49,7 @@ class Peer(Source):
     ):
         super().__init__(interval, begin, end)
         read = read_teacher(dict(config=config))
-        self.model = build_model(read.model, read.scope)
+        self.model = build_model(read.model, read.scope, 'config')
         self.checkpoint = checkpoint
         self.kept = Kept(self.model, trained=True)
         self._renormalize: Renormalize | None = None

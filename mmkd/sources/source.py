@@ -12,6 +12,7 @@ from torch import nn
 from mmkd.errors import ConfigError
 from mmkd.registry import SOURCES, build
 from mmkd.taps import Taps
+from mmkd.values import is_whole
 
 
 class Source:
@@ -41,7 +42,7 @@ class Source:
 
     def __init__(self, interval: int = 1, begin: int = 0, end: int | None = None):
         for option, value, least in (('interval', interval, 1), ('begin', begin, 0), ('end', end, begin + 1)):
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
+            if value is not None and not (is_whole(value) and value >= least):
                 raise ConfigError(f'{option}={value!r}: expected a whole number of at least {least}')
         self.interval, self.begin, self.end = interval, begin, math.inf if end is None else end
         self.layers: tuple[str, ...] = ()

@@ -58,7 +58,7 @@ class Teacher(Source):
         else:
             read = read_teacher(dict(config=config, checkpoint=checkpoint))
             checkpoint = read.checkpoint
-            model = build_model(read.model, read.scope)
+            model = build_model(read.model, read.scope, 'config')
         model.eval()  # of some models it returns None
         self.model = model.requires_grad_(False)
         self.checkpoint = checkpoint

@@ -17,6 +17,7 @@ from mmkd.hosts.detection.dense_heads import AnchorDenseHead, check_same_slots, 
 from mmkd.hosts.detection.rois import RoIHead, check_same_predictions, check_same_regions
 from mmkd.registry import DISTILLERS
 from mmkd.taps import INPUT, KWARGS, Taps, find_layer
+from mmkd.values import is_number
 
 ADAPTER = dict(type='ConvAdapter')
 
@@ -146,9 +147,9 @@ class Chen(Distiller):
     ):
         super().__init__()
         for name, value in (('bg_cls_weight', bg_cls_weight), ('tau', tau)):
-            if not isinstance(value, (int, float)) or value <= 0:
+            if not (is_number(value) and value > 0):
                 raise ConfigError(f'{name}={value!r}: expected a positive number')
-        if not isinstance(margin, (int, float)) or margin < 0:
+        if not (is_number(margin) and margin >= 0):
             raise ConfigError(f'margin={margin!r}: expected a number of at least 0')
         self.teacher_layer = teacher_layer or layer
         other = teacher_hint_layer or hint_layer or self.teacher_layer

@@ -15,6 +15,7 @@ from mmkd.errors import ConfigError
 from mmkd.hosts.detection.ground_truth import covered_cells, ground_truth, padded_shape
 from mmkd.registry import DISTILLERS
 from mmkd.taps import Taps
+from mmkd.values import is_number
 
 
 def attention(feature: torch.Tensor, tau: float = 0.5) -> tuple[torch.Tensor, torch.Tensor]:
@@ -200,7 +201,7 @@ class FGD(Distiller):
         super().__init__()
         self.levels = LevelPairs(layer, teacher_layer, adapter, match)
         self.student_layers, self.teacher_layers = self.levels.student_layers, self.levels.teacher_layers
-        if not isinstance(tau, (int, float)) or tau <= 0:
+        if not (is_number(tau) and tau > 0):
             raise ConfigError(f'tau={tau!r}: expected a positive number')
         self.tau = tau
         self.foreground_weight = Weight(foreground_weight, 'foreground_weight')

@@ -14,6 +14,7 @@ from mmkd.hosts.detection.dense_heads import AnchorDenseHead, check_levels, dens
 from mmkd.hosts.detection.ground_truth import ground_truth
 from mmkd.registry import DISTILLERS
 from mmkd.taps import Taps, find_layer
+from mmkd.values import is_number
 
 WEIGHT = dict(type='constant', value=0.01, begin=400)
 ADAPTER = dict(type='ConvAdapter', kernel_size=3, relu=True, init_std=1e-4)
@@ -137,7 +138,7 @@ class FGFI(FeatureDistiller):
         teacher_layer: str | None = None,
     ):
         super().__init__(layer, loss_weight, teacher_layer, adapter)
-        if not (isinstance(psi, (int, float)) and 0 <= psi < 1):
+        if not (is_number(psi) and 0 <= psi < 1):
             raise ConfigError(f'psi={psi!r}: expected a number, 0 <= psi < 1')
         if levels not in ('best', 'all'):
             raise ConfigError(f"levels={levels!r}: expected 'best' or 'all'")

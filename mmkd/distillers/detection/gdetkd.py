@@ -26,6 +26,7 @@ from mmkd.hosts.detection.roi_pool import pool_boxes
 from mmkd.hosts.detection.rois import RoIHead, best_predictions, check_same_predictions, to_rois
 from mmkd.registry import DISTILLERS
 from mmkd.taps import INPUT, Taps, find_layer
+from mmkd.values import is_number, is_whole
 
 
 def aggregate_levels(
@@ -245,17 +246,17 @@ class GDetKD(Distiller):
             candidates=candidates,
         )
         for name, value in numbers.items():
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            if not (is_whole(value) and value >= 1):
                 raise ConfigError(f'{name}={value!r}: expected a whole number of at least 1')
         for name, value in (('tau', tau), ('ckd_tau', ckd_tau)):
-            if not isinstance(value, (int, float)) or value <= 0:
+            if not (is_number(value) and value > 0):
                 raise ConfigError(f'{name}={value!r}: expected a positive temperature')
         for name, value in (
             ('max_overlap', max_overlap),
             ('positive_fraction', positive_fraction),
             ('positive_iou', positive_iou),
         ):
-            if not isinstance(value, (int, float)) or not 0 <= value <= 1:
+            if not (is_number(value) and 0 <= value <= 1):
                 raise ConfigError(f'{name}={value!r}: expected a number from 0 to 1')
         self.compares_classes, self.compares_boxes = bool(cls_weight), bool(bbox_weight)
         compares_heads = self.compares_classes or self.compares_boxes

@@ -20,6 +20,7 @@ from mmkd.hosts.detection.roi_pool import pool_boxes
 from mmkd.hosts.detection.rois import clip
 from mmkd.registry import DISTILLERS
 from mmkd.taps import Taps, find_layer
+from mmkd.values import is_number, is_whole
 
 
 def instance_scores(
@@ -240,8 +241,13 @@ class GID(Distiller):
             raise ConfigError(f"relation={relation!r}: expected 'image' or 'batch'")
         if feature_distance not in ('squared_l2', 'l2'):
             raise ConfigError(f"feature_distance={feature_distance!r}: expected 'squared_l2' or 'l2'")
-        if not (isinstance(topk, int) and isinstance(nms_pre, int) and 1 <= topk <= nms_pre):
+        if not (is_whole(topk) and is_whole(nms_pre) and 1 <= topk <= nms_pre):
             raise ConfigError(f'topk={topk!r}, nms_pre={nms_pre!r}: expected whole numbers, 1 <= topk <= nms_pre')
+        if not (is_number(nms_iou) and 0 <= nms_iou <= 1):
+            raise ConfigError(f'nms_iou={nms_iou!r}: expected a number from 0 to 1')
+        for name, value in (('pooled_size', pooled_size), ('sampling_ratio', sampling_ratio)):
+            if not (is_whole(value) and value >= 1):
+                raise ConfigError(f'{name}={value!r}: expected a whole number of at least 1')
         self.layer, self.head = layer, head
         self.teacher_layer, self.teacher_head = teacher_layer or layer, teacher_head or head
         self.student_layers = (self.layer, self.head)

@@ -22,6 +22,7 @@ from mmkd.hosts.detection.dense_heads import DistributionDenseHead, dense_head
 from mmkd.hosts.detection.ground_truth import ground_truth
 from mmkd.registry import DISTILLERS
 from mmkd.taps import Taps, find_layer
+from mmkd.values import is_number
 
 
 def distribution_divergence(
@@ -194,9 +195,9 @@ class LD(Distiller):
     ):
         super().__init__()
         for name, value in (('tau', tau), ('kd_tau', kd_tau)):
-            if not isinstance(value, (int, float)) or value <= 0:
+            if not (is_number(value) and value > 0):
                 raise ConfigError(f'{name}={value!r}: expected a positive temperature')
-        if not isinstance(gamma, (int, float)) or not 0 <= gamma < 1:
+        if not (is_number(gamma) and 0 <= gamma < 1):
             raise ConfigError(f'gamma={gamma!r}: expected a number of at least 0 and below 1')
         if normalize not in ('images', 'weights', 'none'):
             raise ConfigError(f"normalize={normalize!r}: expected 'images', 'weights' or 'none'")

@@ -25,6 +25,7 @@ from mmkd.hosts.detection.rois import (
 )
 from mmkd.registry import DISTILLERS
 from mmkd.taps import Taps, find_layer
+from mmkd.values import is_whole
 
 
 def mean_square(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
@@ -112,8 +113,9 @@ class Mimic(Distiller):
         super().__init__()
         if proposals not in ('student', 'teacher'):
             raise ConfigError(f"proposals={proposals!r}: expected 'student' or 'teacher'")
-        if not (isinstance(topk, int) and topk >= 1):
-            raise ConfigError(f'topk={topk!r}: expected a whole number of at least 1')
+        for name, value in (('topk', topk), ('pooled_size', pooled_size), ('sampling_ratio', sampling_ratio)):
+            if not (is_whole(value) and value >= 1):
+                raise ConfigError(f'{name}={value!r}: expected a whole number of at least 1')
         self.compares_classes, self.compares_boxes = bool(cls_weight), bool(bbox_weight)
         compares_heads = self.compares_classes or self.compares_boxes
         if head is not None and (compares_heads or proposals == 'teacher'):

@@ -5,7 +5,6 @@ arXiv 1805.02152.
 """
 
 import inspect
-import math
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ import torch
 from mmkd.distillers.detection.mimic import Mimic, half_mean_square
 from mmkd.errors import ConfigError, nearest
 from mmkd.registry import DISTILLERS
+from mmkd.values import is_number, is_whole
 
 
 def quantize(feature: torch.Tensor, step: float | torch.Tensor, signed: bool = True) -> torch.Tensor:
@@ -90,11 +90,9 @@ class QuantizationMimic(Mimic):
                     f'QuantizationMimic has no option {option!r}; the nearest are {nearest(option, known)}'
                 )
         super().__init__(**mimic)
-        number = isinstance(step, (int, float)) and not isinstance(step, bool)
-        if step is not None and not (number and math.isfinite(step) and step > 0):
+        if step is not None and not (is_number(step) and step > 0):
             raise ConfigError(f'step={step!r}: expected a positive number, or None to derive it')
-        whole = isinstance(quantization_levels, int) and not isinstance(quantization_levels, bool)
-        if not whole or quantization_levels < 1:
+        if not (is_whole(quantization_levels) and quantization_levels >= 1):
             raise ConfigError(f'quantization_levels={quantization_levels!r}: expected a whole number of at least 1')
         self.step, self.quantization_levels, self.signed = step, quantization_levels, signed
 

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from mmkd.distillers.base import FeatureDistiller
 from mmkd.errors import ConfigError
 from mmkd.registry import DISTILLERS
+from mmkd.values import is_number
 
 FORMS = ('mean', 'sum', 'norm')
 
@@ -100,7 +101,7 @@ class AT(FeatureDistiller):
         super().__init__(layer, loss_weight, teacher_layer, match=match)
         if form not in FORMS:
             raise ConfigError(f'form={form!r}: expected one of {", ".join(FORMS)}')
-        if not isinstance(power, (int, float)) or power < 1:
+        if not (is_number(power) and power >= 1):
             raise ConfigError(f'power={power!r}: expected a number of at least 1')
         self.form = form
         self.power = power

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from mmkd.distillers.base import FeatureDistiller
 from mmkd.errors import ConfigError
 from mmkd.registry import DISTILLERS
+from mmkd.values import is_number
 
 
 def channel_wise_divergence(student: torch.Tensor, teacher: torch.Tensor, tau: float = 1.0) -> torch.Tensor:
@@ -68,7 +69,7 @@ class CWD(FeatureDistiller):
         match: str = 'stride',
     ):
         super().__init__(layer, loss_weight, teacher_layer, adapter, match)
-        if not isinstance(tau, (int, float)) or tau <= 0:
+        if not (is_number(tau) and tau > 0):
             raise ConfigError(f'tau={tau!r}: expected a positive temperature')
         self.tau = tau
 

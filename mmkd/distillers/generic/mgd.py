@@ -12,6 +12,7 @@ from mmkd.distillers.base import FeatureDistiller
 from mmkd.errors import ConfigError
 from mmkd.registry import DISTILLERS
 from mmkd.taps import Taps
+from mmkd.values import is_number
 
 
 def random_mask(feature: torch.Tensor, ratio: float) -> torch.Tensor:
@@ -86,7 +87,7 @@ class MGD(FeatureDistiller):
         match: str = 'stride',
     ):
         super().__init__(layer, loss_weight, teacher_layer, adapter, match)
-        if not isinstance(mask_ratio, (int, float)) or not 0 <= mask_ratio < 1:
+        if not (is_number(mask_ratio) and 0 <= mask_ratio < 1):
             raise ConfigError(f'mask_ratio={mask_ratio!r}: expected a probability of at least 0 and below 1')
         self.mask_ratio = mask_ratio
 

@@ -11,6 +11,7 @@ import torch
 from mmkd.distillers.base import FeatureDistiller
 from mmkd.errors import ConfigError
 from mmkd.registry import DISTILLERS
+from mmkd.values import is_number
 
 
 def standardize(feature: torch.Tensor, eps: float = 1e-6) -> torch.Tensor:
@@ -88,7 +89,7 @@ class PKD(FeatureDistiller):
         match: str = 'stride',
     ):
         super().__init__(layer, loss_weight, teacher_layer, adapter, match)
-        if not isinstance(eps, (int, float)) or eps < 0:
+        if not (is_number(eps) and eps >= 0):
             raise ConfigError(f'eps={eps!r}: expected a number of at least 0')
         self.eps = eps
 

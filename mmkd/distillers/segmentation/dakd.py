@@ -24,6 +24,7 @@ from mmkd.hosts.segmentation.labels import ground_truth, pixels_of, resize_label
 from mmkd.hosts.segmentation.logits import compared_logits, require_class_logits, resize_logits
 from mmkd.registry import DISTILLERS
 from mmkd.taps import Taps
+from mmkd.values import is_number, is_whole
 
 SOURCE, TARGET = 0, 1
 CRITIC_STRIDE = 32
@@ -267,9 +268,9 @@ class DAKD(Distiller):
         )
         if reduction not in REDUCTIONS:
             raise ConfigError(f'reduction={reduction!r}: expected one of {", ".join(REDUCTIONS)}')
-        if threshold is not None and (not isinstance(threshold, (int, float)) or not 0 <= threshold <= 1):
+        if threshold is not None and not (is_number(threshold) and 0 <= threshold <= 1):
             raise ConfigError(f'threshold={threshold!r}: expected a probability, or None')
-        if not isinstance(critic_channels, int) or critic_channels < 1:
+        if not (is_whole(critic_channels) and critic_channels >= 1):
             raise ConfigError(f'critic_channels={critic_channels!r}: expected a positive number of channels')
         self.kl_weight = Weight(kl_weight, 'kl_weight')
         self.auxiliary_kl_weight = Weight(auxiliary_kl_weight, 'auxiliary_kl_weight')

@@ -17,6 +17,7 @@ from mmkd.hosts.segmentation.labels import labeled
 from mmkd.hosts.segmentation.logits import compared_logits, require_class_logits
 from mmkd.registry import DISTILLERS
 from mmkd.taps import Taps
+from mmkd.values import is_number
 
 EPS = 1e-8
 
@@ -121,7 +122,7 @@ class DIST(Distiller):
     ):
         super().__init__()
         self.levels = LevelPairs(layer or logits_layer, teacher_layer)
-        if not isinstance(tau, (int, float)) or tau <= 0:
+        if not (is_number(tau) and tau > 0):
             raise ConfigError(f'tau={tau!r}: expected a positive temperature')
         self.inter_weight = Weight(inter_weight, 'inter_weight')
         self.intra_weight = Weight(intra_weight, 'intra_weight')

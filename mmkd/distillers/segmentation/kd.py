@@ -15,6 +15,7 @@ from mmkd.hosts.segmentation.labels import ground_truth, labeled
 from mmkd.hosts.segmentation.logits import compared_logits, require_class_logits
 from mmkd.registry import DISTILLERS
 from mmkd.taps import Taps
+from mmkd.values import is_number
 
 REDUCTIONS = ('pixel_mean', 'image_sum', 'element_mean', 'sum')
 
@@ -116,7 +117,7 @@ class KD(FeatureDistiller):
         teacher_layer: str | Sequence[str] | None = None,
     ):
         super().__init__(layer or logits_layer, loss_weight, teacher_layer)
-        if not isinstance(tau, (int, float)) or tau <= 0:
+        if not (is_number(tau) and tau > 0):
             raise ConfigError(f'tau={tau!r}: expected a positive temperature')
         if reduction not in REDUCTIONS:
             raise ConfigError(f'reduction={reduction!r}: expected one of {", ".join(REDUCTIONS)}')

@@ -21,6 +21,7 @@ from mmkd.hosts.segmentation.labels import labeled
 from mmkd.hosts.segmentation.logits import require_class_logits
 from mmkd.registry import DISTILLERS
 from mmkd.taps import Taps
+from mmkd.values import is_number, is_whole
 
 IMAGE = 'backbone:input'
 
@@ -147,9 +148,9 @@ class SKD(Distiller):
         teacher_feature_layer: str | None = None,
     ):
         super().__init__()
-        if not isinstance(tau, (int, float)) or tau <= 0:
+        if not (is_number(tau) and tau > 0):
             raise ConfigError(f'tau={tau!r}: expected a positive temperature')
-        if not isinstance(penalty_weight, (int, float)) or penalty_weight < 0:
+        if not (is_number(penalty_weight) and penalty_weight >= 0):
             raise ConfigError(f'penalty_weight={penalty_weight!r}: expected a number of at least 0')
         if pixel_reduction not in REDUCTIONS:
             raise ConfigError(f'pixel_reduction={pixel_reduction!r}: expected one of {", ".join(REDUCTIONS)}')
@@ -157,11 +158,11 @@ class SKD(Distiller):
             raise ConfigError(f'mode={mode!r}: expected one of {", ".join(MODES)}')
         if kernel is not None and scale is not None:
             raise ConfigError(f'kernel={kernel!r} and scale={scale!r}: both say how large a node is; set one of them')
-        if kernel is not None and (not isinstance(kernel, int) or kernel < 1):
+        if kernel is not None and not (is_whole(kernel) and kernel >= 1):
             raise ConfigError(f'kernel={kernel!r}: expected a number of positions of at least 1')
-        if scale is not None and (not isinstance(scale, (int, float)) or not 0 < scale < 1):
+        if scale is not None and not (is_number(scale) and 0 < scale < 1):
             raise ConfigError(f'scale={scale!r}: expected a fraction of the map above 0 and below 1')
-        if not isinstance(max_nodes, int) or max_nodes < 1:
+        if not (is_whole(max_nodes) and max_nodes >= 1):
             raise ConfigError(f'max_nodes={max_nodes!r}: expected a number of nodes of at least 1')
         self.pixel, self.pair, self.holistic = (each != 0 for each in (pixel_weight, pair_weight, holistic_weight))
         if not (self.pixel or self.pair or self.holistic):

@@ -1,0 +1,98 @@
+"""Whether the files of data loaders and evaluators are there, and can be what the config takes them for."""
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+
+from mmengine.config import Config
+
+from mmkd.checks.coco import check_coco, compare_evaluator
+from mmkd.checks.label_maps import check_label_maps, check_segmentation_classes
+from mmkd.errors import ConfigError
+from mmkd.hosts.configs import numbered
+from mmkd.hosts.datasets import annotation_path, datasets, is_coco, is_segmentation, local, type_name
+
+WHICH = {'train': 'train_dataloader.dataset', 'val': 'val_dataloader.dataset', 'test': 'test_dataloader.dataset'}
+TRY = 'to try mmkd without any download: make demo, make demo-seg'
+
+
+def check_data(config: Config, parts: Sequence[str]) -> list[str]:
+    """Check the files of the data loaders and evaluators of ``train``, ``val`` or ``test``.
+
+    Returns:
+        Warnings for the log, a line each.
+
+    Raises:
+        ConfigError: naming the option, the path, and how to point to another.
+    """
+    warnings = []
+    scope = config.get('default_scope')
+    for part in parts:
+        found = list(part_datasets(config, part))
+        for option, dataset in found:
+            warnings += _check_dataset(option, dataset, scope, part == 'train')
+        for option, metric in _metrics(config, part):
+            path = metric.get('ann_file')
+            if not path or not local(metric):
+                continue
+            if not os.path.exists(path):
+                raise ConfigError(
+                    f'{option}.ann_file: {os.path.abspath(path)} does not exist; {elsewhere(option, "ann_file", path)}'
+                )
+            if type_name(metric) == 'CocoMetric' and len(found) == 1 and is_coco(found[0][1], scope):
+                if local(found[0][1]):
+                    warnings += compare_evaluator(option, path, found[0][1])
+    return list(dict.fromkeys(warnings))
+
+
+def elsewhere(option: str, key: str, default: str) -> str:
+    """What to do about data that are not where the config has them."""
+    return (
+        f'put or link the data there (ln -s /path/to/data {default.rstrip("/")}), or name another place in a config of your own '
+        f'or with --cfg-options {option}.{key}=/path/to/data/ (train, val, test and the evaluators have their own); {TRY}'
+    )
+
+
+def part_datasets(config: Config, part: str) -> Iterator[tuple[str, Mapping]]:
+    """The data sets of ``train``, ``val`` or ``test``, each with its option's name."""
+    loader = config.get(f'{part}_dataloader')
+    return datasets(loader.dataset, WHICH[part]) if loader else iter(())
+
+
+def _metrics(config: Config, part: str) -> Iterator[tuple[str, Mapping]]:
+    option = f'{part}_evaluator'
+    found = config.get(option)
+    for name, each in [(option, found), *numbered(option, found)]:
+        if isinstance(each, Mapping):
+            yield name, each
+
+
+def _check_dataset(option: str, dataset: Mapping, scope: str | None, trains: bool) -> list[str]:
+    if not local(dataset):
+        return []
+    coco, segmentation = is_coco(dataset, scope), is_segmentation(dataset, scope)
+    if coco and not dataset.get('ann_file'):
+        raise ConfigError(
+            f"{option}.ann_file: missing; {type_name(dataset)} reads its annotations from it, such as ann_file='annotations/"
+            f"train.json', below data_root"
+        )
+    root = dataset.get('data_root') or ''
+    prefixes = dataset.get('data_prefix') or {}
+    if not isinstance(prefixes, Mapping):
+        raise ConfigError(f"{option}.data_prefix={prefixes!r}: expected a dict, such as dict(img='train/')")
+    folders = {f'data_prefix.{key}': prefix for key, prefix in prefixes.items() if isinstance(prefix, str)}
+    wanted = {'data_root': '', **folders, 'ann_file': dataset.get('ann_file') or ''}
+    for key, value in wanted.items():
+        path = os.path.join(root, value)
+        if path and not os.path.exists(path):
+            advice = elsewhere(option, 'data_root', root or path)
+            raise ConfigError(f'{option}.{key}: {os.path.abspath(path)} does not exist; {advice}')
+    if coco and not os.path.isfile(annotation_path(dataset)):
+        raise ConfigError(f'{option}.ann_file: {annotation_path(dataset)} is no file')
+    if (coco or segmentation) and not dataset.get('pipeline'):
+        raise ConfigError(f'{option}.pipeline: missing, or empty; nothing would read the images')
+    if coco:
+        return check_coco(option, dataset, scope, trains)
+    if segmentation:
+        check_segmentation_classes(option, dataset, scope)
+        return check_label_maps(option, dataset, scope)
+    return []

@@ -1,0 +1,238 @@
+"""Options with values that cannot be, and options that do not go together."""
+
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
+from typing import Any
+
+import torch
+from mmengine.config import Config
+from mmengine.dist import get_world_size
+
+from mmkd.errors import ConfigError, nearest
+from mmkd.hosts.configs import described_sources, numbered
+from mmkd.hosts.datasets import type_name
+from mmkd.registry import SOURCES, resolve
+from mmkd.values import is_number, is_whole
+
+MULTIPLIERS = ('lr_mult', 'decay_mult')
+
+
+def check_options(config: Config) -> None:
+    """Check what the Runner and mmkd take from a config for a training, as far as no model is needed.
+
+    Raises:
+        ConfigError: for the first option that cannot work.
+    """
+    check_parts(config, ('train', 'val'))
+    _check_training(config)
+    _check_optimizer(config)
+    _check_schedulers(config)
+    _check_runner(config)
+    if 'student' in config.model or type_name(config.model) == 'Distill':
+        _check_distillation(config)
+
+
+def check_folder(path: str, option: str) -> None:
+    """Check that a folder can be made and written to.
+
+    Raises:
+        ConfigError: naming what is in the way.
+    """
+    if not isinstance(path, (str, os.PathLike)):
+        raise ConfigError(f'{option}={path!r}: expected the name of a folder')
+    there = os.path.abspath(os.path.expanduser(path))
+    while not os.path.lexists(there):  # the nearest one of those around it
+        there = os.path.dirname(there)
+    if not os.path.isdir(there):
+        raise ConfigError(f'{option} {path}: {there} is a file, not a folder; name another')
+    try:
+        with tempfile.TemporaryFile(dir=there):
+            pass
+    except OSError as error:
+        raise ConfigError(
+            f'{option} {path}: nothing can be written to {there} ({error.strerror}); name another'
+        ) from None
+
+
+def check_launcher(launcher: str) -> None:
+    """Check that this process was started by the launcher that is named.
+
+    Raises:
+        ConfigError: naming what the launcher would have set.
+    """
+    started = {'pytorch': 'torchrun', 'slurm': 'srun', 'mpi': 'mpirun'}.get(launcher)
+    sets = {'pytorch': 'RANK', 'slurm': 'SLURM_PROCID', 'mpi': 'OMPI_COMM_WORLD_LOCAL_RANK'}.get(launcher)
+    if sets and sets not in os.environ:
+        raise ConfigError(
+            f'--launcher {launcher}: {sets} is not set, as {started} would have it; start with {started}, or leave it out'
+        )
+
+
+def _whole(option: str, value: Any, least: int = 1) -> None:
+    if not (is_whole(value) and value >= least):
+        raise ConfigError(f'{option}={value!r}: expected a whole number of at least {least}')
+
+
+def _count(option: str, value: Any, least: int) -> None:
+    """As :func:`_whole`, for what may be written ``8e4`` as well."""
+    _whole(option, int(value) if isinstance(value, float) and value.is_integer() else value, least)
+
+
+def _part(config: Mapping, option: str) -> Mapping:
+    value = config.get(option)
+    if not isinstance(value, Mapping):
+        raise ConfigError(f'{option}={value!r}: expected a dict' if option in config else f'the config has no {option}')
+    return value
+
+
+def check_parts(config: Config, parts: Sequence[str]) -> None:
+    """Check that all is there that mmengine takes together for ``train``, ``val`` or ``test``, and the loaders.
+
+    Raises:
+        ConfigError: naming what is missing; a validation may be missing as a whole.
+    """
+    for part in parts:
+        names = [f'{part}_cfg', f'{part}_dataloader', 'optim_wrapper' if part == 'train' else f'{part}_evaluator']
+        missing = [name for name in names if config.get(name) is None]
+        if missing and (part != 'val' or len(missing) < len(names)):
+            raise ConfigError(f'{missing[0]}: missing; mmengine takes all of {", ".join(names)} or none')
+        if not missing:
+            _check_loader(config, part)
+
+
+def _check_training(config: Config) -> None:
+    training = _part(config, 'train_cfg')
+    if not training.get('type') and 'by_epoch' not in training:
+        raise ConfigError("train_cfg: it has no type, such as 'IterBasedTrainLoop' or 'EpochBasedTrainLoop'")
+    for option, least in (('max_iters', 1), ('max_epochs', 1), ('val_interval', 1), ('val_begin', 0)):
+        if option in training:
+            _count(f'train_cfg.{option}', training[option], least)
+
+
+def _check_loader(config: Config, part: str) -> None:
+    loader, option = _part(config, f'{part}_dataloader'), f'{part}_dataloader'
+    for name in ('dataset', 'sampler'):
+        if not loader.get(name) and not (name == 'sampler' and loader.get('batch_sampler')):
+            raise ConfigError(f'{option}: it has no {name}')
+    if not isinstance(loader['dataset'], Mapping):
+        raise ConfigError(f'{option}.dataset={loader["dataset"]!r}: expected a dict')
+    _whole(f'{option}.batch_size', loader.get('batch_size', 1))
+    _whole(f'{option}.num_workers', loader.get('num_workers', 0), 0)
+    if not loader.get('num_workers'):
+        for name in ('persistent_workers', 'prefetch_factor', 'timeout'):
+            if loader.get(name):
+                raise ConfigError(
+                    f'{option}.{name}={loader[name]!r} needs workers, and num_workers is 0; set {option}.{name}='
+                    f'{"False" if name == "persistent_workers" else None}'
+                )
+
+
+def _check_optimizer(config: Config) -> None:
+    wrapper = _part(config, 'optim_wrapper')
+    optimizer = wrapper.get('optimizer')
+    if optimizer is None and 'constructor' in wrapper:
+        return
+    if not isinstance(optimizer, Mapping):
+        raise ConfigError(f'optim_wrapper.optimizer={optimizer!r}: expected a dict with type and lr')
+    for name in ('lr', 'weight_decay', 'momentum', 'eps'):
+        value = optimizer.get(name)
+        if value is not None and not (is_number(value) and value >= 0):
+            raise ConfigError(f'optim_wrapper.optimizer.{name}={value!r}: expected a number of at least 0')
+    if 'accumulative_counts' in wrapper:
+        _whole('optim_wrapper.accumulative_counts', wrapper['accumulative_counts'])
+    clip = wrapper.get('clip_grad')
+    if clip is not None and not isinstance(clip, Mapping):
+        raise ConfigError(f'optim_wrapper.clip_grad={clip!r}: expected a dict such as dict(max_norm=35), or None')
+    most = (clip or {}).get('max_norm')
+    if most is not None and not (is_number(most) and most > 0):
+        raise ConfigError(f'optim_wrapper.clip_grad.max_norm={most!r}: expected a positive number')
+    keys = (wrapper.get('paramwise_cfg') or {}).get('custom_keys')
+    for key, change in keys.items() if isinstance(keys, Mapping) else ():
+        if not isinstance(change, Mapping):
+            raise ConfigError(
+                f'optim_wrapper.paramwise_cfg.custom_keys.{key}={change!r}: expected a dict such as dict(lr_mult=0.1)'
+            )
+        slip = next((name for name in change if name not in MULTIPLIERS and get_close_matches(name, MULTIPLIERS)), None)
+        if slip:
+            found = nearest(slip, MULTIPLIERS)
+            raise ConfigError(
+                f'optim_wrapper.paramwise_cfg.custom_keys.{key} has no entry {slip!r}; the nearest are {found}'
+            )
+        for name in MULTIPLIERS:
+            if name in change and not (is_number(change[name]) and change[name] >= 0):
+                raise ConfigError(
+                    f'optim_wrapper.paramwise_cfg.custom_keys.{key}.{name}={change[name]!r}: expected a number of at least 0'
+                )
+    base = (config.get('auto_scale_lr') or {}).get('base_batch_size')
+    if base is not None:
+        _whole('auto_scale_lr.base_batch_size', base)
+
+
+def _check_schedulers(config: Config) -> None:
+    found = config.get('param_scheduler')
+    schedulers = (
+        [('param_scheduler', found)] if isinstance(found, Mapping) else list(numbered('param_scheduler', found))
+    )
+    if found and not schedulers:
+        raise ConfigError(f'param_scheduler={found!r}: expected a dict, or a list of them')
+    for option, each in schedulers:
+        if not isinstance(each, Mapping):
+            raise ConfigError(f'{option}={each!r}: expected a dict with type')
+        for name, least in (('begin', 0), ('end', 1), ('T_max', 1), ('step_size', 1)):
+            if each.get(name) is not None:
+                _count(f'{option}.{name}', each[name], least)
+        if each.get('end') is not None and each['end'] <= each.get('begin', 0):
+            raise ConfigError(f'{option}.end={each["end"]}: expected more than begin, which is {each.get("begin", 0)}')
+        steps = each.get('milestones')
+        if steps is not None and not (_is_list(steps) and all(map(is_number, steps))):
+            raise ConfigError(f'{option}.milestones={steps!r}: expected a list of numbers, such as [8, 11]')
+
+
+def _is_list(value: object) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, str)
+
+
+def _check_runner(config: Config) -> None:
+    for option, kind, what in (('default_hooks', Mapping, 'a dict'), ('custom_hooks', Sequence, 'a list')):
+        value = config.get(option)
+        if value is not None and (isinstance(value, str) or not isinstance(value, kind)):
+            raise ConfigError(f'{option}={value!r}: expected {what}, or None')
+    seed = (config.get('randomness') or {}).get('seed')
+    if seed is not None:
+        _whole('randomness.seed', seed, 0)
+    for option in ('load_from', 'work_dir'):
+        value = config.get(option)
+        if value is not None and not isinstance(value, str):
+            raise ConfigError(f'{option}={value!r}: expected a path')
+
+
+def _check_distillation(config: Config) -> None:
+    """The teachers' options and the distillers, which are built for it: most of their options need no model."""
+    from mmkd.distillers.collection import Distillers  # all methods, seconds that `--help` need not take
+
+    for name in ('student', 'teacher', 'distillers'):
+        if not config.model.get(name):
+            raise ConfigError(f'model.{name}: missing, or empty; a distilled model has student, teacher and distillers')
+    for option, source in described_sources(config):
+        if not isinstance(source, (str, Mapping)):
+            raise ConfigError(f"{option}={source!r}: expected a config's name, or a dict with config and checkpoint")
+        if isinstance(source, Mapping):
+            resolve(SOURCES, option.removeprefix('model.'), {'type': 'Teacher', **source}, student=None)
+    with torch.random.fork_rng([]):
+        Distillers(config.model.distillers)
+
+
+def compare_batch_size(config: Config) -> list[str]:
+    """Say so where the batch is not the one that the learning rate was chosen for."""
+    scaling = config.get('auto_scale_lr') or {}
+    base = scaling.get('base_batch_size')
+    accumulated = config.optim_wrapper.get('accumulative_counts', 1)
+    batch = config.train_dataloader.get('batch_size', 1) * get_world_size() * accumulated
+    if not base or batch == base or scaling.get('enable'):
+        return []
+    return [
+        f'The learning rate was chosen for a batch of {base} images and this run has {batch}: '
+        f'add --auto-scale-lr to scale it by {batch / base:g}.'
+    ]
