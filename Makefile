@@ -1,8 +1,9 @@
 # make demo   set up, then train teacher and students on generated data and write a report
 # make demo-seg   the same for segmentation
 # make test   set up, then run the tests (make test-fast: those that take no longer than seconds)
+# make gpu    set up, then everything that only a GPU can show, in about ten minutes; writes docs/gpu.md
 # make lint   check format, style and the types of the core (make format applies them); needs nothing but Python
-.PHONY: setup demo demo-seg test test-fast lint format clean
+.PHONY: setup demo demo-seg test test-fast gpu lint format clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -24,6 +25,9 @@ test: setup
 
 test-fast: setup
 	$(PYTEST) -m 'not slow'
+
+gpu: setup
+	$(BIN)/python tools/gpu.py
 
 $(LINT)/ready: requirements.txt
 	$(PYTHON) -m venv $(LINT)
