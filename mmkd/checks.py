@@ -33,6 +33,7 @@ from mmkd.hosts.datasets import (
     local,
     type_name,
 )
+from mmkd.hosts.engine import check_engine
 from mmkd.weights import (
     BESIDE,
     NO_WEIGHTS,
@@ -61,6 +62,7 @@ def check_config(config: Config) -> list[str]:
     Raises:
         ConfigError: for the first thing that cannot work.
     """
+    check_engine(config)
     check_data(config, ('train', 'val'))
     check_heads(config)
     check_pretrained(config)

@@ -72,14 +72,20 @@ def test_a_failure_is_a_row_and_the_others_go_on():
         yield
 
     (row,) = rows_of(broken)
-    assert (row['case'], row['status'], row['found']) == ('set-up', 'failed', 'RuntimeError: no networks')
+    assert (row['case'], row['status'], row['found']) == ('all', 'failed', 'RuntimeError: no networks')
 
 
 def test_what_there_is_no_time_for_is_not_run():
     def section(setting):
-        yield 'it', lambda: gpu.Finding('1')
+        for name in 'abc':
+            yield name, lambda: time.sleep(0.3) or gpu.Finding('1')
 
-    assert [row['status'] for row in rows_of(section, seconds=-1.0)] == ['not run']
+    def found(seconds):
+        return [(row['case'], row['status']) for row in rows_of(section, seconds)]
+
+    assert found(-1.0) == [('all', 'not run')]
+    assert found(0.2) == [('a', 'passed'), ('b', 'not run'), ('c', 'not run')]
+    assert found(0.8) == [('a', 'passed'), ('b', 'passed'), ('c', 'passed')]
 
 
 @pytest.mark.slow

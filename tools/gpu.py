@@ -94,7 +94,7 @@ def environment(setting: Setting) -> Cases:
             try:
                 found = run(setting.device)
             except RuntimeError as error:
-                if 'not compiled' in str(error) or 'not implemented' in str(error):
+                if 'not found' in str(error) or 'not compiled' in str(error):
                     raise Skip(f'missing: {first_line(error)}') from None
                 raise
             difference = float((found.cpu() - run(torch.device('cpu'))).abs().max())
@@ -469,8 +469,7 @@ def processes(setting: Setting) -> Cases:
             config.dump(folder / 'config.py')
             torchrun = ['-m', 'torch.distributed.run', f'--nproc_per_node={number}', f'--master_port={free_port()}']
             train = [str(ROOT / 'tools' / 'train.py'), str(folder / 'config.py'), '--launcher', 'pytorch']
-            amp = ['--amp'] if setting.device.type == 'cuda' else []
-            call([*torchrun, *train, *amp], folder, setting)
+            call([*torchrun, *train], folder, setting)
             weights = [torch.load(folder / 'work' / f'rank{rank}.pth', map_location='cpu') for rank in range(number)]
             before = torch.load(folder / 'work' / 'rank0_before.pth', map_location='cpu')
             moved = any(not torch.equal(value, before[name]) for name, value in weights[0].items())
@@ -787,11 +786,12 @@ def work(args: argparse.Namespace) -> None:
     if device.type == 'cuda':
         torch.cuda.init()
     emit(event='about', about=about(device, device_name(device)))
+    end = time.monotonic() + args.seconds
     for name in args.sections:
         section, seconds = SECTIONS[name]
         emit(event='start', section=name)
         with tempfile.TemporaryDirectory() as folder:
-            setting = Setting(device, args.quick, Path(folder), time.monotonic() + min(seconds, args.seconds))
+            setting = Setting(device, args.quick, Path(folder), min(time.monotonic() + seconds, end))
             run_section(name, section, setting, emit)
         gc.collect()
         if device.type == 'cuda':
@@ -800,16 +800,17 @@ def work(args: argparse.Namespace) -> None:
 
 
 def run_section(name: str, section: Callable[[Setting], Cases], setting: Setting, emit: Callable[..., None]) -> None:
-    cases = section(setting)
+    cases, first = section(setting), True
     while True:
-        case, start = 'set-up', time.monotonic()
+        case, start = 'all', time.monotonic()
         try:
-            case, check = next(cases)
-            if setting.left() <= 0:
-                finding, status = Finding("the section's time was over"), 'not run'
-            else:
+            if not first or setting.left() > 0:  # the first one takes the section's preparation
+                case, check = next(cases)
+            if setting.left() > 0:
                 finding = check()
                 status = {None: 'figure', True: 'passed', False: 'failed'}[finding.passed]
+            else:
+                finding, status = Finding('the time was over'), 'not run'
         except StopIteration:
             return
         except Skip as reason:
@@ -821,8 +822,9 @@ def run_section(name: str, section: Callable[[Setting], Cases], setting: Setting
         emit(event='row', section=name, case=case, status=status, seconds=seconds, **finding._asdict())
         if status == 'failed':
             require_device(setting.device)
-        if case == 'set-up':
+        if case == 'all':
             return
+        first = False
 
 
 def require_device(device: Any) -> None:
