@@ -8,22 +8,24 @@ import pytest
 import torch
 from tool import ROOT, tool
 
+from mmkd.testing import sections
 from mmkd.testing.device import NoWaiting, RandomOnCPU
 
 CPU = torch.device('cpu')
-spec = importlib.util.spec_from_file_location('gpu', ROOT / 'tools' / 'gpu.py')
+TOOL = ROOT / 'tools' / 'gpu.py'
+spec = importlib.util.spec_from_file_location('gpu', TOOL)
 gpu = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(gpu)
 
 
 def setting(folder='.', quick=True, seconds=60.0):
-    return gpu.Setting(CPU, quick, folder, time.monotonic() + seconds)
+    return sections.Setting(CPU, quick, folder, time.monotonic() + seconds)
 
 
 def rows_of(section, seconds=60.0):
     """The rows of a section that is run in this process."""
     rows = []
-    gpu.run_section('it', section, setting(seconds=seconds), lambda **row: rows.append(row))
+    sections.run_section('it', section, setting(seconds=seconds), lambda **row: rows.append(row))
     return rows
 
 
@@ -34,8 +36,8 @@ def test_a_dry_run_passes_and_says_that_it_is_one(tmp_path):
     text, found = page.read_text(), json.loads(figures.read_text())
     assert text.startswith('# Dry run on a CPU')
     assert '**Nothing here was run on a GPU**' in text
-    assert found['about']['device'].startswith('CPU')
-    assert found['about']['torch'] == torch.__version__
+    assert found['facts']['device'].startswith('CPU')
+    assert found['facts']['torch'] == torch.__version__
     assert {row['section'] for row in found['rows']} == set(gpu.QUICK)
     bad = [row for row in found['rows'] if row['status'] in ('failed', 'not run')]
     assert not bad
@@ -43,6 +45,10 @@ def test_a_dry_run_passes_and_says_that_it_is_one(tmp_path):
         assert f'| {row["case"]} | {row["found"]} |' in text
     assert f'{len(found["rows"])} of {len(found["rows"])} rows without failure' in printed
     assert {row['status'] for row in found['rows']} == {'passed', 'figure', 'skipped'}
+
+
+def test_the_tool_has_a_time_for_each_section():
+    assert list(gpu.SECONDS) == list(sections.SECTIONS)
 
 
 def test_without_a_gpu_it_is_one_line():
@@ -54,14 +60,14 @@ def test_without_a_gpu_it_is_one_line():
 
 def test_a_failure_is_a_row_and_the_others_go_on():
     def section(setting):
-        yield 'good', lambda: gpu.Finding('1', '2')
+        yield 'good', lambda: sections.Finding('1', '2')
         yield 'bad', lambda: 1 / 0
-        yield 'not met', lambda: gpu.Finding('3', '2', False)
-        yield 'a figure', lambda: gpu.Finding('3 ms', '', None)
+        yield 'not met', lambda: sections.Finding('3', '2', False)
+        yield 'a figure', lambda: sections.Finding('3 ms', '', None)
         yield 'elsewhere', skip
 
     def skip():
-        raise gpu.Skip('no such thing here')
+        raise sections.Skip('no such thing here')
 
     rows = rows_of(section)
     assert [row['status'] for row in rows] == ['passed', 'failed', 'failed', 'figure', 'skipped']
@@ -78,7 +84,7 @@ def test_a_failure_is_a_row_and_the_others_go_on():
 def test_what_there_is_no_time_for_is_not_run():
     def section(setting):
         for name in 'abc':
-            yield name, lambda: time.sleep(0.3) or gpu.Finding('1')
+            yield name, lambda: time.sleep(0.3) or sections.Finding('1')
 
     def found(seconds):
         return [(row['case'], row['status']) for row in rows_of(section, seconds)]
@@ -90,13 +96,12 @@ def test_what_there_is_no_time_for_is_not_run():
 
 @pytest.mark.slow
 def test_a_hung_or_crashed_section_is_ended_and_the_others_run(tmp_path):
-    """With sections of a copy of the tool: one that hangs, one that ends its process, a good one."""
-    code = (ROOT / 'tools' / 'gpu.py').read_text()
-    code = code.replace('ROOT = Path(__file__).parents[1]', f'ROOT = Path({str(ROOT)!r})').replace(
-        'GRACE = 20.0', 'GRACE = 0.5'
-    )
-    before, _, after = code.partition('SECTIONS: ')
-    sections = """
+    """With sections of its own: one that hangs, one that ends its process, a good one."""
+    (tmp_path / 'worker.py').write_text("""
+import os, sys, time
+from mmkd.testing import sections
+from mmkd.testing.sections import Finding
+
 def hangs(setting):
     yield 'first', lambda: Finding('1')
     yield 'second', lambda: time.sleep(1000)
@@ -107,16 +112,20 @@ def crashes(setting):
 def works(setting):
     yield 'first', lambda: Finding('1')
 
-SECTIONS = {'hangs': (hangs, 1), 'crashes': (crashes, 5), 'works': (works, 5)}
-QUICK"""
-    copy = tmp_path / 'gpu.py'
-    copy.write_text(before + sections + after.partition('QUICK')[2])
-    tool(copy.with_suffix(''), '--device', 'cpu', '--output', tmp_path / 'page.md', expect=1)
+sections.SECTIONS.update(hangs=hangs, crashes=crashes, works=works)
+sections.main()
+""")
+    seconds = "SECONDS = {'hangs': 1, 'crashes': 5, 'works': 5, "
+    code = TOOL.read_text().replace('SECONDS = {', seconds).replace('GRACE = 20.0', 'GRACE = 0.5')
+    code = code.replace("WORKER = 'mmkd.testing.sections'", "WORKER = 'worker'")
+    (tmp_path / 'gpu.py').write_text(code.replace('Path(__file__).parents[1]', f'Path({str(ROOT)!r})'))
+    options = ('--device', 'cpu', '--output', tmp_path / 'page.md', '--sections', 'hangs', 'crashes', 'works')
+    tool(tmp_path / 'gpu', *options, expect=1, env=dict(PYTHONPATH=tmp_path), folder=tmp_path)
     rows = json.loads((tmp_path / 'page.json').read_text())['rows']
     assert [(row['section'], row['case'], row['status']) for row in rows] == [
         ('hangs', 'first', 'passed'),
-        ('hangs', 'the rest of it', 'failed'),
-        ('crashes', 'the rest of it', 'failed'),
+        ('hangs', 'the rest', 'failed'),
+        ('crashes', 'the rest', 'failed'),
         ('works', 'first', 'passed'),
     ]
     assert rows[1]['found'].startswith('ended after ')
@@ -178,19 +187,19 @@ def test_random_tensors_are_drawn_on_the_cpu():
 def test_differences_are_relative_to_the_largest_value_of_each_tensor():
     expected = dict(a=torch.tensor([1.0, 100.0]), b=torch.tensor([1e-9]), c=torch.zeros(0))
     found = dict(a=torch.tensor([2.0, 100.0]), b=torch.tensor([2e-9]), c=torch.zeros(0))
-    assert gpu.compare(found, expected, 1e-3) == pytest.approx(0.01)
-    assert gpu.compare(found, expected, 0.0) == pytest.approx(1.0)
+    assert sections.compare(found, expected, 1e-3) == pytest.approx(0.01)
+    assert sections.compare(found, expected, 0.0) == pytest.approx(1.0)
     with pytest.raises(AssertionError):
-        gpu.compare(dict(a=found['a']), expected, 0.0)
+        sections.compare(dict(a=found['a']), expected, 0.0)
 
 
 def names_of_methods():
-    return [name for name, *_ in (*gpu.method_cases(False), *gpu.source_cases(False))]
+    return [name for name, *_ in (*sections.method_cases(False), *sections.source_cases(False))]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize('name', names_of_methods())
 def test_no_method_and_no_source_waits_for_the_device(name):
     """What a CPU can show of it, see :class:`NoWaiting`; `make gpu` asks CUDA."""
-    check = dict(gpu.waiting(setting(quick=False)))[name]
+    check = dict(sections.waiting(setting(quick=False)))[name]
     assert check().found.startswith('never waits')

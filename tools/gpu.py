@@ -3,909 +3,83 @@
     make gpu                                          # or: python tools/gpu.py
     python tools/gpu.py --device cpu --quick          # a dry run: the same code on small models, written elsewhere
 
-It needs one CUDA device, mmdet and mmseg, and no data, checkpoint or network. A section that takes too long is ended, and
-what fails is a row of the report; the others go on. The exit status is 0 if nothing failed and everything was run.
-
-The sections run in a process of their own, since a CUDA error leaves a process without its device: then the rest goes
-on in a new one.
+It needs one CUDA device, mmdet and mmseg, and no data, checkpoint or network. What fails is a row of the report, and the
+rest goes on: the sections, of mmkd/testing/sections.py, run in a process of their own, which is ended where one hangs, and
+started anew where a CUDA error has taken its device. The exit status is 0 if nothing failed and everything was run.
 """
 
 import argparse
 import contextlib
-import copy
-import gc
 import json
-import logging
 import os
-import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
 import time
-import traceback
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
 
 ROOT = Path(__file__).parents[1]
+WORKER = 'mmkd.testing.sections'
+SECONDS = {
+    "mmcv's ops": 30,
+    'Values': 120,
+    'Waiting for the device': 90,
+    'Mixed precision': 120,
+    'Processes': 90,
+    'Step: gid_retinanet': 60,
+    'Step: cwd_retinanet': 60,
+    'Step: gid_faster_rcnn': 60,
+    'Step: mimic_faster_rcnn': 60,
+    'Step: gid_gfl': 60,
+    'Step: cwd_pspnet': 60,
+    'Step: dist_deeplabv3': 60,
+    'Training': 150,
+    'Compiled and captured': 120,
+}
+"""The sections in their order, and how long each may take; on an idle GPU they take less."""
+QUICK = [name for name in SECONDS if not name.startswith('Step: ') or name == 'Step: gid_retinanet']
 GRACE = 20.0
-"""Seconds after the end of its time in which a section may end its last case."""
-BENCHMARKS = {
-    'gid_retinanet': (2, 3, 800, 1344),
-    'cwd_retinanet': (2, 3, 800, 1344),
-    'gid_faster_rcnn': (2, 3, 800, 1344),
-    'mimic_faster_rcnn': (2, 3, 800, 1344),
-    'gid_gfl': (2, 3, 800, 1344),
-    'cwd_pspnet': (2, 3, 512, 1024),
-    'dist_deeplabv3': (2, 3, 512, 1024),
-}
-GOAL = {True: 1.05, False: 0.95}
-"""Of the floor ratio with AMP: with GID, and with the others."""
-# Relative differences, see `compare`. Values and gradients are those of ten and more layers in float32.
-SAME_LOSS, SAME_GRADIENT = 1e-3, 1e-2
-# Of a loss under autocast to that in float32: fp16 has 11 bits, bf16 has 8.
-CLOSE = {'float16': 0.02, 'bfloat16': 0.05}
-SELECTS = ('GID', 'Mimic', 'QuantizationMimic', 'Chen', 'GDetKD')
-"""Methods that choose slots or regions by scores, or draw regions: rounding chooses others, so the value is another's."""
-
-
-class Finding(NamedTuple):
-    """What a case found."""
-
-    found: str
-    bound: str = ''
-    passed: bool | None = True
-    """None for a figure that nothing is asked of."""
-    figures: dict[str, Any] = {}
-
-
-class Skip(Exception):
-    """A case that this machine, or mmdet itself, cannot run; with the reason."""
-
-
-class Setting(NamedTuple):
-    """Where and how a section runs."""
-
-    device: Any
-    quick: bool
-    folder: Path
-    end: float
-
-    def left(self) -> float:
-        """Seconds of the section's time that are left."""
-        return self.end - time.monotonic()
-
-
-Cases = Iterator[tuple[str, Callable[[], Finding]]]
-
-
-# the machine
-
-
-def environment(setting: Setting) -> Cases:
-    """mmcv's compiled ops on the device, against the CPU."""
-    import torch
-    from mmcv import ops
-
-    def agrees(run: Callable[[Any], Any]) -> Callable[[], Finding]:
-        def check() -> Finding:
-            try:
-                found = run(setting.device)
-            except RuntimeError as error:
-                if 'not found' in str(error) or 'not compiled' in str(error):
-                    raise Skip(f'missing: {first_line(error)}') from None
-                raise
-            difference = float((found.cpu() - run(torch.device('cpu'))).abs().max())
-            return Finding(f'{difference:.1e}', 'at most 1e-4 from the CPU', difference <= 1e-4)
-
-        return check
-
-    random = torch.Generator().manual_seed(0)
-    image, weight = torch.randn(2, 8, 32, 32, generator=random), torch.randn(8, 8, 3, 3, generator=random) / 8
-    offset, mask = torch.randn(2, 18, 32, 32, generator=random), torch.rand(2, 9, 32, 32, generator=random)
-    rois = torch.tensor([[0, 1.5, 2.5, 20.0, 30.0], [1, 3.0, 4.0, 31.0, 17.0]])
-    boxes = torch.rand(200, 4, generator=random) * 50
-    boxes[:, 2:] += boxes[:, :2] + 5
-    scores = torch.rand(200, generator=random)
-
-    def deformed(device: Any) -> Any:
-        return ops.deform_conv2d(*(each.to(device) for each in (image, offset, weight)), 1, 1)
-
-    def modulated(device: Any) -> Any:
-        return ops.modulated_deform_conv2d(
-            *(each.to(device) for each in (image, offset, mask, weight, torch.zeros(8))), 1, 1
-        )
-
-    yield 'roi_align', agrees(lambda device: ops.roi_align(image.to(device), rois.to(device), 7, 1.0, 2, 'avg', True))
-    yield 'nms', agrees(lambda device: ops.nms(boxes.to(device), scores.to(device), 0.5)[0])
-    yield 'deform_conv2d', agrees(deformed)
-    yield 'modulated_deform_conv2d', agrees(modulated)
-
-
-# every method and source
-
-
-def method_cases(quick: bool) -> Iterator[tuple[str, dict, dict, dict[str, dict]]]:
-    """Name, configs of student and teacher, and distillers: one method each."""
-    from mmkd.testing.methods import DETECTION, SEGMENTATION
-
-    wanted = ('RetinaNet: gid', 'RetinaNet: mgd', 'Faster R-CNN: mimic', 'PSPNet: cirkd')
-    for pair, (student, teacher, methods) in {**DETECTION, **SEGMENTATION}.items():
-        wide = teacher(channels=24, base=8 if 'SegFormer' in pair else 12)
-        for name, spec in methods.items():
-            if not quick or f'{pair}: {name}' in wanted:
-                yield f'{pair}: {name}', student(), wide, {name: spec}
-
-
-def source_cases(quick: bool) -> Iterator[tuple[str, dict, dict, dict]]:
-    """Name, the student's config, sources and distillers: one kind of source each."""
-    from mmkd.testing import detectors, segmentors
-
-    families = {
-        'RetinaNet': (detectors.retinanet, dict(type='AT', layer='neck')),
-        'PSPNet': (segmentors.pspnet, dict(type='KD')),
-    }
-    for family, (make, method) in families.items():
-        own = dict(type='AT', layer='backbone.layer3', teacher_layer='backbone.layer4')
-        kinds = {
-            'frozen': (dict(large=dict(config=make(channels=24))), dict(it=dict(method, teacher='large'))),
-            'Average': (dict(mean=dict(type='Average', momentum=0.9)), dict(it=dict(method, teacher='mean'))),
-            'Peer and Own': (
-                dict(peer=dict(type='Peer', config=make(channels=24)), own=dict(type='Own')),
-                dict(it=dict(method, teacher='peer'), up=dict(method, teacher='own', learner='peer')),
-            ),
-            'Own': (dict(own=dict(type='Own')), dict(it=own)),
-        }
-        for kind, (sources, distillers) in kinds.items():
-            if not quick or f'{family} {kind}' == 'RetinaNet Average':
-                yield f'{family} of {kind}', make(), sources, distillers
-
-
-def build(student: dict, teacher: Any, distillers: dict, device: Any) -> Any:
-    """A distilled student with the same weights each time, in training; without dropout, and batch norms as in evaluation.
-
-    Masks of dropout are drawn on the device. A batch norm of the few positions that small models have divides by
-    differences that are mostly rounding.
-    """
-    import torch
-    from mmengine.registry import DefaultScope
-
-    from mmkd.distill import distill
-    from mmkd.sources import Teacher
-    from mmkd.testing import models
-
-    scope = 'mmseg' if student['type'] == 'EncoderDecoder' else 'mmdet'
-    with DefaultScope.overwrite_default_scope(scope):
-        plain = models.build(student, seed=0)
-        if 'backbone' in teacher:
-            teacher = models.build(teacher, seed=1)
-        torch.manual_seed(2)
-        model = distill(student=plain, teacher=teacher, distillers=copy.deepcopy(distillers))
-        for source in model.sources.values():
-            if isinstance(source, Teacher):
-                source.accept_current_weights()
-        model.init_weights()
-    model.to(device).train()
-    for module in model.modules():
-        if isinstance(module, torch.nn.modules.dropout._DropoutNd):
-            module.p = 0.0
-        elif isinstance(module, torch.nn.BatchNorm2d) and module.running_var is not None:
-            module.eval()
-    return model
-
-
-def batch_of(model: Any, seed: int = 0) -> dict:
-    """A batch on the model's device."""
-    from mmkd.testing.batches import random_batch
-
-    shape = (2, 3, 64, 128) if hasattr(model, 'decode_head') else (2, 3, 128, 160)
-    return model.data_preprocessor(random_batch(model, shape, 4, seed), True)
-
-
-def of_distillers(model: Any, losses: dict) -> dict[str, Any]:
-    """What distillers and sources add to the losses."""
-    names = (*model.distillers, *model.sources)
-    return {key: value for key, value in losses.items() if key.startswith(tuple(f'{name}.loss' for name in names))}
-
-
-def total(losses: dict) -> Any:
-    """The sum of losses, some of which are lists of one per level."""
-    return sum(sum(value) if isinstance(value, (list, tuple)) else value for value in losses.values())
-
-
-def after_steps(model: Any, number: int = 3, length: float = 0.3) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Distillation losses and their gradients after some steps, by which memories are filled and averages differ.
-
-    Each step changes the weights by a vector of this length, whatever the scale of the losses. Random numbers are drawn on
-    the CPU.
-    """
-    import torch
-
-    from mmkd.testing.device import RandomOnCPU
-
-    trained = {name: each for name, each in model.named_parameters() if each.requires_grad}
-    batch = batch_of(model)
-    for index in range(number):
-        torch.manual_seed(index)
-        with RandomOnCPU():
-            losses = model(**copy.deepcopy(batch), mode='loss')
-        if index == number - 1:
-            losses = of_distillers(model, losses)
-        chosen = {key: value for key, value in losses.items() if 'loss' in key}
-        found = torch.autograd.grad(total(chosen), list(trained.values()), allow_unused=True)
-        gradients = {name: each for name, each in zip(trained, found) if each is not None}
-        if index < number - 1:
-            norm = torch.stack([each.double().norm() for each in gradients.values()]).norm()
-            with torch.no_grad():
-                for name, gradient in gradients.items():
-                    trained[name].sub_(gradient, alpha=length / float(norm))
-    values = {key: torch.stack(list(flat(value))).sum().detach() for key, value in losses.items()}
-    return values, gradients
-
-
-def compare(found: dict[str, Any], expected: dict[str, Any], least: float) -> float:
-    """The largest difference of two sets of tensors, each relative to the largest value of its own tensor.
-
-    Tensors whose largest value is below ``least`` times that of all are taken relative to that: they are rounding alone,
-    as the gradient of a bias before a batch norm.
-    """
-    assert found.keys() == expected.keys(), set(found) ^ set(expected)
-    largest = {key: float(value.abs().max()) if value.numel() else 0.0 for key, value in expected.items()}
-    floor = max(least * max(largest.values(), default=0.0), 1e-12)
-    return max(
-        (
-            float((found[key].cpu().double() - value.cpu().double()).abs().max()) / max(largest[key], floor)
-            for key, value in expected.items()
-            if value.numel()
-        ),
-        default=0.0,
-    )
-
-
-def finite(tensors: Any) -> bool:
-    return all(bool(each.isfinite().all()) for each in tensors)
-
-
-def values(setting: Setting) -> Cases:
-    """Losses and gradients of every method and kind of source: the device against the CPU, float32 without TF32.
-
-    The dry run has a CPU alone: there it is oneDNN's convolutions against torch's own, which round otherwise.
-    """
-    import torch
-
-    def same(student: dict, teacher: Any, distillers: dict) -> Callable[[], Finding]:
-        def check() -> Finding:
-            exact = after_steps(build(student, teacher, distillers, torch.device('cpu')))
-            if setting.device.type == 'cuda':
-                with without_tf32():
-                    other = after_steps(build(student, teacher, distillers, setting.device))
-            else:
-                with torch.backends.mkldnn.flags(enabled=False):
-                    other = after_steps(build(student, teacher, distillers, setting.device))
-            if not finite([*other[0].values(), *other[1].values()]):
-                raise ArithmeticError('a loss or a gradient is not finite')
-            loss, gradient = compare(other[0], exact[0], 1e-3), compare(other[1], exact[1], 1e-3)
-            return Finding(
-                f'losses {loss:.1e}, gradients {gradient:.1e}',
-                f'{SAME_LOSS:g}, {SAME_GRADIENT:g}',
-                loss <= SAME_LOSS and gradient <= SAME_GRADIENT,
-                dict(loss=loss, gradient=gradient),
-            )
-
-        return check
-
-    for name, *case in (*method_cases(setting.quick), *source_cases(setting.quick)):
-        yield name, same(*case)
-
-
-@contextlib.contextmanager
-def without_tf32() -> Iterator[None]:
-    import torch
-
-    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    try:
-        yield
-    finally:
-        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
-
-
-def waiting(setting: Setting) -> Cases:
-    """Distillers, sources and the backward pass of their losses with every wait for the device an error.
-
-    Not in it: the student's own forward pass with mmdet's assigners, samplers and losses, and what else of mmdet waits by
-    itself: a Peer's forward pass, which is a training step of mmdet's as well, and mmdet's RoI extractor.
-    """
-    import torch
-
-    def never_waits(student: dict, teacher: Any, distillers: dict) -> Callable[[], Finding]:
-        def check() -> Finding:
-            from mmdet.models.roi_heads.roi_extractors import SingleRoIExtractor
-
-            from mmkd.sources import Peer
-            from mmkd.testing.device import NoWaiting
-
-            model = build(student, teacher, distillers, setting.device)
-            batch, guard, stock = batch_of(model), NoWaiting(setting.device), SingleRoIExtractor.forward
-            extractions = 0
-
-            def guarded(function: Callable) -> Callable:
-                def call(*args: Any, **kwargs: Any) -> Any:
-                    with guard:
-                        return function(*args, **kwargs)
-
-                return call
-
-            def extract(*args: Any, **kwargs: Any) -> Any:
-                nonlocal extractions
-                extractions += 1
-                with guard.paused():
-                    return stock(*args, **kwargs)
-
-            for _ in range(2):  # what is made once, and kept, may wait
-                total(of_distillers(model, model(**copy.deepcopy(batch), mode='loss'))).backward()
-            # an instance's attribute is called in place of its class's method
-            model.distillers.forward = guarded(model.distillers.forward)
-            for source in model.sources.values():
-                if not isinstance(source, Peer):
-                    source.read = guarded(source.read)
-            forward = model.distillers.forward
-
-            def with_extractor(*args: Any, **kwargs: Any) -> Any:
-                SingleRoIExtractor.forward = extract
-                try:
-                    return forward(*args, **kwargs)
-                finally:
-                    SingleRoIExtractor.forward = stock
-
-            model.distillers.forward = with_extractor
-            for _ in range(2):
-                losses = total(of_distillers(model, model(**copy.deepcopy(batch), mode='loss')))
-                with guard:
-                    losses.backward()
-            if setting.device.type == 'cuda':
-                torch.cuda.synchronize()
-            apart = f"; apart from {extractions // 2} calls of mmdet's RoI extractor" if extractions else ''
-            if any(isinstance(source, Peer) for source in model.sources.values()):
-                apart += '; apart from the training step of the peer'
-            return Finding(f'never waits{apart}', 'no wait')
-
-        return check
-
-    for name, *case in (*method_cases(setting.quick), *source_cases(setting.quick)):
-        yield name, never_waits(*case)
-
-
-def precision(setting: Setting) -> Cases:
-    """Losses of every method under autocast, against float32 on the same device; and steps with a gradient scaler."""
-    import torch
-
-    def close(student: dict, teacher: Any, distillers: dict, dtype: str) -> Callable[[], Finding]:
-        def check() -> Finding:
-            require_plain(student, dtype, setting)
-            # the second step of unchanged weights
-            exact, _ = after_steps(build(student, teacher, distillers, setting.device), 2, 0.0)
-            model = build(student, teacher, distillers, setting.device)
-            with torch.autocast(setting.device.type, getattr(torch, dtype)):
-                found, gradients = after_steps(model, 2, 0.0)
-            ok = finite([*found.values(), *gradients.values()])
-            difference = compare(found, exact, 1e-2) if ok else float('nan')
-            selects = any(spec['type'] in SELECTS for spec in distillers.values())
-            bound = 'finite' if selects else f'finite, {CLOSE[dtype]:g}'
-            text = f'losses {difference:.1e}' if ok else 'not finite'
-            return Finding(text, bound, ok and (selects or difference <= CLOSE[dtype]), dict(difference=difference))
-
-        return check
-
-    def scaled(student: dict, teacher: Any, distillers: dict) -> Callable[[], Finding]:
-        def check() -> Finding:
-            model = build(student, teacher, distillers, setting.device)
-            optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9)
-            scaler = torch.amp.GradScaler(setting.device.type)
-            before = [each.detach().clone() for each in model.parameters()]
-            batch, taken = batch_of(model), 0
-            for index in range(5 if setting.quick else 20):
-                torch.manual_seed(index)
-                with torch.autocast(setting.device.type, torch.float16 if setting.device.type == 'cuda' else None):
-                    loss, _ = model.parse_losses(model(**copy.deepcopy(batch), mode='loss'))
-                optimizer.zero_grad()
-                scaler.scale(loss).backward()
-                scale = scaler.get_scale()
-                scaler.step(optimizer)
-                scaler.update()
-                taken += scaler.get_scale() >= scale
-            moved = any(not torch.equal(a, b) for a, b in zip(before, model.parameters()))
-            ok = moved and taken > 0 and finite(model.parameters())
-            return Finding(f'{taken} of {index + 1} steps taken, scale {scaler.get_scale():g}', 'weights change', ok)
-
-        return check
-
-    dtypes = ('bfloat16',) if setting.quick else ('float16', 'bfloat16')
-    for name, *case in method_cases(setting.quick):
-        for dtype in dtypes:
-            yield f'{name}, {dtype}', close(*case, dtype)
-    for name, *case in method_cases(setting.quick):
-        if name in ('RetinaNet: gid', 'GFL: ld', 'Faster R-CNN: chen', 'PSPNet: skd', 'PSPNet: cirkd'):
-            yield f'{name}, GradScaler', scaled(*case)
-
-
-def require_plain(student: dict, dtype: str, setting: Setting) -> None:
-    """Skip where the student alone does not run in this dtype: mmcv's ops do not have all of them."""
-    import torch
-    from mmengine.registry import DefaultScope
-
-    from mmkd.testing import models
-
-    with DefaultScope.overwrite_default_scope('mmseg' if student['type'] == 'EncoderDecoder' else 'mmdet'):
-        plain = models.build(student, seed=0).to(setting.device).train()
-    try:
-        with torch.autocast(setting.device.type, getattr(torch, dtype)):
-            plain(**batch_of(plain), mode='loss')
-    except RuntimeError as error:
-        raise Skip(f'the student alone does not run so: {first_line(error)}') from None
-
-
-# several processes
-
-
-def processes(setting: Setting) -> Cases:
-    """DDP over NCCL (gloo on a CPU) by tools/train.py: it starts, and all processes end with the same weights."""
-    import torch
-    from mmengine.config import Config
-
-    from mmkd.testing.runs import distilled, shapes_config
-
-    def together(number: int) -> Callable[[], Finding]:
-        def check() -> Finding:
-            if setting.device.type == 'cuda' and torch.cuda.device_count() < number:
-                raise Skip(f'there is {torch.cuda.device_count()} GPU')
-            folder = setting.folder / f'{number}_processes'
-            folder.mkdir()
-            methods = dict(gid=dict(type='GID'), cwd=dict(type='CWD', layer='neck'))
-            config: Config = shapes_config(folder, distilled(folder, methods), iterations=4, batch=2, images=8)
-            config.custom_hooks = [dict(type='mmkd.testing.runs.SaveEachRank')]
-            config.dump(folder / 'config.py')
-            torchrun = ['-m', 'torch.distributed.run', f'--nproc_per_node={number}', f'--master_port={free_port()}']
-            train = [str(ROOT / 'tools' / 'train.py'), str(folder / 'config.py'), '--launcher', 'pytorch']
-            call([*torchrun, *train], folder, setting)
-            weights = [torch.load(folder / 'work' / f'rank{rank}.pth', map_location='cpu') for rank in range(number)]
-            before = torch.load(folder / 'work' / 'rank0_before.pth', map_location='cpu')
-            moved = any(not torch.equal(value, before[name]) for name, value in weights[0].items())
-            equal = all(torch.equal(value, each[name]) for each in weights for name, value in weights[0].items())
-            ok = moved and equal and finite(value.float() for value in weights[0].values())
-            return Finding('trained, equal weights' if ok else f'moved: {moved}, equal: {equal}', 'equal', ok)
-
-        return check
-
-    yield 'one process', together(1)
-    if not setting.quick:
-        yield 'two processes', together(2)
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(('127.0.0.1', 0))
-        return free.getsockname()[1]
-
-
-def call(arguments: list[str], folder: Path, setting: Setting) -> str:
-    """Run Python with these arguments; what it printed.
-
-    Raises:
-        RuntimeError: with its last line, if it fails or takes longer than the section has.
-    """
-    env = environment_with_mmkd()
-    if setting.device.type != 'cuda':
-        env['CUDA_VISIBLE_DEVICES'] = ''
-    process = subprocess.Popen(
-        [sys.executable, '-W', 'ignore', *arguments],
-        cwd=folder,
-        env=env,
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-    )
-    try:
-        printed, _ = process.communicate(timeout=max(setting.left(), 1.0))
-    except subprocess.TimeoutExpired:
-        process.terminate()  # torchrun ends what it has started
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.communicate(timeout=GRACE / 2)
-        process.kill()
-        raise RuntimeError(f'{Path(arguments[0]).name} took longer than the section has') from None
-    if process.returncode:
-        print(printed[-5000:], file=sys.stderr)
-        last = [line for line in printed.splitlines() if line.strip()][-1:]
-        raise RuntimeError(f'exit status {process.returncode}: {"".join(last)}')
-    return printed
-
-
-def environment_with_mmkd() -> dict[str, str]:
-    """The environment's variables, for a process that imports mmkd from here."""
-    path = [str(ROOT), *filter(None, [os.environ.get('PYTHONPATH')])]
-    return {**os.environ, 'PYTHONPATH': os.pathsep.join(path)}
-
-
-# time and memory
-
-
-def benchmark(name: str) -> Callable[[Setting], Cases]:
-    """A section that measures one config's step against the floor."""
-
-    def section(setting: Setting) -> Cases:
-        import torch
-
-        from mmkd.testing.steps import measure, steps
-
-        built = benchmark_networks(name, setting)
-        teachers = [built.distilled.sources[each] for each in built.stocks]
-        rounds, seconds, warm_up = (1, 1.0, 1) if setting.quick else (20, 6.0, 3)
-
-        def case(amp: bool, dtype: str | None) -> Callable[[], Finding]:
-            def check() -> Finding:
-                for teacher in teachers:
-                    teacher.dtype = getattr(torch, dtype) if dtype else None
-                found = measure(built, steps(built, amp), setting.device, rounds, seconds, warm_up)
-                goal = GOAL['gid' in name]
-                met = 'met' if found['floor_ratio'] <= goal else 'not met'
-                text = '{} ms'.format(' + '.join(f'{of["median_ms"]:.1f}' for of in list(found['steps'].values())[:2]))
-                step = found['steps']['distilled']
-                return Finding(
-                    f'{step["median_ms"]:.1f} ms for {text}: **{found["floor_ratio"]:.3f}**; peak {step["peak_mib"]:.0f} MiB, '
-                    f'memory ratio {found["memory_ratio"]:.3f}',
-                    f'goal {goal:g}: {met}' if amp and not setting.quick else '',
-                    None,
-                    found,
-                )
-
-            return check
-
-        half = 'float16' if setting.device.type == 'cuda' else 'bfloat16'
-        yield 'AMP', case(True, None)
-        if not setting.quick:
-            yield 'float32', case(False, None)
-            yield f'float32, teacher in {half}', case(False, half)
-
-    section.__doc__ = f"""One training step of configs/{name}.py over the plain student's step and the stock teacher's pass.
-
-    Student + teacher in ms for the distilled step in ms, medians of rounds in turn, random weights, 8 objects an image.
-    "float32" is as torch has it: convolutions in TF32, matrix products not.
-    """
-    return section
-
-
-def benchmark_networks(name: str, setting: Setting) -> Any:
-    """A config's networks; for the dry run small ones of the same kind."""
-    from mmengine.config import Config
-
-    from mmkd.testing import detectors
-    from mmkd.testing.runs import distilled
-    from mmkd.testing.steps import networks
-
-    if setting.quick:
-        model = distilled(setting.folder, dict(gid=dict(type='GID')), detectors.retinanet(classes=6))
-        config, shape = Config(dict(model=model, default_scope='mmdet')), (2, 3, 64, 96)
-    else:
-        config, shape = Config.fromfile(ROOT / 'configs' / f'{name}.py'), BENCHMARKS[name]
-        if setting.device.type != 'cuda':
-            shape = (1, 3, shape[2] // 4, shape[3] // 4)
-    return networks(config, shape, 8, setting.device)
-
-
-def faster(setting: Setting) -> Cases:
-    """torch.compile of backbone and neck, and a CUDA graph of the teacher's pass, for configs/gid_retinanet.py with AMP.
-
-    A whole step cannot be one CUDA graph: mmdet's assigners read from the device how many objects and positive anchors
-    there are, and batches differ in size. A graph of the teacher is of one size of images.
-    """
-    import torch
-
-    from mmkd.testing.steps import measure, steps, timed
-
-    built = benchmark_networks('gid_retinanet', setting)
-    teacher = built.distilled.sources['teacher']
-    rounds, seconds, warm_up = (1, 1.0, 1) if setting.quick else (20, 5.0, 4)
-    backend = 'eager' if setting.device.type == 'cpu' else 'inductor'
-
-    def compiled(*models: Any) -> Callable[[], Finding]:
-        def check() -> Finding:
-            if backend == 'inductor' and not any(map(shutil.which, ('cc', 'gcc', 'clang'))):
-                raise Skip('torch.compile needs a C compiler')
-            for model in models:
-                for part in (model.backbone, model.neck):
-                    # `forward`: the taps' hooks stay outside of what is compiled
-                    part.forward = torch.compile(type(part).forward.__get__(part), backend=backend)
-            found = measure(built, steps(built, True), setting.device, rounds, seconds, warm_up)
-            step = found['steps']['distilled']
-            return Finding(
-                f'{step["median_ms"]:.1f} ms: **{found["floor_ratio"]:.3f}** of the floor that is not compiled',
-                '',
-                None,
-                found,
-            )
-
-        return check
-
-    def graph() -> Finding:
-        if setting.device.type != 'cuda':
-            raise Skip('a CPU has no CUDA graphs')
-        batch = built.distilled.data_preprocessor(built.data, True)
-        inputs, samples = batch['inputs'], batch['data_samples']
-
-        def read() -> Any:
-            # casts that autocast keeps would not be in the graph
-            with torch.autocast('cuda', cache_enabled=False):
-                return teacher(inputs, samples)
-
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(3):
-                read()
-        torch.cuda.current_stream().wait_stream(stream)
-        eager = min(timed(read, setting.device) for _ in range(rounds))
-        expected = read()
-        captured = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(captured):
-            taps = read()
-        replayed = min(timed(captured.replay, setting.device) for _ in range(rounds))
-        difference = max(
-            float((a - b).abs().max() / b.abs().max().clamp(min=1e-12))
-            for layer in expected
-            for a, b in zip(flat(taps[layer]), flat(expected[layer]))
-        )
-        return Finding(f'{replayed:.1f} ms for {eager:.1f} ms', 'the same taps to 1e-2', difference <= 1e-2)
-
-    yield "CUDA graph of the teacher's pass", graph
-    yield 'teacher compiled', compiled(teacher.model)
-    yield 'teacher and student compiled', compiled(built.distilled)
-
-
-def flat(value: Any) -> Iterator[Any]:
-    if isinstance(value, (tuple, list)):
-        for each in value:
-            yield from flat(each)
-    else:
-        yield value
-
-
-# training
-
-
-def training(setting: Setting) -> Cases:
-    """Teacher and student of generated data by tools/train.py, with AMP on a GPU, as long as time allows."""
-    from mmkd.data import shapes, streets
-
-    def trained(data: Callable[[], Any], kind: str, teacher: str, student: str) -> Callable[[], Finding]:
-        def check() -> Finding:
-            data()
-            number = 4 if setting.quick else 300
-            amp = ['--amp'] if setting.device.type == 'cuda' else []
-            length = [f'train_cfg.max_iters={number}', f'train_cfg.val_interval={number}', 'randomness.seed=0']
-            logs = ['default_hooks.logger.interval=1', 'log_processor.window_size=1']
-            folder = setting.folder / kind
-            folder.mkdir()
-            (folder / 'data').symlink_to(setting.folder / 'data')
-            options = ['--cfg-options', *length, *logs]
-            if setting.quick:
-                options += ['train_dataloader.batch_size=2']
-            train = str(ROOT / 'tools' / 'train.py')
-            call([train, f'mmkd::{kind}/{teacher}.py', *amp, *options], folder, setting)
-            weights = f'work_dirs/{teacher}/iter_{number}.pth'
-            start = time.monotonic()
-            call(
-                [train, f'mmkd::{kind}/{student}.py', *amp, *options, f'model.teacher.checkpoint={weights}'],
-                folder,
-                setting,
-            )
-            seconds = time.monotonic() - start
-            steps, metric = logged(folder / 'work_dirs' / student)
-            losses = [step['loss'] for step in steps]
-            ok = len(losses) == number and all(value == value and abs(value) < 1e6 for value in losses)
-            tenth = max(number // 10, 1)
-            first, last = (sum(part) / tenth for part in (losses[:tenth], losses[-tenth:]))
-            rate = sum(step['time'] for step in steps[-tenth:]) / tenth
-            return Finding(
-                f'{number} iterations, loss {first:.3f} to {last:.3f}, {metric}, {1e3 * rate:.0f} ms an iteration',
-                'finite' if setting.quick else 'finite, falls',
-                ok and (setting.quick or last < first),
-                dict(first=first, last=last, seconds=seconds, metric=metric),
-            )
-
-        return check
-
-    number = 8 if setting.quick else 400
-    data = setting.folder / 'data'
-    yield (
-        'shapes: gid_retinanet',
-        trained(
-            lambda: shapes.generate(data / 'shapes', splits={'train': number, 'val': max(number // 8, 4)}),
-            'shapes',
-            'retinanet_teacher',
-            'gid_retinanet',
-        ),
-    )
-    if not setting.quick:
-        yield (
-            'streets: cwd_pspnet',
-            trained(
-                lambda: streets.generate(data / 'streets', {'train': number, 'val': max(number // 8, 4)}),
-                'streets',
-                'pspnet_teacher',
-                'cwd_pspnet',
-            ),
-        )
-
-
-def logged(folder: Path) -> tuple[list[dict], str]:
-    """What each training iteration logged, and the metric of the last evaluation."""
-    (file,) = folder.glob('*/vis_data/scalars.json')
-    lines = [json.loads(line) for line in file.read_text().splitlines()]
-    scores = [f'{key.split("/")[-1]} {line[key]}' for line in lines for key in ('coco/bbox_mAP', 'mIoU') if key in line]
-    return [line for line in lines if 'loss' in line], ''.join(scores[-1:])
-
-
-# sections, in their order, and the seconds that each may take on a GPU
-
-
-SECTIONS: dict[str, tuple[Callable[[Setting], Cases], float]] = {
-    "mmcv's ops": (environment, 30),
-    'Values': (values, 120),
-    'Waiting for the device': (waiting, 90),
-    'Mixed precision': (precision, 120),
-    'Processes': (processes, 90),
-    **{f'Step: {name}': (benchmark(name), 60) for name in BENCHMARKS},
-    'Training': (training, 150),
-    'Compiled and captured': (faster, 120),
-}
-QUICK = [name for name in SECTIONS if not name.startswith('Step: ') or name == 'Step: gid_retinanet']
-
-
-def first_line(error: BaseException) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]
-
-
-# the process that runs sections
-
-
-def work(args: argparse.Namespace) -> None:
-    """Run sections and append what they find to a file, a line of JSON each."""
-    import torch
-
-    from mmkd.testing.steps import device_name
-
-    device = torch.device(args.device)
-
-    def emit(**what: Any) -> None:
-        with args.rows.open('a') as file:
-            file.write(json.dumps(what) + '\n')
-
-    logging.disable(logging.INFO)  # how each weight is initialized
-    if device.type == 'cuda':
-        torch.cuda.init()
-    emit(event='about', about=about(device, device_name(device)))
-    end = time.monotonic() + args.seconds
-    for name in args.sections:
-        section, seconds = SECTIONS[name]
-        emit(event='start', section=name)
-        with tempfile.TemporaryDirectory() as folder:
-            setting = Setting(device, args.quick, Path(folder), min(time.monotonic() + seconds, end))
-            run_section(name, section, setting, emit)
-        gc.collect()
-        if device.type == 'cuda':
-            torch.cuda.empty_cache()
-        emit(event='end', section=name)
-
-
-def run_section(name: str, section: Callable[[Setting], Cases], setting: Setting, emit: Callable[..., None]) -> None:
-    cases, first = section(setting), True
-    while True:
-        case, start = 'all', time.monotonic()
-        try:
-            if not first or setting.left() > 0:  # the first one takes the section's preparation
-                case, check = next(cases)
-            if setting.left() > 0:
-                finding = check()
-                status = {None: 'figure', True: 'passed', False: 'failed'}[finding.passed]
-            else:
-                finding, status = Finding('the time was over'), 'not run'
-        except StopIteration:
-            return
-        except Skip as reason:
-            finding, status = Finding(str(reason)), 'skipped'
-        except Exception as error:  # whatever it is: it is what the report is for
-            traceback.print_exc()
-            finding, status = Finding(f'{type(error).__name__}: {first_line(error)}'), 'failed'
-        seconds = round(time.monotonic() - start, 2)
-        emit(event='row', section=name, case=case, status=status, seconds=seconds, **finding._asdict())
-        if status == 'failed':
-            require_device(setting.device)
-        if case == 'all':
-            return
-        first = False
-
-
-def require_device(device: Any) -> None:
-    """Exit if an error took the device with it, so that the rest is run in another process."""
-    if device.type != 'cuda':
-        return
-    import torch
-
-    try:
-        torch.cuda.set_sync_debug_mode('default')
-        torch.cuda.synchronize()
-        torch.cuda.empty_cache()
-    except RuntimeError as error:
-        print(f'the device is lost: {first_line(error)}', file=sys.stderr)
-        sys.exit(3)
-
-
-def about(device: Any, name: str) -> dict[str, Any]:
-    """What the figures belong to."""
-    import mmcv
-    import mmdet
-    import mmengine
-    import mmseg
-    import torch
-    from mmcv.ops import get_compiling_cuda_version
-
-    import mmkd
-
-    packages = (mmkd, torch, mmengine, mmcv, mmdet, mmseg)
-    found = {'device': name, **{each.__name__: each.__version__ for each in packages}}
-    if device.type == 'cuda':
-        free, memory = torch.cuda.mem_get_info()
-        found |= {
-            'CUDA': torch.version.cuda,
-            'cuDNN': torch.backends.cudnn.version(),
-            'compute capability': '.'.join(map(str, torch.cuda.get_device_capability())),
-            'memory': f'{memory / 2**30:.0f} GiB, {free / 2**30:.0f} free',
-            'devices': torch.cuda.device_count(),
-        }
-    return found | {'CUDA of mmcv': get_compiling_cuda_version()}
-
-
-# the process that watches it
+"""Seconds that a section has beyond its time to end its last case."""
 
 
 def watch(args: argparse.Namespace, rows: Path) -> None:
-    """Have all sections run; what is hung is ended, and what is lost is written down."""
+    """Have all sections run; what hangs is ended, and what is lost is written down."""
     names, end = list(args.sections), time.monotonic() + 60 * args.minutes
+    env = {**os.environ, 'PYTHONPATH': os.pathsep.join(filter(None, [str(ROOT), os.environ.get('PYTHONPATH')]))}
     while names:
         left = end - time.monotonic()
         if left <= 0:
             for name in names:
-                append(rows, name, 'all', 'not run', 'the time was over')
+                append(rows, name, 'not run', 'the time was over')
             return
-        command = [sys.executable, '-W', 'ignore', __file__, '--work', '--device', args.device, '--rows', str(rows)]
-        command += ['--seconds', str(left), *(['--quick'] if args.quick else []), '--sections', *names]
-        child = subprocess.Popen(command, start_new_session=True, env=environment_with_mmkd())
-        started, begun = read(rows), time.monotonic()
-        running, since = None, begun
-        why = ''
+        command = [sys.executable, '-W', 'ignore', '-m', WORKER, '--device', args.device, '--rows', str(rows)]
+        command += ['--seconds', str(left), *(['--quick'] if args.quick else [])]
+        child = subprocess.Popen(
+            [*command, *(f'{name}={SECONDS[name]}' for name in names)], env=env, start_new_session=True
+        )
+        before, running, since, why = len(read(rows)), None, time.monotonic(), ''
         while child.poll() is None:
             time.sleep(0.2)
-            seen = [each for each in read(rows)[len(started) :] if each['event'] == 'start']
-            if seen and seen[-1]['section'] != running:
-                running, since = seen[-1]['section'], time.monotonic()
-            limit = SECTIONS[running][1] if running else 120.0  # imports
-            now = time.monotonic()
-            if now > since + limit + GRACE or now > end + GRACE:
+            now, started = time.monotonic(), [each for each in read(rows)[before:] if each['event'] == 'start']
+            if started and started[-1]['section'] != running:
+                running, since = started[-1]['section'], now
+            limit = SECONDS[running] if running else 120  # imports
+            if now > min(since + limit, end) + GRACE:
                 why = f'ended after {now - since:.0f} s'
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(child.pid, signal.SIGKILL)
                 child.wait()
         done = {each['section'] for each in read(rows) if each['event'] == 'end'}
-        lost = next((name for name in names if name not in done), None)
-        if lost is not None:
-            append(rows, lost, 'the rest of it', 'failed', why or f'its process ended with status {child.returncode}')
-        names = [name for name in names if name not in done and name != lost]
+        names = [name for name in names if name not in done]
+        if names:  # the process ended in the first of them
+            append(rows, names.pop(0), 'failed', why or f'its process ended with status {child.returncode}')
 
 
-def append(rows: Path, section: str, case: str, status: str, found: str) -> None:
-    row = dict(event='row', section=section, case=case, status=status, seconds=0.0, **Finding(found)._asdict())
+def append(rows: Path, section: str, status: str, found: str) -> None:
+    row = dict(
+        event='row', section=section, case='the rest', status=status, seconds=0.0, found=found, bound='', figures={}
+    )
     with rows.open('a') as file:
         file.write(json.dumps(row) + '\n')
 
@@ -916,84 +90,78 @@ def read(rows: Path) -> list[dict]:
     return [json.loads(line) for line in content.splitlines(keepends=True) if line.endswith('\n')]
 
 
-# the report
-
-
-def report(args: argparse.Namespace, facts: dict, rows: list[dict], seconds: float) -> str:
+def report(args: argparse.Namespace, events: list[dict], facts: dict, seconds: float) -> str:
     """The page."""
-    counts = {status: sum(row['status'] == status for row in rows) for status in ('passed', 'failed', 'skipped')}
-    counts['not run'] = sum(row['status'] == 'not run' for row in rows)
-    summary = ', '.join(f'{number} {status}' for status, number in counts.items() if number)
+    rows = [each for each in events if each['event'] == 'row']
+    about = {each['section']: each['about'] for each in events if each['event'] == 'start'}
+    numbers = {
+        status: sum(row['status'] == status for row in rows) for status in ('passed', 'failed', 'skipped', 'not run')
+    }
+    summary = ', '.join(f'{number} {status}' for status, number in numbers.items() if number)
     lines = ['# On a GPU', '']
     if args.device == 'cpu':
-        lines = ['# Dry run on a CPU', '', '**Nothing here was run on a GPU**; no figure says anything about one.', '']
-    lines += [
-        f'`{command(args)}`: {summary} of {sum(row["status"] != "figure" for row in rows)} checks, in {seconds:.0f} s.',
-        '',
-        '| | |',
-        '|---|---|',
-        *(f'| {key} | {value} |' for key, value in facts.items()),
-    ]
-    for name, (section, _) in SECTIONS.items():
+        lines = [
+            '# Dry run on a CPU',
+            '',
+            '**Nothing here was run on a GPU**, and no figure says anything about one.',
+            '',
+        ]
+    lines += [f'`{command(args)}`: {summary}, in {seconds:.0f} s.', '', '| | |', '|---|---|']
+    lines += [f'| {key} | {value} |' for key, value in facts.items()]
+    for name in args.sections:
+        lines += ['', f'## {name}', '', about.get(name, ''), '', f'`{command(args, name)}`', '']
+        lines += ['| | found | bound | |', '|---|---|---|---|']
         own = [row for row in rows if row['section'] == name]
-        if own:
-            lines += ['', f'## {name}', '', ' '.join((section.__doc__ or '').split()), '']
-            lines += [f'`{command(args, name)}`', '', '| | found | bound | |', '|---|---|---|---|']
-            lines += [f'| {row["case"]} | {cell(row["found"])} | {row["bound"]} | {row["status"]} |' for row in own]
+        lines += [f'| {row["case"]} | {row["found"]} | {row["bound"]} | {row["status"]} |' for row in own]
     return '\n'.join(lines) + '\n'
 
 
 def command(args: argparse.Namespace, section: str | None = None) -> str:
     options = ['--device cpu'] * (args.device == 'cpu') + ['--quick'] * args.quick
-    options += [f'--sections "{section}"'] * (section is not None)
-    return ' '.join(['python tools/gpu.py', *options])
+    return ' '.join(['python tools/gpu.py', *options, *([f'--sections "{section}"'] if section else [])])
 
 
-def cell(text: str) -> str:
-    return text.replace('|', '\\|')
+def has_cuda() -> bool:
+    check = [sys.executable, '-c', 'import torch; print(torch.cuda.is_available())']
+    return subprocess.run(check, text=True, capture_output=True, check=False).stdout.strip() == 'True'
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description='Everything that only a GPU can show; writes a page and JSON.')
     parser.add_argument('--device', choices=['cuda', 'cpu'], default='cuda', help='cpu: a dry run')
-    parser.add_argument('--output', type=Path, metavar='FILE', help='default docs/gpu.md, of a dry run work_dirs/')
+    parser.add_argument(
+        '--output', type=Path, metavar='FILE', help='default docs/gpu.md; of a dry run below work_dirs/'
+    )
     parser.add_argument('--json', type=Path, metavar='FILE', help='default: beside the page')
     parser.add_argument('--quick', action='store_true', help='a few small cases of each section')
-    parser.add_argument('--minutes', type=float, default=9.0, help='what is not begun by then is not run')
-    parser.add_argument('--sections', nargs='+', choices=list(SECTIONS), metavar='NAME', help='default: all')
-    for option in ('--rows', '--seconds'):  # of the process that runs sections
-        parser.add_argument(option, type=Path if option == '--rows' else float, help=argparse.SUPPRESS)
-    parser.add_argument('--work', action='store_true', help=argparse.SUPPRESS)
+    parser.add_argument('--minutes', type=float, default=9.0, help='what is not begun by then is not run; default 9')
+    parser.add_argument('--sections', nargs='+', choices=list(SECONDS), metavar='NAME', help='default: all')
     args = parser.parse_args()
-    args.sections = args.sections or (QUICK if args.quick else list(SECTIONS))
-    if args.work:
-        work(args)
-        return 0
-    if args.device == 'cuda':
-        found = subprocess.run(
-            [sys.executable, '-c', 'import torch; print(torch.cuda.is_available())'], text=True, capture_output=True
-        )
-        if found.stdout.strip() != 'True':
-            sys.exit('error: torch finds no CUDA device; a dry run is python tools/gpu.py --device cpu --quick')
+    args.sections = args.sections or (QUICK if args.quick else list(SECONDS))
+    if args.device == 'cuda' and not has_cuda():
+        sys.exit('error: torch finds no CUDA device; a dry run is python tools/gpu.py --device cpu --quick')
     page = args.output or ROOT / ('docs/gpu.md' if args.device == 'cuda' else 'work_dirs/gpu_dry_run.md')
     figures = args.json or page.with_suffix('.json')
     start = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         watch(args, Path(folder, 'rows'))
-        found = read(Path(folder, 'rows'))
+        events = read(Path(folder, 'rows'))
     seconds = time.monotonic() - start
-    rows = [{key: each[key] for key in each if key != 'event'} for each in found if each['event'] == 'row']
-    facts = next((each['about'] for each in found if each['event'] == 'about'), {})
-    for file, content in (
-        (page, report(args, facts, rows, seconds)),
-        (figures, json.dumps(dict(command=command(args), seconds=seconds, about=facts, rows=rows), indent=1) + '\n'),
+    facts = next((each['facts'] for each in events if each['event'] == 'facts'), {})
+    rows = [{key: each[key] for key in each if key != 'event'} for each in events if each['event'] == 'row']
+    content = dict(command=command(args), seconds=round(seconds, 1), facts=facts, rows=rows)
+    for file, text in (
+        (page, report(args, events, facts, seconds)),
+        (figures, json.dumps(content, indent=1) + '\n'),
     ):
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(content)
+        file.write_text(text)
     for row in rows:
-        print(f'{row["status"]:8}{row["section"]}: {row["case"]}: {row["found"]}  [{row["bound"]}]  {row["seconds"]} s')
+        print(
+            f'{row["status"]:8} {row["section"]}: {row["case"]}: {row["found"]}  [{row["bound"]}]  {row["seconds"]} s'
+        )
     bad = sum(row['status'] in ('failed', 'not run') for row in rows)
-    print(f'{len(rows) - bad} of {len(rows)} rows without failure in {seconds:.0f} s; written to {page} and {figures}')
+    print(f'{len(rows) - bad} of {len(rows)} rows without failure, in {seconds:.0f} s; written to {page} and {figures}')
     return 1 if bad else 0
 
 
