@@ -13,6 +13,7 @@ import logging
 import os
 import shutil
 import socket
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -56,8 +57,11 @@ BENCHMARKS = {
 }
 GOAL = {True: 1.05, False: 0.95}
 """Of the floor ratio with AMP: with GID, and with the others."""
+SEEDS = (11, 12, 13)
+"""Of the batches of which the median difference counts: where rounding changes the sign of what a ReLU takes in, or which slot
+is chosen, the gradient is another one's, and that is no matter of the device."""
 # Relative differences, see `compare`. Values and gradients are those of ten and more layers in float32.
-SAME_LOSS, SAME_GRADIENT = 1e-3, 1e-2
+SAME_LOSS, SAME_GRADIENT = 1e-4, 5e-3
 # Of a loss under autocast to that in float32: fp16 has 11 bits, bf16 has 8.
 CLOSE = {'float16': 0.02, 'bfloat16': 0.05}
 SELECTS = ('GID', 'Mimic', 'QuantizationMimic', 'Chen', 'GDetKD')
@@ -212,33 +216,36 @@ def total(losses: dict) -> Any:
     return sum(sum(value) if isinstance(value, (list, tuple)) else value for value in losses.values())
 
 
-def after_steps(model: Any, number: int = 3, length: float = 0.3) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Distillation losses and their gradients after some steps, by which memories are filled and averages differ.
+def prepare(model: Any, number: int = 2, length: float = 0.3) -> Any:
+    """Train for some steps, by which memories are filled and averages differ; the model.
 
-    Each step changes the weights by a vector of this length, whatever the scale of the losses. Random numbers are drawn on
-    the CPU.
+    Each step changes the weights by a vector of this length, whatever the scale of the losses.
     """
+    for seed in range(number):
+        _, gradients = evaluate(model, seed, of_student=True)
+        norm = torch.stack([each.double().norm() for each in gradients.values()]).norm()
+        names = dict(model.named_parameters())
+        with torch.no_grad():
+            for name, gradient in gradients.items():
+                names[name].sub_(gradient, alpha=length / float(norm))
+    return model
+
+
+def evaluate(model: Any, seed: int, of_student: bool = False) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The distillation losses of a batch and their gradients; random numbers are drawn on the CPU."""
+    torch.manual_seed(seed)
+    with RandomOnCPU():
+        losses = model(**batch_of(model, seed), mode='loss')
+    losses = (
+        {key: value for key, value in losses.items() if 'loss' in key} if of_student else of_distillers(model, losses)
+    )
     trained = {name: each for name, each in model.named_parameters() if each.requires_grad}
-    batch = batch_of(model)
-    for index in range(number):
-        torch.manual_seed(index)
-        with RandomOnCPU():
-            losses = model(**copy.deepcopy(batch), mode='loss')
-        if index == number - 1:
-            losses = of_distillers(model, losses)
-        chosen = {key: value for key, value in losses.items() if 'loss' in key}
-        found = torch.autograd.grad(total(chosen), list(trained.values()), allow_unused=True)
-        gradients = {name: each for name, each in zip(trained, found) if each is not None}
-        if index < number - 1:
-            norm = torch.stack([each.double().norm() for each in gradients.values()]).norm()
-            with torch.no_grad():
-                for name, gradient in gradients.items():
-                    trained[name].sub_(gradient, alpha=length / float(norm))
-    values = {key: torch.stack(list(flat(value))).sum().detach() for key, value in losses.items()}
-    return values, gradients
+    found = torch.autograd.grad(total(losses), list(trained.values()), allow_unused=True)
+    gradients = {name: each for name, each in zip(trained, found) if each is not None}
+    return {key: torch.stack(list(flat(value))).sum().detach() for key, value in losses.items()}, gradients
 
 
-def compare(found: dict[str, Any], expected: dict[str, Any], least: float) -> float:
+def compare(found: dict[str, Any], expected: dict[str, Any], least: float = 1e-3) -> float:
     """The largest difference of two sets of tensors, each relative to the largest value of its own tensor.
 
     Tensors whose largest value is below ``least`` times that of all are taken relative to that: they are rounding alone,
@@ -264,26 +271,29 @@ def finite(tensors: Any) -> bool:
 def values(setting: Setting) -> Cases:
     """Losses and gradients of every method and kind of source: the device against the CPU, float32 without TF32.
 
+    Median over three batches of the largest difference, relative to each tensor's largest value.
     The dry run has a CPU alone: there it is oneDNN's convolutions against torch's own, which round otherwise.
     """
 
     def same(student: dict, teacher: Any, distillers: dict) -> Callable[[], Finding]:
         def check() -> Finding:
-            exact = after_steps(build(student, teacher, distillers, torch.device('cpu')))
-            if setting.device.type == 'cuda':
-                with without_tf32():
-                    other = after_steps(build(student, teacher, distillers, setting.device))
-            else:
-                with torch.backends.mkldnn.flags(enabled=False):
-                    other = after_steps(build(student, teacher, distillers, setting.device))
-            if not finite([*other[0].values(), *other[1].values()]):
-                raise ArithmeticError('a loss or a gradient is not finite')
-            loss, gradient = compare(other[0], exact[0], 1e-3), compare(other[1], exact[1], 1e-3)
+            exact = prepare(build(student, teacher, distillers, torch.device('cpu')))
+            other = build(student, teacher, distillers, setting.device)
+            other.load_state_dict(exact.state_dict())
+            differences = []
+            for seed in SEEDS:
+                expected = evaluate(exact, seed)
+                with without_tf32() if setting.device.type == 'cuda' else torch.backends.mkldnn.flags(enabled=False):
+                    found = evaluate(other, seed)
+                if not finite([*found[0].values(), *found[1].values()]):
+                    raise ArithmeticError('a loss or a gradient is not finite')
+                differences.append([compare(*each) for each in zip(found, expected)])
+            loss, gradient = (statistics.median(each) for each in zip(*differences))
             return Finding(
                 f'losses {loss:.1e}, gradients {gradient:.1e}',
                 f'{SAME_LOSS:g}, {SAME_GRADIENT:g}',
                 loss <= SAME_LOSS and gradient <= SAME_GRADIENT,
-                dict(loss=loss, gradient=gradient),
+                dict(differences=differences),
             )
 
         return check
@@ -368,17 +378,21 @@ def precision(setting: Setting) -> Cases:
     def close(student: dict, teacher: Any, distillers: dict, dtype: str) -> Callable[[], Finding]:
         def check() -> Finding:
             require_plain(student, dtype, setting)
-            # the second step of unchanged weights
-            exact, _ = after_steps(build(student, teacher, distillers, setting.device), 2, 0.0)
+            exact = prepare(build(student, teacher, distillers, setting.device))
             model = build(student, teacher, distillers, setting.device)
-            with torch.autocast(setting.device.type, getattr(torch, dtype)):
-                found, gradients = after_steps(model, 2, 0.0)
-            ok = finite([*found.values(), *gradients.values()])
-            difference = compare(found, exact, 1e-2) if ok else float('nan')
+            model.load_state_dict(exact.state_dict())
+            differences, ok = [], True
+            for seed in SEEDS:
+                expected, _ = evaluate(exact, seed)
+                with torch.autocast(setting.device.type, getattr(torch, dtype)):
+                    found, gradients = evaluate(model, seed)
+                ok = ok and finite([*found.values(), *gradients.values()])
+                differences.append(compare(found, expected))
+            difference = statistics.median(differences)
             selects = any(spec['type'] in SELECTS for spec in distillers.values())
             bound = 'finite' if selects else f'finite, {CLOSE[dtype]:g}'
             text = f'losses {difference:.1e}' if ok else 'not finite'
-            return Finding(text, bound, ok and (selects or difference <= CLOSE[dtype]), dict(difference=difference))
+            return Finding(text, bound, ok and (selects or difference <= CLOSE[dtype]), dict(differences=differences))
 
         return check
 
