@@ -3,8 +3,9 @@
 # make test   set up, then run the tests (make test-fast: those that take no longer than seconds)
 # make test-kills   kill a training twenty times, at random moments, and compare what it ends with
 # make test-cluster   set up, then run the tests on several nodes and under a real Slurm; what cannot run here says why
+# make gpu    set up, then everything that only a GPU can show, in about ten minutes; writes docs/gpu.md
 # make lint   check format, style and the types of the core (make format applies them); needs nothing but Python
-.PHONY: setup demo demo-seg test test-fast test-kills test-cluster lint format clean
+.PHONY: setup demo demo-seg test test-fast test-kills test-cluster gpu lint format clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -32,6 +33,9 @@ test-cluster: setup
 
 test-kills: setup
 	$(PYTEST) tests/test_kills.py --kills 10
+
+gpu: setup
+	$(BIN)/python tools/gpu.py
 
 $(LINT)/ready: requirements.txt
 	$(PYTHON) -m venv $(LINT)

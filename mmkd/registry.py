@@ -12,6 +12,8 @@ from typing import Any
 
 from mmengine.registry import DATA_SAMPLERS as MMENGINE_DATA_SAMPLERS
 from mmengine.registry import MODELS as MMENGINE_MODELS
+from mmengine.registry import OPTIM_WRAPPERS as MMENGINE_OPTIM_WRAPPERS
+from mmengine.registry import STRATEGIES as MMENGINE_STRATEGIES
 from mmengine.registry import TRANSFORMS as MMENGINE_TRANSFORMS
 from mmengine.registry import Registry
 from torch import nn
@@ -23,6 +25,10 @@ MODELS = Registry('model', parent=MMENGINE_MODELS, scope='mmkd', locations=['mmk
 SOURCES = Registry('source', scope='mmkd', locations=['mmkd.sources'])
 DATA_SAMPLERS = Registry('data sampler', parent=MMENGINE_DATA_SAMPLERS, scope='mmkd', locations=['mmkd.data.domains'])
 TRANSFORMS = Registry('transform', parent=MMENGINE_TRANSFORMS, scope='mmkd', locations=['mmkd.data.domains'])
+OPTIM_WRAPPERS = Registry(
+    'optim wrapper', parent=MMENGINE_OPTIM_WRAPPERS, scope='mmkd', locations=['mmkd.hosts.engine']
+)
+STRATEGIES = Registry('strategy', parent=MMENGINE_STRATEGIES, scope='mmkd', locations=['mmkd.hosts.engine'])
 DISTILLERS = Registry('distiller', scope='mmkd', locations=['mmkd.distillers'])
 ADAPTERS = Registry('adapter', scope='mmkd', locations=['mmkd.adapters'])
 

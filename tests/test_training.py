@@ -3,7 +3,6 @@
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -113,28 +112,6 @@ def test_schedules_follow_the_runners_iteration(tmp_path):
     values = runner.message_hub.get_scalar('train/cwd.loss').data[0]
     assert (values[:2] == 0).all()
     assert (values[2:] > 0).all()
-
-
-def test_ema_accumulation_and_gradient_checkpointing(config):
-    config.optim_wrapper.accumulative_counts = 2
-    config.custom_hooks = [dict(type='EMAHook')]
-    config.activation_checkpointing = ['backbone.layer1']
-    runner = Runner.from_cfg(config)
-    runner.train()
-    saved = torch.load(Path(config.work_dir) / 'iter_4.pth', weights_only=True)
-    assert set(saved['state_dict']) == set(runner.model.state_dict())
-    assert not any('teacher' in name for name in saved['ema_state_dict'])
-    assert all(torch.isfinite(value).all() for value in saved['state_dict'].values())
-
-
-def test_layer_wise_rules_see_plain_names(config):
-    config.optim_wrapper.paramwise_cfg = dict(
-        custom_keys={'backbone.': dict(lr_mult=0.1), 'distillers.gid': dict(lr_mult=2)}
-    )
-    runner = Runner.from_cfg(config)
-    groups = runner.build_optim_wrapper(config.optim_wrapper).optimizer.param_groups
-    rates = {round(group['lr'], 6) for group in groups}
-    assert rates == {0.001, 0.01, 0.02}
 
 
 def test_the_tools_train_and_test(config, tmp_path):

@@ -20,6 +20,7 @@ from mmkd.checks.weights import (
     check_teachers,
     pretrained,
 )
+from mmkd.hosts.engine import check_engine
 
 __all__ = [
     'check_batch_norms',
@@ -57,6 +58,7 @@ def check_config(config: Config) -> list[str]:
         ConfigError: for the first thing that cannot work.
     """
     check_names(config, ('train', 'val'))
+    check_engine(config)
     check_options(config)
     warnings = check_data(config, ('train', 'val'))
     check_heads(config)

@@ -245,11 +245,11 @@ class Chen(Distiller):
         classes, boxes = (f'{self.roi_head.bbox_head}.{loss}{INPUT}' for loss in ('loss_cls', 'loss_bbox'))
         if student.calls[boxes] == 0:  # no positive RoI
             return soft, 0 * deltas.sum()
-        predicted, targets = student.per_call(boxes)[0][:2]
+        targets = student.per_call(boxes)[0][1]
         labels = student.per_call(classes)[0][1]
-        chosen = t_deltas.view(len(t_deltas), -1, 4)
         # the positive RoIs in their order; how many there are is known, so that nothing waits for the device
         positive = (labels >= 0) & (labels < logits.shape[1] - 1)
         rows = positive.to(torch.uint8).argsort(descending=True, stable=True)[: len(targets)]
-        chosen = chosen[rows, labels[rows] if chosen.shape[1] > 1 else torch.zeros_like(rows)]
+        of_class = labels[rows] if deltas.shape[1] > 4 else torch.zeros_like(rows)
+        predicted, chosen = (each.view(len(each), -1, 4)[rows, of_class] for each in (deltas, t_deltas))
         return soft, bounded_error(predicted, chosen, targets, self.margin).sum() / count

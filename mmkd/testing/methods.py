@@ -1,0 +1,82 @@
+"""Every method on small models: what is run wherever all of them are to be tried."""
+
+from mmkd.testing import detectors, segmentors
+
+# student, teacher, distillers
+DETECTION = {
+    'RetinaNet': (
+        detectors.retinanet,
+        detectors.retinanet,
+        dict(
+            gid=dict(type='GID'),
+            cwd=dict(type='CWD', layer='neck'),
+            mimic=dict(type='Mimic', head='bbox_head'),
+            fgd=dict(type='FGD'),
+            mgd=dict(type='MGD', layer='neck'),
+            pkd=dict(type='PKD', layer='neck'),
+            fgfi=dict(type='FGFI', head='bbox_head', loss_weight=0.01),
+            frs=dict(type='FRS', feature_weight=0.005, cls_weight=0.02),
+        ),
+    ),
+    'GFL': (
+        detectors.gfl,
+        detectors.gfl,
+        dict(ld=dict(type='LD'), gid=dict(type='GID'), cwd=dict(type='CWD', layer='bbox_head.gfl_cls')),
+    ),
+    'FCOS': (detectors.fcos, detectors.fcos, dict(gid=dict(type='GID'))),
+    'Faster R-CNN': (
+        detectors.faster_rcnn,
+        detectors.faster_rcnn,
+        dict(
+            mimic=dict(type='Mimic', cls_weight=1.0, bbox_weight=1.0),
+            gid=dict(type='GID', head='rpn_head'),
+            quantization_mimic=dict(type='QuantizationMimic'),
+            chen=dict(type='Chen'),
+            fgfi=dict(type='FGFI', loss_weight=0.01),
+            gdetkd=dict(type='GDetKD', cls_weight=1.0, bbox_weight=1.0, memory=64, keys_per_step=16),
+        ),
+    ),
+    'RetinaNet of Faster R-CNN': (
+        detectors.retinanet,
+        detectors.faster_rcnn,
+        dict(gdetkd=dict(type='GDetKD', head='bbox_head', memory=64, keys_per_step=16)),
+    ),
+}
+SEGMENTATION = {
+    'PSPNet': (
+        segmentors.pspnet,
+        segmentors.pspnet,
+        dict(
+            kd=dict(type='KD'),
+            cwd=dict(
+                type='CWD', layer='decode_head.bottleneck', adapter=dict(type='ConvAdapter', bias=False, norm=True)
+            ),
+            skd=dict(type='SKD'),
+            ifvd=dict(type='IFVD'),
+            cirkd=dict(
+                type='CIRKD',
+                pixel_contrast_size=64,
+                region_contrast_size=64,
+                pixel_memory_size=20,
+                region_memory_size=20,
+            ),
+            dist=dict(type='DIST'),
+            mgd=dict(type='MGD', layer='backbone.layer4'),
+            at=dict(type='AT', layer=['backbone.layer3', 'backbone.layer4']),
+        ),
+    ),
+    'SegFormer of PSPNet': (
+        segmentors.segformer,
+        segmentors.pspnet,
+        dict(
+            skd=dict(
+                type='SKD',
+                mode='hinge',
+                feature_layer='decode_head.fusion_conv',
+                teacher_feature_layer='decode_head.bottleneck',
+            ),
+            cwd=dict(type='CWD', layer='decode_head.conv_seg'),
+        ),
+    ),
+    'DeepLabV3, two domains': (segmentors.deeplabv3, segmentors.deeplabv3, dict(dakd=dict(type='DAKD'))),
+}
