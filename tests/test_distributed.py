@@ -17,7 +17,7 @@ from tool import ROOT, free_port, kill, launch, run_together, start, train_toget
 
 from mmkd import cli
 from mmkd.errors import ConfigError
-from mmkd.testing import segmentors
+from mmkd.testing import detectors, segmentors
 from mmkd.testing.methods import DETECTION, SEGMENTATION
 from mmkd.testing.runs import distilled, of_all_sources, shapes_config, streets_config
 
