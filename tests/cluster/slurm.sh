@@ -19,7 +19,12 @@ FOLDER=$(realpath "$2")
 export SLURM_CONF=$FOLDER/slurm.conf
 
 down() {
-    scancel --quiet --state=RUNNING --state=PENDING 2>/dev/null || true
+    timeout 10 scancel --quiet --signal=KILL --full --state=RUNNING 2>/dev/null || true
+    timeout 10 scancel --quiet --state=PENDING 2>/dev/null || true
+    for _ in $(seq 100); do # a job whose controller is gone tries to tell it for ever that it has ended
+        [ -n "$(timeout 10 squeue --noheader 2>/dev/null)" ] || break
+        sleep 0.1
+    done
     for name in slurmctld slurmd munged; do
         [ -f "$FOLDER/$name.pid" ] || continue
         pid=$(cat "$FOLDER/$name.pid")
