@@ -243,7 +243,7 @@ CASES = [
     start('load_from: empty', r'load_from start.pth: ', lambda place: (place / 'start.pth').write_bytes(b'')),
     start(
         'load_from: a web page',
-        r'load_from start.pth: refused',
+        r'load_from start.pth: is no checkpoint of PyTorch, or damaged',
         lambda place: (place / 'start.pth').write_bytes(b'<html>'),
     ),
     start(
