@@ -22,7 +22,7 @@ from mmengine.utils.dl_utils import set_multi_processing
 from mmengine.visualization import Visualizer
 from torch import nn
 
-from mmkd.checks import check_changes, check_folder, check_launcher, heads_have_the_datas_classes
+from mmkd.checks import check_changes, check_folder, check_kinds, check_launcher, heads_have_the_datas_classes
 from mmkd.errors import ConfigError, Stopped, describe, nearest
 from mmkd.hosts.checkpoints import SafeCheckpointHook, check_resumable, latest_checkpoint
 from mmkd.hosts.config_files import read_config_file
@@ -152,6 +152,7 @@ def read_config(args: argparse.Namespace) -> Config:
         config.merge_from_dict(args.cfg_options)
     except (KeyError, TypeError) as error:  # a list's entry that is not there, an entry of what has none
         raise ConfigError(f'--cfg-options: {describe(error)}') from error
+    check_kinds(config)
     check_named_configs(config)
     check_launcher(args.launcher)
     config.launcher = args.launcher

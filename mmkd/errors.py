@@ -27,4 +27,6 @@ def describe(error: BaseException) -> str:
     """An error of other code in one line: its kind, and the first line of what it says."""
     said = error.args[0] if isinstance(error, KeyError) and len(error.args) == 1 else error  # whose str() is quoted
     lines = [line for line in str(said).splitlines() if line.strip()]
+    if lines and lines[0].startswith('Caught '):  # in a data worker, with its traceback, whose last line says what
+        return lines[-1].strip()
     return f'{type(error).__name__}: {lines[0].strip()}' if lines else type(error).__name__

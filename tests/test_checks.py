@@ -10,6 +10,7 @@ from mmengine.hub import get_config
 from mmkd import checks
 from mmkd.errors import ConfigError
 from mmkd.hosts.datasets import dataset_class
+from mmkd.hosts.mmengine import config_path
 from mmkd.testing import detectors, models, segmentors
 from mmkd.testing.runs import distilled, shapes_config, streets_config
 
@@ -322,6 +323,32 @@ def test_heads_in_lists_and_heads_of_other_classes(folder):
 )
 def test_the_stock_heads_pass(name):
     checks.check_heads(get_config(name))
+
+
+# keys
+
+
+@pytest.mark.parametrize(
+    'name',
+    [
+        'mmdet::retinanet/retinanet_r50_fpn_1x_coco.py',
+        'mmdet::cascade_rcnn/cascade-rcnn_r50_fpn_1x_coco.py',
+        'mmdet::vfnet/vfnet_r101_fpn_2x_coco.py',  # a head that inherits from two
+        'mmdet::detr/detr_r50_8xb2-150e_coco.py',  # a loss with an option that its head takes out
+        'mmdet::soft_teacher/soft-teacher_faster-rcnn_r50-caffe_fpn_180k_semi-0.1-coco.py',
+        'mmdet::yolox/yolox_s_8xb8-300e_coco.py',
+        'mmdet::ssd/ssd300_coco.py',
+        'mmseg::pspnet/pspnet_r50-d8_4xb2-80k_cityscapes-512x1024.py',
+        'mmseg::maskformer/maskformer_r50-d32_8xb2-160k_ade20k-512x512.py',  # a head that takes anything
+        'mmseg::segformer/segformer_mit-b0_8xb1-160k_cityscapes-1024x1024.py',
+        'mmkd::gid_retinanet.py',
+        'mmkd::dakd_deeplabv3.py',
+    ],
+)
+def test_stock_configs_have_no_key_too_many(name):
+    config = Config.fromfile(config_path(name)) if name.startswith('mmkd') else get_config(name)
+    checks.check_kinds(config)
+    checks.check_names(config, ('train', 'val', 'test'))
 
 
 # options that do not go together

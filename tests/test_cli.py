@@ -105,6 +105,59 @@ def test_a_type_may_be_a_class(tmp_path):
     assert "type='torch.nn.Linear'" in new.pretty_text
 
 
+# errors
+
+
+def ended(error, capsys, debug=False, step=0):
+    """The line that an error ends a tool with, and what was printed before."""
+
+    def tool():
+        with cli.clear_errors(debug) as begun:
+            begun.step = step
+            raise error
+
+    with pytest.raises(SystemExit) as exit:
+        tool()
+    printed = capsys.readouterr()
+    assert printed.out == ''
+    return exit.value.code, printed.err
+
+
+def test_before_the_first_iteration_an_error_is_one_line_whoever_raises_it(capsys):
+    assert ended(ConfigError('model: no'), capsys) == ('error: model: no', '')
+    line = 'error: KeyError: lr; --debug shows the traceback'
+    assert ended(KeyError('lr'), capsys) == (line, '')
+    assert ended(ValueError('one\ntwo'), capsys)[0] == 'error: ValueError: one; --debug shows the traceback'
+    assert ended(AssertionError(), capsys)[0] == 'error: AssertionError; --debug shows the traceback'
+
+
+def test_debug_shows_the_traceback(capsys):
+    for error in (ConfigError('model: no'), KeyError('lr')):
+        line, printed = ended(error, capsys, debug=True)
+        assert printed.startswith('Traceback (most recent call last)')
+        assert line in ('error: model: no', 'error: KeyError: lr')
+
+
+def test_in_training_an_error_keeps_its_traceback(capsys):
+    line, printed = ended(KeyError('lr'), capsys, step=7)
+    assert line == 'error: KeyError: lr (in iteration 7)'
+    assert "KeyError: 'lr'" in printed.splitlines()
+    assert ended(ConfigError('layer: no'), capsys, step=7) == ('error: layer: no', '')
+
+
+def test_an_error_of_a_data_worker_is_its_own_line(capsys):
+    class Broken(torch.utils.data.Dataset):
+        def __len__(self):
+            return 1
+
+        def __getitem__(self, index):
+            raise KeyError('bbox')
+
+    with pytest.raises(KeyError) as error:
+        next(iter(torch.utils.data.DataLoader(Broken(), num_workers=1)))
+    assert ended(error.value, capsys)[0] == "error: KeyError: 'bbox'; --debug shows the traceback"
+
+
 # short runs
 
 

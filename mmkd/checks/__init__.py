@@ -10,6 +10,7 @@ from torch import nn
 from mmkd.checks.classes import check_heads, compare_classes, heads_have_the_datas_classes
 from mmkd.checks.data import check_data
 from mmkd.checks.keys import check_changes, check_names
+from mmkd.checks.kinds import check_kinds
 from mmkd.checks.models import check_batch_norms, compare_critics, compare_custom_keys
 from mmkd.checks.options import check_folder, check_launcher, check_options, check_parts, compare_batch_size
 from mmkd.checks.weights import (
@@ -31,6 +32,7 @@ __all__ = [
     'check_fit',
     'check_folder',
     'check_heads',
+    'check_kinds',
     'check_launcher',
     'check_model',
     'check_names',

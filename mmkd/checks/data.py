@@ -77,8 +77,6 @@ def _check_dataset(option: str, dataset: Mapping, scope: str | None, trains: boo
         )
     root = dataset.get('data_root') or ''
     prefixes = dataset.get('data_prefix') or {}
-    if not isinstance(prefixes, Mapping):
-        raise ConfigError(f"{option}.data_prefix={prefixes!r}: expected a dict, such as dict(img='train/')")
     folders = {f'data_prefix.{key}': prefix for key, prefix in prefixes.items() if isinstance(prefix, str)}
     wanted = {'data_root': '', **folders, 'ann_file': dataset.get('ann_file') or ''}
     for key, value in wanted.items():

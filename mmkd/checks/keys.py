@@ -79,6 +79,8 @@ def _problem(config: Config, key: str, known: Mapping[str, Place], changes: Mapp
                 return f'{path} is a list of {len(node)}; its entries are counted from 0, as in {path}.0'
             if isinstance(node, tuple):
                 return f'{path} is a tuple, whose entries cannot be changed one by one; give all of it'
+            if index == len(parts) - 1:
+                return f'an entry of a list cannot be changed as a whole; change what is in it, or give all of {path}'
             node = node[int(part)]
         else:
             return f'{path} is {node!r}, which has no entry {part!r}; give all of {path} instead'
@@ -199,7 +201,7 @@ def check_names(config: Config, parts: Sequence[str]) -> None:
     for place in places(config):
         if place.option.startswith(unused):
             continue
-        if 'type' not in place.spec and place.default is None:
+        if place.spec.get('type', place.default) is None:
             if place.option == 'train_cfg':  # by_epoch may stand for a type
                 continue
             raise ConfigError(f'{place.option}: it names no class; give it a type')

@@ -183,7 +183,7 @@ def _check_schedulers(config: Config) -> None:
         for name, least in (('begin', 0), ('end', 1), ('T_max', 1), ('step_size', 1)):
             if each.get(name) is not None:
                 _count(f'{option}.{name}', each[name], least)
-        if each.get('end') is not None and each['end'] <= each.get('begin', 0):
+        if each.get('end') is not None and each['end'] <= (each.get('begin') or 0):
             raise ConfigError(f'{option}.end={each["end"]}: expected more than begin, which is {each.get("begin", 0)}')
         steps = each.get('milestones')
         if steps is not None and not (_is_list(steps) and all(map(is_number, steps))):
@@ -195,17 +195,9 @@ def _is_list(value: object) -> bool:
 
 
 def _check_runner(config: Config) -> None:
-    for option, kind, what in (('default_hooks', Mapping, 'a dict'), ('custom_hooks', Sequence, 'a list')):
-        value = config.get(option)
-        if value is not None and (isinstance(value, str) or not isinstance(value, kind)):
-            raise ConfigError(f'{option}={value!r}: expected {what}, or None')
     seed = (config.get('randomness') or {}).get('seed')
     if seed is not None:
         _whole('randomness.seed', seed, 0)
-    for option in ('load_from', 'work_dir'):
-        value = config.get(option)
-        if value is not None and not isinstance(value, str):
-            raise ConfigError(f'{option}={value!r}: expected a path')
 
 
 def _check_distillation(config: Config) -> None:

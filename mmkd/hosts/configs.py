@@ -186,6 +186,8 @@ def _read_config(config: str | Mapping, what: str = 'teacher config') -> tuple[C
     """The config and the URL of the weights that its metafile lists, if any."""
     if isinstance(config, Mapping):
         return Config(dict(model=ConfigDict(config))), None
+    if not isinstance(config, str):
+        raise ConfigError(f"{what}={config!r}: expected a config's name, its path or a model's config")
     package, found, _ = config.partition('::')
     if found and package == 'mmkd':
         return read_config_file(config_path(config), what), None

@@ -105,9 +105,14 @@ CASES = [
     resume('a folder', r'--resume data: no such file|--resume data: ', None, 'data'),
     resume('a config', r'--resume base.py: ', None, 'base.py'),
     resume('an empty file', r'--resume x.pth: cannot be read', content(b''), *X),
-    resume('a web page', r'--resume x.pth: refused', content(b'<!doctype html>'), *X),
+    resume('a web page', r'--resume x.pth: is no checkpoint of PyTorch', content(b'<!doctype html>'), *X),
     resume('half a file', r'--resume x.pth: cannot be read, it may be truncated', cut('x.pth'), *X),
-    resume('an image', r'--resume x.pth: (refused|cannot be read)', content(b'\x89PNG\r\n\x1a\n' + bytes(64)), *X),
+    resume(
+        'an image',
+        r'--resume x.pth: (refused|cannot be read|is no checkpoint)',
+        content(b'\x89PNG\r\n\x1a\n' + bytes(64)),
+        *X,
+    ),
     resume('a compressed archive', r'--resume x.pth: cannot be read, .* is compressed', compressed, *X),
     resume(
         'weights alone',
@@ -123,12 +128,12 @@ CASES = [
     resume('weights of NaN', r'--resume x.pth: \S+ holds NaN or infinite values', saved(invalid), *X),
     resume(
         'another model',
-        r'fits nothing of DistilledRetinaNet',
+        r'--resume: x.pth is of another training: \d+ weights differ',
         saved(lambda state: dict(state, state_dict={'a': torch.zeros(2)})),
         *X,
     ),
     resume('a list', r'--resume x.pth: holds no weights', saved(lambda state: [state]), *X),
-    resume('a payload beside the weights', r'--resume x.pth: refused, it is damaged or holds code', hostile(), *X),
+    resume('a payload beside the weights', r'--resume x.pth: refused, it holds code', hostile(), *X),
     resume(
         'a payload in the meta',
         r'--resume x.pth: refused',
@@ -141,8 +146,13 @@ CASES = [
         hostile(lambda state: dict(state, optimizer=Payload())),
         *X,
     ),
-    resume('a payload in the legacy format', r'--resume x.pth: (refused|cannot be read)', hostile(legacy=True), *X),
-    resume('a bare pickle', r'--resume x.pth: (refused|cannot be read)', bare, *X),
+    resume(
+        'a payload in the legacy format',
+        r'--resume x.pth: (refused|cannot be read|is no checkpoint)',
+        hostile(legacy=True),
+        *X,
+    ),
+    resume('a bare pickle', r'--resume x.pth: (refused|cannot be read|is no checkpoint)', bare, *X),
     resume('a pipe', r'--resume x.pth: (no such file|is not a file)', lambda place: os.mkfifo(place / 'x.pth'), *X),
     resume(
         'a link to itself', r'--resume x.pth: no such file', lambda place: (place / 'x.pth').symlink_to('x.pth'), *X
@@ -165,10 +175,10 @@ CASES = [
     start('a payload to begin with', r'load_from x.pth: refused', hostile()),
     start(
         'a payload to begin with, in the legacy format',
-        r'load_from x.pth: (refused|cannot be read)',
+        r'load_from x.pth: (refused|cannot be read|is no checkpoint)',
         hostile(legacy=True),
     ),
-    start('a bare pickle to begin with', r'load_from x.pth: (refused|cannot be read)', bare),
+    start('a bare pickle to begin with', r'load_from x.pth: (refused|cannot be read|is no checkpoint)', bare),
     start('half a file to begin with', r'load_from x.pth: cannot be read, it may be truncated', cut('x.pth')),
     start('weights of NaN to begin with', r'load_from x.pth: \S+ holds NaN or infinite values', saved(invalid)),
     start(
@@ -184,7 +194,7 @@ CASES = [
     ),
     Case(
         'a bare pickle as the teacher',
-        r'teacher checkpoint x.pth: (refused|cannot be read)',
+        r'teacher checkpoint x.pth: (refused|cannot be read|is no checkpoint)',
         "model = dict(teacher=dict(checkpoint='x.pth'))",
         files=bare,
     ),
@@ -199,7 +209,7 @@ CASES = [
     ),
     Case(
         'a bare pickle to test',
-        r'checkpoint x.pth: (refused|cannot be read)',
+        r'checkpoint x.pth: (refused|cannot be read|is no checkpoint)',
         files=bare,
         tool='test',
         arguments=('base.py', 'x.pth'),
@@ -213,10 +223,28 @@ CASES = [
     ),
     Case(
         'a payload to export, in the legacy format',
-        r'checkpoint x.pth: (refused|cannot be read)',
+        r'checkpoint x.pth: (refused|cannot be read|is no checkpoint)',
         files=hostile(legacy=True),
         tool='export',
         arguments=('base.py', 'x.pth', 'out'),
+    ),
+    Case(
+        'a training with another optimizer',
+        r'--resume: run.pth is of another training',
+        "optim_wrapper = dict(optimizer=dict(_delete_=True, type='AdamW', lr=0.1))",
+        options=('--resume', 'run.pth'),
+    ),
+    Case(
+        'a training of another distiller',
+        r'--resume: run.pth is of another training: \d+ weights differ, distillers',
+        "model = dict(distillers=dict(cwd=dict(adapter=dict(type='ConvAdapter', kernel_size=3))))",
+        options=('--resume', 'run.pth'),
+    ),
+    Case(
+        'a training of a student of other widths',
+        r'--resume: run.pth is of another training: \d+ weights differ',
+        'model = dict(student=dict(backbone=dict(base_channels=16), neck=dict(in_channels=[16, 32, 64, 128])))',
+        options=('--resume', 'run.pth'),
     ),
     # what is right
     resume('an empty work directory', Accepted('a job may be submitted so each time; a warning says so')),

@@ -94,6 +94,47 @@ CASES = [
         'a name in a list', 'param_scheduler.end=2', r'param_scheduler is a list of 1; its entries are counted from 0'
     ),
     changes('a place in a tuple', 'train_dataloader.dataset.metainfo.classes.0=x', r'is a tuple, whose entries'),
+    changes(
+        'a whole entry of a list',
+        'train_dataloader.dataset.pipeline.0=x',
+        r'an entry of a list cannot be changed as a whole',
+    ),
+    changes(
+        'a number in a list',
+        'model.student.data_preprocessor.std.2=5',
+        r'give all of model.student.data_preprocessor.std',
+    ),
+    changes('a type of None', 'model.student.neck.type=None', r'model.student.neck: it names no class; give it a type'),
+    changes('an optimizer that is a number', 'optim_wrapper=0.5', r'optim_wrapper=0.5: expected a dict'),
+    changes('a model that is a number', 'model=5', r'model=5: expected a dict'),
+    changes(
+        'a root that is a number', 'train_dataloader.dataset.data_root=5', r'dataset.data_root=5: expected a string'
+    ),
+    changes(
+        'classes that are a number',
+        'val_dataloader.dataset.metainfo=5',
+        r'val_dataloader.dataset.metainfo=5: expected a dict',
+    ),
+    changes(
+        'class names that are numbers',
+        'train_dataloader.dataset.metainfo.classes=[1,2]',
+        r'metainfo.classes.0=1: expected a string',
+    ),
+    changes(
+        'a folder that is a list',
+        'train_dataloader.dataset.data_prefix.img=[a,b]',
+        r'data_prefix.img=.*: expected a string',
+    ),
+    changes(
+        'a pipeline that is a string', 'train_dataloader.dataset.pipeline=x', r"dataset.pipeline='x': expected a list"
+    ),
+    changes(
+        'an evaluator that is a string', 'val_evaluator=CocoMetric', r"val_evaluator='CocoMetric': expected a dict"
+    ),
+    changes(
+        "a teacher's config that is a number", 'model.teacher.config=0.5', r'teacher config=0.5: expected|config=0.5'
+    ),
+    changes('a scope that is a list', 'default_scope=[a]', r'default_scope=.*: expected a string'),
     changes('an entry of a number', 'train_cfg.max_iters.x=1', r'train_cfg.max_iters is 4, which has no entry'),
     changes(
         'an entry of None', 'model.student.bbox_head.x.y=1', r"student: RetinaNet cannot be built; TypeError: .*'x'"

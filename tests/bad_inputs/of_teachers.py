@@ -112,7 +112,10 @@ CASES = [
     teacher('no checkpoint', 'checkpoint=None', r'model.teacher: no checkpoint for RetinaNet'),
     teacher('an empty file', OTHER, r'teacher checkpoint other.pth: ', files=content(b'')),
     teacher(
-        'a web page', OTHER, r'teacher checkpoint other.pth: refused', files=content(b'<!doctype html><html></html>')
+        'a web page',
+        OTHER,
+        r'teacher checkpoint other.pth: is no checkpoint of PyTorch, or damaged',
+        files=content(b'<!doctype html><html></html>'),
     ),
     teacher(
         'a pointer of Git LFS',

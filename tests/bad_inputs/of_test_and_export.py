@@ -46,7 +46,12 @@ CASES = [
         r'checkpoint cut.pth: cannot be read, it may be truncated',
         files=cut,
     ),
-    test('a checkpoint that is a web page', ('base.py', 'page.pth'), r'checkpoint page.pth: refused', files=page),
+    test(
+        'a checkpoint that is a web page',
+        ('base.py', 'page.pth'),
+        r'checkpoint page.pth: is no checkpoint of PyTorch, or damaged',
+        files=page,
+    ),
     test(
         'a checkpoint without weights',
         ('base.py', 'none.pth'),
@@ -136,7 +141,10 @@ CASES = [
         'a checkpoint that is cut off', ('base.py', 'cut.pth', 'out'), r'checkpoint cut.pth: cannot be read', files=cut
     ),
     export(
-        'a checkpoint that is a web page', ('base.py', 'page.pth', 'out'), r'checkpoint page.pth: refused', files=page
+        'a checkpoint that is a web page',
+        ('base.py', 'page.pth', 'out'),
+        r'checkpoint page.pth: is no checkpoint of PyTorch, or damaged',
+        files=page,
     ),
     export(
         'a checkpoint without weights',

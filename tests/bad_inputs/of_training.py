@@ -238,12 +238,12 @@ CASES = [
     folder('a work directory that is a file', 'base.py', r'--work-dir base.py: .*base.py is a file, not a folder'),
     folder('a work directory below a file', 'base.py/x', r'--work-dir base.py/x: .*base.py is a file'),
     folder('a work directory that cannot be made', '/proc/x', r'--work-dir /proc/x: nothing can be written to /proc'),
-    Case('a work directory that is a number', r'work_dir=5: expected the name of a folder', 'work_dir = 5'),
+    Case('a work directory that is a number', r'work_dir=5: expected a string', 'work_dir = 5'),
     start('load_from: not there', r'load_from start.pth: no such file'),
     start('load_from: empty', r'load_from start.pth: ', lambda place: (place / 'start.pth').write_bytes(b'')),
     start(
         'load_from: a web page',
-        r'load_from start.pth: refused',
+        r'load_from start.pth: is no checkpoint of PyTorch, or damaged',
         lambda place: (place / 'start.pth').write_bytes(b'<html>'),
     ),
     start(

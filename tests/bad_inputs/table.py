@@ -51,7 +51,7 @@ class WithoutRunner:
 
     def __init__(self, config: Config):
         self.cfg, self.hooks, self.world_size, self.visualizer = config, [], 1, SimpleNamespace()
-        self._train_dataloader, self.seed = None, 0
+        self._train_dataloader, self.seed, self.optim_wrapper = None, 0, config.get('optim_wrapper')
         self.test_evaluator = SimpleNamespace(metrics=[])
         self.logger = MMLogger.get_current_instance()
         self.scope = DefaultScope.overwrite_default_scope(config.get('default_scope'))
@@ -64,10 +64,13 @@ class WithoutRunner:
     def register_hook(self, hook: Any) -> None:
         pass
 
+    def build_optim_wrapper(self, wrapper: Any) -> Any:
+        return build_optim_wrapper(self.model, wrapper) if isinstance(wrapper, dict) else wrapper
+
     def train(self) -> None:
         with DefaultScope.overwrite_default_scope(self.cfg.get('default_scope')):
             self.model.init_weights()
-            build_optim_wrapper(self.model, self.cfg.optim_wrapper)
+            self.build_optim_wrapper(self.optim_wrapper)
             loader = Runner.build_dataloader(self.cfg.train_dataloader, seed=0)
             batch = self.model.data_preprocessor(next(iter(loader)), True)
             loss, _ = self.model.parse_losses(self.model(**batch, mode='loss'))

@@ -19,6 +19,8 @@ import of_training
 import pytest
 import torch
 from mmengine.config import Config
+from mmengine.optim import build_optim_wrapper
+from mmengine.registry import MODELS
 from table import Case, attempt, check
 
 from mmkd.testing import detectors, models, segmentors
@@ -48,11 +50,11 @@ def made(tmp_path_factory) -> Path:
     config = shapes_config(folder, distilled(folder, dict(cwd=dict(type='CWD', layer='neck')), teacher=wide), images=8)
     (folder / 'shapes').rename(folder / 'data')
     _write(config, folder / 'base.py')
+    torch.save(_state(config), folder / 'run.pth')
     config.model = config.model.student
     _write(config, folder / 'plain.py')
     _write(Config(dict(model=wide)), folder / 'teacher.py')
-    weights = torch.load(models.save_weights(config.model, folder / 'student.pth'), weights_only=True)
-    torch.save(dict(weights, meta=dict(epoch=0, iter=4, seed=0), optimizer={}, message_hub={}), folder / 'run.pth')
+    models.save_weights(config.model, folder / 'student.pth')
     _masks(folder / 'masks')
     heads = dict(decode_head=dict(num_classes=2), auxiliary_head=dict(num_classes=2))
     wide = segmentors.pspnet(24, **heads)
@@ -80,6 +82,14 @@ def _write(config: Config, path: Path) -> None:
     """A config with paths that begin at the current folder."""
     text = config.pretty_text.replace(f'{path.parent}/shapes', 'data').replace(f'{path.parent}/', '')
     path.write_text(text)
+
+
+def _state(config: Config) -> dict:
+    """What a checkpoint of a training holds."""
+    model = MODELS.build(config.model)
+    optimizer = build_optim_wrapper(model, config.optim_wrapper).optimizer.state_dict()
+    meta = dict(epoch=0, iter=4, seed=0)
+    return dict(state_dict=model.state_dict(), optimizer=optimizer, message_hub={}, meta=meta)
 
 
 def _masks(folder: Path) -> None:
