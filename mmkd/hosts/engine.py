@@ -177,6 +177,14 @@ def check_engine(config: Config) -> None:
             'model_wrapper_cfg.type=MMSeparateDistributedDataParallel wraps each part of a model by itself, and a student that '
             "is distilled is trained as a whole; take 'MMDistributedDataParallel', the default"
         )
+    checkpointed = config.get('activation_checkpointing') or ()
+    for name in (checkpointed,) if isinstance(checkpointed, str) else checkpointed:
+        if '.' not in name:
+            # torch's reentrant checkpoints, which mmengine takes, look for a gradient in tensors among the arguments alone
+            raise ConfigError(
+                f'activation_checkpointing: {name!r} takes in the image or a tuple of levels, where mmengine finds no gradient: it '
+                f"would not be trained; name modules inside of it that take in a single map, such as 'backbone.layer2'"
+            )
     if on_cpu and config.get('launcher', 'none') != 'none':
         named = config.get('sync_bn') or next(_synchronized(config.get('model')), None)
         if named:
