@@ -26,7 +26,7 @@ SECONDS = {
     'Values': 120,
     'Waiting for the device': 90,
     'Mixed precision': 120,
-    'Processes': 90,
+    'Processes': 120,
     'Step: gid_retinanet': 60,
     'Step: cwd_retinanet': 60,
     'Step: gid_faster_rcnn': 60,

@@ -182,8 +182,8 @@ def check_engine(config: Config) -> None:
         if '.' not in name:
             # torch's reentrant checkpoints, which mmengine takes, look for a gradient in tensors among the arguments alone
             raise ConfigError(
-                f'activation_checkpointing: {name!r} takes in the image or a tuple of levels, where mmengine finds no gradient: it '
-                f"would not be trained; name modules inside of it that take in a single map, such as 'backbone.layer2'"
+                f'activation_checkpointing: {name!r} takes in the image or a tuple of levels, where mmengine finds no gradient, so '
+                f"it would not be trained; name modules inside of it that take in a single map, such as 'backbone.layer2'"
             )
     if on_cpu and config.get('launcher', 'none') != 'none':
         named = config.get('sync_bn') or next(_synchronized(config.get('model')), None)

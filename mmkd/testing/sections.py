@@ -448,33 +448,43 @@ def require_plain(student: dict, dtype: str, setting: Setting) -> None:
 
 
 def processes(setting: Setting) -> Cases:
-    """DDP over NCCL (gloo on a CPU) by tools/train.py: it starts, and all processes end with the same weights."""
+    """DDP, and a sharded student, over NCCL (gloo on a CPU) by tools/train.py: they start, and end with the same weights."""
 
-    def together(number: int) -> Callable[[], Finding]:
+    def together(number: int, sharded: bool = False) -> Callable[[], Finding]:
         def check() -> Finding:
             if setting.device.type == 'cuda' and torch.cuda.device_count() < number:
                 raise Skip(f'there is {torch.cuda.device_count()} GPU')
-            folder = setting.folder / f'{number}_processes'
+            folder = setting.folder / f'{number}_{sharded}'
             folder.mkdir()
             methods = dict(gid=dict(type='GID'), cwd=dict(type='CWD', layer='neck'))
-            config: Config = shapes_config(folder, distilled(folder, methods), iterations=4, batch=2, images=8)
-            config.custom_hooks = [dict(type='mmkd.testing.runs.SaveEachRank')]
+            config = shapes_config(folder, distilled(folder, methods), iterations=4, batch=2, images=8)
+            if sharded:
+                config.update(runner_type='FlexibleRunner', strategy=dict(type='mmkd.ShardedStrategy'))
+            else:
+                config.custom_hooks = [dict(type='mmkd.testing.runs.SaveEachRank')]
             config.dump(folder / 'config.py')
             torchrun = ['-m', 'torch.distributed.run', f'--nproc_per_node={number}', f'--master_port={free_port()}']
             train = [str(ROOT / 'tools' / 'train.py'), str(folder / 'config.py'), '--launcher', 'pytorch']
             call([*torchrun, *train], folder, setting)
+            saved = torch.load(folder / 'work' / 'iter_4.pth', map_location='cpu', weights_only=True)['state_dict']
+            if not finite(value.float() for value in saved.values()):
+                raise ArithmeticError('a weight is not finite')
+            if sharded:
+                names = models.build(config.model.student).state_dict().keys()
+                return Finding('trained, plain checkpoint', 'plain names', names <= saved.keys())
             weights = [torch.load(folder / 'work' / f'rank{rank}.pth', map_location='cpu') for rank in range(number)]
             before = torch.load(folder / 'work' / 'rank0_before.pth', map_location='cpu')
-            moved = any(not torch.equal(value, before[name]) for name, value in weights[0].items())
-            equal = all(torch.equal(value, each[name]) for each in weights for name, value in weights[0].items())
-            ok = moved and equal and finite(value.float() for value in weights[0].values())
-            return Finding('trained, equal weights' if ok else f'moved: {moved}, equal: {equal}', 'equal', ok)
+            moved = any(not torch.equal(value, before[name]) for name, value in saved.items())
+            equal = all(torch.equal(value, each[name]) for each in weights for name, value in saved.items())
+            return Finding(f'weights moved: {moved}, equal: {equal}', 'moved and equal', moved and equal)
 
         return check
 
     yield 'one process', together(1)
     if not setting.quick:
         yield 'two processes', together(2)
+        yield 'one process, sharded', together(1, sharded=True)
+        yield 'two processes, sharded', together(2, sharded=True)
 
 
 def free_port() -> int:
