@@ -182,7 +182,7 @@ def check_engine(config: Config) -> None:
         if '.' not in name:
             # torch's reentrant checkpoints, which mmengine takes, look for a gradient in tensors among the arguments alone
             raise ConfigError(
-                f'activation_checkpointing: {name!r} takes in the image or a tuple of levels, where mmengine finds no gradient, so '
+                f'activation_checkpointing: {name!r} takes in the image or a tuple of levels, where mmengine finds no gradient: '
                 f"it would not be trained; name modules inside of it that take in a single map, such as 'backbone.layer2'"
             )
     if on_cpu and config.get('launcher', 'none') != 'none':
