@@ -302,6 +302,20 @@ def test_a_sharded_training_resumes(config, tmp_path):
     assert_equal(torch.load(tmp_path / 'whole' / 'iter_4.pth', weights_only=True)['state_dict'], whole['state_dict'])
 
 
+def test_a_config_with_shards_trains_and_tests_in_one_process_too(config, tmp_path):
+    config.merge_from_dict(SHARDED)
+    config.default_hooks.checkpoint.interval = 2
+    path = tmp_path / 'config.py'
+    config.dump(path)
+    tool('train', path)
+    checkpoint = tmp_path / 'work' / 'iter_4.pth'
+    trained = torch.load(checkpoint, weights_only=True)['state_dict']
+    assert 'coco/bbox_mAP' in tool('test', path, checkpoint)
+    checkpoint.unlink()
+    tool('train', path, '--resume', tmp_path / 'work' / 'iter_2.pth')
+    assert_equal(torch.load(checkpoint, weights_only=True)['state_dict'], trained)
+
+
 def test_a_sharded_segmentor(tmp_path):
     """Whose heads mmseg does not call as modules; with a critic, which is differentiated twice."""
     methods = dict(skd=dict(type='SKD'), cirkd=dict(type='CIRKD', pixel_memory_size=300, region_memory_size=300))

@@ -6,10 +6,10 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from mmengine._strategy import DDPStrategy
+from mmengine._strategy import DDPStrategy, SingleDeviceStrategy
 from mmengine.config import Config
 from mmengine.device import get_device
-from mmengine.dist import get_world_size
+from mmengine.dist import get_world_size, is_distributed
 from mmengine.optim import OptimWrapper
 from torch import nn
 
@@ -76,6 +76,8 @@ class ShardedStrategy(DDPStrategy):
         for name, source in getattr(model, 'sources', {}).items():
             if source.kept is not None and not source.kept.trained:
                 raise ConfigError(f'strategy: teacher {name!r} ({type(source).__name__}) {WHOLE_STUDENT}')
+        if not is_distributed():  # one process, to test or to try: there is nothing to share
+            return SingleDeviceStrategy.convert_model(self, model).to(get_device())
         model = self.convert_model(model.to(get_device()))
         mesh = init_device_mesh(torch.device(get_device()).type, (get_world_size(),))
         for part in self.parts:
@@ -95,6 +97,9 @@ class ShardedStrategy(DDPStrategy):
         return built
 
     def save_checkpoint(self, filename: str, *, save_optimizer: bool = True, **options: Any) -> None:
+        if not is_distributed():
+            super().save_checkpoint(filename, save_optimizer=save_optimizer, **options)
+            return
         from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_optimizer_state_dict
 
         # all processes gather, the first one writes
@@ -108,13 +113,16 @@ class ShardedStrategy(DDPStrategy):
         self._gathered = {}
 
     def model_state_dict(self) -> dict:
-        return self._gathered['model']
+        return self._gathered['model'] if is_distributed() else super().model_state_dict()
 
     def optim_state_dict(self) -> dict:
         # beside the optimizer's, which is of parts: what mmengine's wrapper keeps
-        return {**self.optim_wrapper.state_dict(), **self._gathered['optimizer']}
+        return {**super().optim_state_dict(), **self._gathered.get('optimizer', {})}
 
     def load_model_state_dict(self, state_dict: dict, *, strict: bool = False, **options: Any) -> None:
+        if not is_distributed():
+            super().load_model_state_dict(state_dict, strict=strict, **options)
+            return
         from torch.distributed.checkpoint.state_dict import set_model_state_dict
 
         left = set_model_state_dict(self.model, state_dict, options=_whole(strict=strict))
@@ -122,6 +130,9 @@ class ShardedStrategy(DDPStrategy):
             self.logger.warning(f'not in the checkpoint: {left.missing_keys}; not of the model: {left.unexpected_keys}')
 
     def load_optim_state_dict(self, state_dict: dict) -> None:
+        if not is_distributed():
+            super().load_optim_state_dict(state_dict)
+            return
         from torch.distributed.checkpoint.state_dict import set_optimizer_state_dict
 
         optimizer = self.optim_wrapper.optimizer
