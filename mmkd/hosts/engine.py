@@ -84,18 +84,6 @@ class ShardedStrategy(DDPStrategy):
             fully_shard(find_layer(model, part, 'strategy.parts: '), mesh=mesh)
         return fully_shard(model, mesh=mesh, reshard_after_forward=False)
 
-    def build_optim_wrapper(self, optim_wrapper: Any, model: nn.Module | None = None) -> Any:
-        built = super().build_optim_wrapper(optim_wrapper, model)
-        clip = getattr(built, 'clip_func', None)
-        if clip is not None:
-            # the norm that mmengine logs would be that of one process's part
-            def clip_whole(*args: Any, **options: Any) -> Any:
-                norm = clip(*args, **options)
-                return norm.full_tensor() if hasattr(norm, 'full_tensor') else norm
-
-            built.clip_func = clip_whole
-        return built
-
     def save_checkpoint(self, filename: str, *, save_optimizer: bool = True, **options: Any) -> None:
         if not is_distributed():
             super().save_checkpoint(filename, save_optimizer=save_optimizer, **options)
