@@ -358,6 +358,17 @@ def test_what_cannot_work_is_one_line(config, changes, message):
         check_engine(config)
 
 
+def test_a_head_of_mmseg_cannot_be_a_part(tmp_path):
+    model = distilled(tmp_path, dict(kd=dict(type='KD')), segmentors.pspnet(), segmentors.pspnet(24))
+    config = streets_config(tmp_path, model)
+    config.merge_from_dict(SHARDED)
+    config.strategy.parts = ['backbone', 'decode_head']
+    path = tmp_path / 'config.py'
+    config.dump(path)
+    with pytest.raises(AssertionError, match=r"error: strategy.parts: 'decode_head' is a head of mmseg"):
+        train_together(path, 2)
+
+
 def test_an_average_cannot_follow_a_sharded_student(tmp_path):
     config = shapes_config(tmp_path, of_all_sources(tmp_path, 'RetinaNet'))
     config.merge_from_dict(SHARDED)

@@ -44,8 +44,8 @@ class ShardedStrategy(DDPStrategy):
     """Each process keeps a part of the weights, gradients and optimizer state of all that is trained (torch's FSDP2).
 
     For mmengine's ``FlexibleRunner``. The weights of ``parts`` are gathered while each of them runs, those of the rest for
-    the whole step. A frozen teacher is whole in each process. Checkpoints are those of an unsharded training, and a training
-    goes on from them with any number of processes.
+    the whole step. A frozen teacher is whole in each process. Checkpoints hold whole weights
+    under the plain names; a training is resumed from those of a sharded one.
 
     Args:
         parts: Modules of the student that are gathered by themselves, such as ``['backbone.layer3', 'backbone.layer4']``.
@@ -53,7 +53,8 @@ class ShardedStrategy(DDPStrategy):
         options: Those of mmengine's ``DDPStrategy``.
 
     Raises:
-        ConfigError: for a part that does not exist, a source that is an average of the student, and torch before 2.6.
+        ConfigError: for a part that does not exist or cannot be gathered by itself, a source that is an average of the
+            student, and torch before 2.6.
 
     Example:
         >>> runner_type = 'FlexibleRunner'
@@ -81,7 +82,12 @@ class ShardedStrategy(DDPStrategy):
         model = self.convert_model(model.to(get_device()))
         mesh = init_device_mesh(torch.device(get_device()).type, (get_world_size(),))
         for part in self.parts:
-            fully_shard(find_layer(model, part, 'strategy.parts: '), mesh=mesh)
+            module = find_layer(model, part, 'strategy.parts: ')
+            if hasattr(module, 'conv_seg'):
+                raise ConfigError(
+                    f'strategy.parts: {part!r} is a head of mmseg, which is not called as a module; leave it out'
+                )
+            fully_shard(module, mesh=mesh)
         return fully_shard(model, mesh=mesh, reshard_after_forward=False)
 
     def save_checkpoint(self, filename: str, *, save_optimizer: bool = True, **options: Any) -> None:
