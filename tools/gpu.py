@@ -26,7 +26,7 @@ SECONDS = {
     'Values': 120,
     'Waiting for the device': 90,
     'Mixed precision': 120,
-    'Processes': 90,
+    'Processes': 120,
     'Step: gid_retinanet': 60,
     'Step: cwd_retinanet': 60,
     'Step: gid_faster_rcnn': 60,
@@ -35,7 +35,7 @@ SECONDS = {
     'Step: cwd_pspnet': 60,
     'Step: dist_deeplabv3': 60,
     'Training': 150,
-    'Compiled and captured': 120,
+    'Compiled and captured': 180,
 }
 """The sections in their order, and how long each may take; on an idle GPU they take less."""
 QUICK = [name for name in SECONDS if not name.startswith('Step: ') or name == 'Step: gid_retinanet']

@@ -6,10 +6,10 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from mmengine._strategy import DDPStrategy
+from mmengine._strategy import DDPStrategy, SingleDeviceStrategy
 from mmengine.config import Config
 from mmengine.device import get_device
-from mmengine.dist import get_world_size
+from mmengine.dist import get_world_size, is_distributed
 from mmengine.optim import OptimWrapper
 from torch import nn
 
@@ -44,8 +44,8 @@ class ShardedStrategy(DDPStrategy):
     """Each process keeps a part of the weights, gradients and optimizer state of all that is trained (torch's FSDP2).
 
     For mmengine's ``FlexibleRunner``. The weights of ``parts`` are gathered while each of them runs, those of the rest for
-    the whole step. A frozen teacher is whole in each process. Checkpoints are those of an unsharded training, and a training
-    goes on from them with any number of processes.
+    the whole step. A frozen teacher is whole in each process. Checkpoints hold whole weights
+    under the plain names; a training is resumed from those of a sharded one.
 
     Args:
         parts: Modules of the student that are gathered by themselves, such as ``['backbone.layer3', 'backbone.layer4']``.
@@ -53,7 +53,8 @@ class ShardedStrategy(DDPStrategy):
         options: Those of mmengine's ``DDPStrategy``.
 
     Raises:
-        ConfigError: for a part that does not exist, a source that is an average of the student, and torch before 2.6.
+        ConfigError: for a part that does not exist or cannot be gathered by itself, a source that is an average of the
+            student, and torch before 2.6.
 
     Example:
         >>> runner_type = 'FlexibleRunner'
@@ -76,25 +77,23 @@ class ShardedStrategy(DDPStrategy):
         for name, source in getattr(model, 'sources', {}).items():
             if source.kept is not None and not source.kept.trained:
                 raise ConfigError(f'strategy: teacher {name!r} ({type(source).__name__}) {WHOLE_STUDENT}')
+        if not is_distributed():  # one process, to test or to try: there is nothing to share
+            return SingleDeviceStrategy.convert_model(self, model).to(get_device())
         model = self.convert_model(model.to(get_device()))
         mesh = init_device_mesh(torch.device(get_device()).type, (get_world_size(),))
         for part in self.parts:
-            fully_shard(find_layer(model, part, 'strategy.parts: '), mesh=mesh)
+            module = find_layer(model, part, 'strategy.parts: ')
+            if hasattr(module, 'conv_seg'):
+                raise ConfigError(
+                    f'strategy.parts: {part!r} is a head of mmseg, which is not called as a module; leave it out'
+                )
+            fully_shard(module, mesh=mesh)
         return fully_shard(model, mesh=mesh, reshard_after_forward=False)
 
-    def build_optim_wrapper(self, optim_wrapper: Any, model: nn.Module | None = None) -> Any:
-        built = super().build_optim_wrapper(optim_wrapper, model)
-        clip = getattr(built, 'clip_func', None)
-        if clip is not None:
-            # the norm that mmengine logs would be that of one process's part
-            def clip_whole(*args: Any, **options: Any) -> Any:
-                norm = clip(*args, **options)
-                return norm.full_tensor() if hasattr(norm, 'full_tensor') else norm
-
-            built.clip_func = clip_whole
-        return built
-
     def save_checkpoint(self, filename: str, *, save_optimizer: bool = True, **options: Any) -> None:
+        if not is_distributed():
+            super().save_checkpoint(filename, save_optimizer=save_optimizer, **options)
+            return
         from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_optimizer_state_dict
 
         # all processes gather, the first one writes
@@ -108,13 +107,16 @@ class ShardedStrategy(DDPStrategy):
         self._gathered = {}
 
     def model_state_dict(self) -> dict:
-        return self._gathered['model']
+        return self._gathered['model'] if is_distributed() else super().model_state_dict()
 
     def optim_state_dict(self) -> dict:
         # beside the optimizer's, which is of parts: what mmengine's wrapper keeps
-        return {**self.optim_wrapper.state_dict(), **self._gathered['optimizer']}
+        return {**super().optim_state_dict(), **self._gathered.get('optimizer', {})}
 
     def load_model_state_dict(self, state_dict: dict, *, strict: bool = False, **options: Any) -> None:
+        if not is_distributed():
+            super().load_model_state_dict(state_dict, strict=strict, **options)
+            return
         from torch.distributed.checkpoint.state_dict import set_model_state_dict
 
         left = set_model_state_dict(self.model, state_dict, options=_whole(strict=strict))
@@ -122,6 +124,9 @@ class ShardedStrategy(DDPStrategy):
             self.logger.warning(f'not in the checkpoint: {left.missing_keys}; not of the model: {left.unexpected_keys}')
 
     def load_optim_state_dict(self, state_dict: dict) -> None:
+        if not is_distributed():
+            super().load_optim_state_dict(state_dict)
+            return
         from torch.distributed.checkpoint.state_dict import set_optimizer_state_dict
 
         optimizer = self.optim_wrapper.optimizer
@@ -177,6 +182,14 @@ def check_engine(config: Config) -> None:
             'model_wrapper_cfg.type=MMSeparateDistributedDataParallel wraps each part of a model by itself, and a student that '
             "is distilled is trained as a whole; take 'MMDistributedDataParallel', the default"
         )
+    checkpointed = config.get('activation_checkpointing') or ()
+    for name in (checkpointed,) if isinstance(checkpointed, str) else checkpointed:
+        if '.' not in name:
+            # torch's reentrant checkpoints, which mmengine takes, look for a gradient in tensors among the arguments alone
+            raise ConfigError(
+                f'activation_checkpointing: {name!r} takes in the image or a tuple of levels, where mmengine finds no gradient: '
+                f"it would not be trained; name modules inside of it that take in a single map, such as 'backbone.layer2'"
+            )
     if on_cpu and config.get('launcher', 'none') != 'none':
         named = config.get('sync_bn') or next(_synchronized(config.get('model')), None)
         if named:
