@@ -32,7 +32,7 @@ test-cluster: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -rs --durations=0 tests/cluster
 
 test-kills: setup
-	$(PYTEST) tests/test_kills.py --kills 10
+	$(PYTEST) tests/test_kills.py --kills 20
 
 gpu: setup
 	$(BIN)/python tools/gpu.py

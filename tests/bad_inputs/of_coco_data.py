@@ -270,7 +270,8 @@ CASES = [
         every('annotations', segmentation=[]),
         r'has no segmentation, which with_mask=True of the pipeline asks for',
     )._replace(
-        text="train_dataloader = dict(dataset=dict(pipeline=[dict(type='LoadImageFromFile'), dict(type='LoadAnnotations', with_bbox=True, with_mask=True), dict(type='PackDetInputs')]))"
+        text="train_dataloader = dict(dataset=dict(pipeline=[dict(type='LoadImageFromFile'), "
+        "dict(type='LoadAnnotations', with_bbox=True, with_mask=True), dict(type='PackDetInputs')]))"
     ),
     Case(
         'an image that is empty',
@@ -378,7 +379,11 @@ CASES = [
     ),
     file('more keys', first('images', license=3, coco_url='x'), Accepted('nobody reads them')),
     train('a part of the classes', '', Accepted('only those are learnt'))._replace(
-        text="metainfo = dict(classes=('circle', 'square'))\ntrain_dataloader = dict(dataset=dict(metainfo=metainfo))\nval_dataloader = dict(dataset=dict(metainfo=metainfo))\ntest_dataloader = val_dataloader\nmodel = dict(student=dict(bbox_head=dict(num_classes=2)))"
+        text="metainfo = dict(classes=('circle', 'square'))\n"
+        'train_dataloader = dict(dataset=dict(metainfo=metainfo))\n'
+        'val_dataloader = dict(dataset=dict(metainfo=metainfo))\n'
+        'test_dataloader = val_dataloader\n'
+        'model = dict(student=dict(bbox_head=dict(num_classes=2)))'
     ),
     train('a root without a slash', "data_root='data'", Accepted('mmengine joins paths')),
     train(

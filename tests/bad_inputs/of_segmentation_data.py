@@ -86,7 +86,9 @@ CASES = [
     ),
     data(
         "classes of one's own in a stock data set",
-        "_delete_=True, type='CityscapesDataset', data_root='masks', data_prefix=dict(img_path='images', seg_map_path='labels'), metainfo=dict(classes=('background', 'cell')), pipeline=[dict(type='LoadImageFromFile'), dict(type='LoadAnnotations')]",
+        "_delete_=True, type='CityscapesDataset', data_root='masks', "
+        "data_prefix=dict(img_path='images', seg_map_path='labels'), metainfo=dict(classes=('background', 'cell')), "
+        "pipeline=[dict(type='LoadImageFromFile'), dict(type='LoadAnnotations')]",
         r"'background' is no class of CityscapesDataset; .*type='BaseSegDataset'",
     ),
     data(

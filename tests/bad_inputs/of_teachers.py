@@ -66,7 +66,8 @@ CASES = [
     Case(
         'none at all',
         r'model: distill needs teacher|model.teacher: missing',
-        "model = dict(_delete_=True, type='mmkd.Distill', student=dict(type='RetinaNet'), distillers=dict(a=dict(type='AT', layer='neck')))",
+        "model = dict(_delete_=True, type='mmkd.Distill', student=dict(type='RetinaNet'), "
+        "distillers=dict(a=dict(type='AT', layer='neck')))",
     ),
     Case('None', r'model.teacher: missing, or empty', 'model = dict(teacher=None)'),
     Case('an empty dict', r'model.teacher: missing, or empty', 'model = dict(teacher=dict(_delete_=True))'),
@@ -189,7 +190,8 @@ CASES = [
             (folder / 'teacher3.py').write_text("_base_ = 'teacher.py'\nmodel = dict(bbox_head=dict(num_classes=3))\n"),
         ),
     )._replace(
-        text="model = dict(teacher=dict(_delete_=True, config='teacher3.py', checkpoint='other.pth'), distillers=dict(cwd=dict(layer='bbox_head.retina_cls')))"
+        text="model = dict(teacher=dict(_delete_=True, config='teacher3.py', checkpoint='other.pth'), "
+        "distillers=dict(cwd=dict(layer='bbox_head.retina_cls')))"
     ),
     several(
         'several, and none is named',
