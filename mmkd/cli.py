@@ -254,12 +254,12 @@ def bare_model(runner: Runner) -> nn.Module | None:
     return model if isinstance(model, nn.Module) else None
 
 
-def watch(runner: Runner) -> None:
+def watch(runner: Runner, stop: StopOnSignal | None = None) -> None:
     """Have a training survive what befalls it, and stop when it cannot work.
 
     The hooks of :mod:`mmkd.hosts` are registered unless the config has them; its ``CheckpointHook`` becomes a
     :class:`mmkd.hosts.checkpoints.SafeCheckpointHook`. mmdet's ``NumClassCheckHook`` compares all modules that have
-    ``num_classes`` with the data's classes.
+    ``num_classes`` with the data's classes. ``stop`` is a hook that listens already.
     """
     config, there = runner.cfg, {type(hook).__name__ for hook in runner.hooks}
     for hook in runner.hooks:
@@ -268,7 +268,7 @@ def watch(runner: Runner) -> None:
     if not there & {'CheckInvalidLossHook', 'StopAtInvalidLoss'}:
         runner.register_hook(StopAtInvalidLoss())
     if 'StopOnSignal' not in there:
-        runner.register_hook(StopOnSignal())
+        runner.register_hook(stop or StopOnSignal())
     detects = config.get('default_scope') == 'mmdet' and heads_have_the_datas_classes(config)
     if detects and 'NumClassCheckHook' not in there:
         runner.register_hook(dict(type='NumClassCheckHook'))

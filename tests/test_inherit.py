@@ -57,6 +57,22 @@ def test_what_cannot_be_inherited_is_one_clear_line(teacher, inherit, student, m
     assert '\n' not in str(error.value)
 
 
+def test_each_of_several_teachers_gives_its_own_part(tmp_path):
+    start = {
+        name: models.save_weights(TEACHER, tmp_path / f'{name}.pth', seed=seed) for seed, name in enumerate('ab', 1)
+    }
+    teachers = {name: dict(config=TEACHER, checkpoint=path) for name, path in start.items()}
+    distillers = {f'cwd_{name}': dict(type='CWD', layer='neck', teacher=name) for name in 'ab'}
+    model = distill(TEACHER, teachers, distillers, inherit=dict(a=['neck'], b=['bbox_head']))
+    model.init_weights()
+    for part, name in (('neck.lateral_convs.0.conv.weight', 'a'), ('bbox_head.retina_cls.weight', 'b')):
+        expected = {each: torch.load(path, weights_only=True)['state_dict'][part] for each, path in start.items()}
+        assert not torch.equal(expected['a'], expected['b'])
+        assert torch.equal(model.state_dict()[part], expected[name])
+    with pytest.raises(ConfigError, match=r'^inherit.c: there is no such frozen teacher; there are a, b$'):
+        distill(TEACHER, teachers, distillers, inherit=dict(c=['neck']))
+
+
 def test_in_a_config(teacher):
     config = Config(
         dict(model=dict(type='mmkd.Distill', student=TEACHER, teacher=teacher, distillers=CWD, inherit=['neck']))

@@ -10,7 +10,7 @@ import torch
 from mmkd import checks, cli
 from mmkd.errors import ConfigError
 from mmkd.hosts.checkpoints import check_continues
-from mmkd.hosts.interrupts import Interrupted
+from mmkd.hosts.interrupts import Interrupted, StopOnSignal
 from mmkd.hosts.samples import leave_out_samples
 
 
@@ -35,6 +35,8 @@ def main() -> None:
         help='leave out up to N samples that cannot be read, with a warning each; default: the first one ends the training',
     )
     args = parser.parse_args()
+    stop = StopOnSignal()
+    stop.listen()
     with cli.clear_errors(args.debug) as begun:
         config = cli.read_config(args)
         if args.amp:
@@ -50,7 +52,7 @@ def main() -> None:
         warnings += checks.check_config(config)
         runner = cli.build_runner(config)
         runner.register_hook(begun)
-        cli.watch(runner)
+        cli.watch(runner, stop)
         cli.repeatable(runner, before['meta']['iter'] if before else 0)
         if before:
             check_continues(before, config.load_from, runner)

@@ -56,11 +56,16 @@ class StopOnSignal(Hook):
         self._asked: tuple[torch.Tensor, torch.distributed.Work] | None = None
         self._before: dict = {}
 
+    def listen(self) -> None:
+        """Take note of the signals from now on; also while data are read and models built, long before the training."""
+        for number in SIGNALS:
+            self._before.setdefault(number, signal.signal(number, self._receive))
+
     def before_train(self, runner: Runner) -> None:
+        self.listen()
         if runner.world_size > 1:
             # whose results are read without waiting for a GPU
             self._group = torch.distributed.new_group(backend='gloo')
-        self._before = {number: signal.signal(number, self._receive) for number in SIGNALS}
 
     def after_train(self, runner: Runner) -> None:
         for number, handler in self._before.items():

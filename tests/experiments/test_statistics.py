@@ -37,6 +37,7 @@ def test_what_cannot_be_known_is_none():
     assert one['unpaired'] == one['paired'] == {'error': None, 'ratio': None, 'significant': None}
     nothing = compare({0: 0.1}, {1: 0.2}, 0.3)
     assert (nothing['gain'], nothing['gap_closed']) == (None, None)
+    assert nothing['unpaired'] == nothing['paired'] == one['paired']
     same = compare({0: 0.1, 1: 0.1}, {0: 0.2, 1: 0.2}, 0.05)
     assert same['gap_closed'] is None  # the teacher is worse
     assert same['unpaired'] == {'error': 0.0, 'ratio': None, 'significant': True}

@@ -88,3 +88,17 @@ def test_all_processes_stop_after_the_same_iteration(tmp_path):
     train_together(tmp_path / 'whole.py', 2, '--work-dir', tmp_path / 'parts', '--resume')
     train_together(tmp_path / 'whole.py', 2, '--work-dir', tmp_path / 'whole')
     check_equal(tmp_path / 'whole' / 'iter_12.pth', tmp_path / 'parts' / 'iter_12.pth')
+
+
+class TellEarly(Hook):
+    """Send a signal when the Runner is built."""
+
+    def __init__(self):
+        os.kill(os.getpid(), signal.SIGUSR1)
+
+
+def test_a_signal_before_the_training_is_not_lost(tmp_path):
+    config = build(tmp_path)
+    config.custom_hooks = [dict(type='test_interrupts.TellEarly')]
+    config.dump(tmp_path / 'config.py')
+    assert 'told to stop after iteration 1;' in tool('train', tmp_path / 'config.py', expect=75)
