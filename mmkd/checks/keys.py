@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 
 from mmkd.errors import ConfigError, nearest
 from mmkd.hosts.places import ALIKE, PARTS, Place, options_of, places
+from mmkd.values import expected
 
 # what is read of a config beside the Runner's own arguments: by its other parts, by mmdet's and mmseg's tools, by mmkd
 READ_BESIDE = {
@@ -36,6 +37,8 @@ PARAMWISE = {
     *('custom_keys', 'bias_lr_mult', 'bias_decay_mult', 'norm_decay_mult', 'flat_decay_mult', 'dwconv_decay_mult'),
     *('dcn_offset_lr_mult', 'bypass_duplicate'),
 }
+# registries whose classes say by annotations what their options take, and mean it
+ANNOTATED = ('hook', 'data sampler', 'metric', 'log processor')
 # dicts whose entries are named by the user, each with a class
 NAMED = ('model.distillers', 'model.teacher', 'default_hooks')
 
@@ -222,11 +225,21 @@ def check_names(config: Config, parts: Sequence[str]) -> None:
             )
         if not callable(kind):
             raise ConfigError(f'{place.option}.type={kind!r}: expected the name of a class')
-        options = options_of(kind)
-        for key in place.spec if options is not None else ():
-            if key not in place.extra | {'type', '_scope_'} and options.unknown(key):
-                found = nearest(key, options.names)
-                raise ConfigError(f'{place.option}: {kind.__name__} has no option {key!r}; the nearest are {found}')
+        _check_options(place, kind)
+
+
+def _check_options(place: Place, kind: Any) -> None:
+    """The options that a dict gives its class: their names, and their values where annotations can be relied on."""
+    options = options_of(kind)
+    for key, value in place.spec.items():
+        if key in place.extra | {'type', '_scope_'}:
+            continue
+        if options is not None and options.unknown(key):
+            found = nearest(key, options.names)
+            raise ConfigError(f'{place.option}: {kind.__name__} has no option {key!r}; the nearest are {found}')
+        wanted = expected(kind, key, value) if place.registry.name in ANNOTATED else None
+        if wanted:
+            raise ConfigError(f'{place.option}.{key}={value!r}: expected {wanted}')
 
 
 def _registered(place: Place, named: str, scope: str | None) -> set[str]:

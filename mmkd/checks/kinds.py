@@ -13,9 +13,13 @@ DICTS = (
     *(f'{part}_{key}' for part in PARTS for key in ('cfg', 'dataloader')),
 )
 STRINGS = ('default_scope', 'experiment_name', 'load_from', 'work_dir')
-WORDS = {Mapping: 'a dict', Sequence: 'a list', str: 'a string'}
+WORDS = {Mapping: 'a dict', Sequence: 'a list', str: 'a string', bool: 'True or False'}
 # of data sets
-ENTRIES = {'metainfo': Mapping, 'data_prefix': Mapping, 'data_root': str, 'ann_file': str, 'pipeline': Sequence}
+ENTRIES = {
+    **dict.fromkeys(('metainfo', 'data_prefix'), Mapping),
+    **dict.fromkeys(('data_root', 'ann_file', 'img_suffix', 'seg_map_suffix'), str),
+    'pipeline': Sequence,
+}
 
 
 def check_kinds(config: Config) -> None:
@@ -24,13 +28,18 @@ def check_kinds(config: Config) -> None:
     Raises:
         ConfigError: naming the option, and what is expected.
     """
-    model = config.get('model')
-    _expect('model', model, Mapping)
+    if not isinstance(config.get('model'), Mapping):
+        raise ConfigError(f'model={config.get("model")!r}: expected a dict')
     for kind, options in ((Mapping, DICTS), (str, STRINGS), (Sequence, ('custom_hooks',))):
         for option in options:
             _expect(option, config.get(option), kind)
+    for name, hook in (config.get('default_hooks') or {}).items():
+        _expect(f'default_hooks.{name}', hook, Mapping)
+    _expect('env_cfg.dist_cfg', (config.get('env_cfg') or {}).get('dist_cfg'), Mapping)
+    _expect('auto_scale_lr.enable', (config.get('auto_scale_lr') or {}).get('enable'), bool)
     for part in PARTS:
         loader = config.get(f'{part}_dataloader')
+        _expect(f'{part}_dataloader.sampler', (loader or {}).get('sampler'), Mapping)
         if loader and loader.get('dataset') is not None:
             _check_dataset(f'{part}_dataloader.dataset', loader['dataset'])
         metrics = config.get(f'{part}_evaluator')
@@ -62,7 +71,9 @@ def _check_dataset(option: str, dataset: Any) -> None:
     for index, step in enumerate(dataset.get('pipeline') or ()):
         if not callable(step):
             _expect(f'{option}.pipeline.{index}', {} if step is None else step, Mapping)
-    classes = (dataset.get('metainfo') or {}).get('classes')
+    metainfo = dataset.get('metainfo') or {}
+    _expect(f'{option}.metainfo.palette', metainfo.get('palette'), Sequence)
+    classes = metainfo.get('classes')
     if not isinstance(classes, str):  # a file with the names
         _expect(f'{option}.metainfo.classes', classes, Sequence)
         for index, name in enumerate(classes or ()):

@@ -183,6 +183,8 @@ def _check_schedulers(config: Config) -> None:
         for name, least in (('begin', 0), ('end', 1), ('T_max', 1), ('step_size', 1)):
             if each.get(name) is not None:
                 _count(f'{option}.{name}', each[name], least)
+        if not isinstance(each.get('by_epoch', True), bool):
+            raise ConfigError(f'{option}.by_epoch={each["by_epoch"]!r}: expected True or False')
         if each.get('end') is not None and each['end'] <= (each.get('begin') or 0):
             raise ConfigError(f'{option}.end={each["end"]}: expected more than begin, which is {each.get("begin", 0)}')
         steps = each.get('milestones')

@@ -50,7 +50,11 @@ class Place(NamedTuple):
 
     def kind(self, scope: str | None) -> Any:
         """The class or function; None where there is no such thing."""
-        spec = self.spec if self.spec.get('type') or self.default is None else {**self.spec, 'type': self.default}
+        spec = (
+            self.spec
+            if self.spec.get('type') is not None or self.default is None
+            else {**self.spec, 'type': self.default}
+        )
         return named_class(spec, self.registry, None if self.registry.scope == 'mmkd' else scope)
 
 

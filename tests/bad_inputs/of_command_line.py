@@ -106,6 +106,17 @@ CASES = [
     ),
     changes('a type of None', 'model.student.neck.type=None', r'model.student.neck: it names no class; give it a type'),
     changes('an optimizer that is a number', 'optim_wrapper=0.5', r'optim_wrapper=0.5: expected a dict'),
+    changes(
+        'an interval that is a string',
+        'default_hooks.checkpoint.interval=x',
+        r"checkpoint.interval='x': expected a whole number",
+    ),
+    changes(
+        'a flag that is a string',
+        'train_dataloader.sampler.shuffle=x',
+        r"train_dataloader.sampler.shuffle='x': expected True or False",
+    ),
+    changes('a hook that is a number', 'default_hooks.logger=5', r'default_hooks.logger=5: expected a dict'),
     changes('a model that is a number', 'model=5', r'model=5: expected a dict'),
     changes(
         'a root that is a number', 'train_dataloader.dataset.data_root=5', r'dataset.data_root=5: expected a string'
