@@ -200,6 +200,18 @@ def _check_runner(config: Config) -> None:
     seed = (config.get('randomness') or {}).get('seed')
     if seed is not None:
         _whole('randomness.seed', seed, 0)
+    best = ((config.get('default_hooks') or {}).get('checkpoint') or {}).get('save_best')
+    metrics = config.get('val_evaluator')
+    if isinstance(metrics, Mapping) and type_name(metrics) == 'CocoMetric':
+        begin = f'{metrics.get("prefix") or "coco"}/'
+        wrong = [
+            each for each in ([best] if isinstance(best, str) else best or ()) if each != 'auto' and begin not in each
+        ]
+        if wrong:
+            raise ConfigError(
+                f'default_hooks.checkpoint.save_best={best!r}: no score of CocoMetric is called {wrong[0]!r}; an example is '
+                f'{begin + "bbox_mAP"!r}'
+            )
 
 
 def _check_distillation(config: Config) -> None:

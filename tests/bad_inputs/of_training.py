@@ -228,6 +228,11 @@ CASES = [
         r"LoggerHook has no option 'intervl'; .*'interval'",
         'default_hooks = dict(logger=dict(intervl=5))',
     ),
+    Case(
+        'a best score by half its name',
+        r"save_best='bbox_mAP': no score of CocoMetric is called 'bbox_mAP'; an example is 'coco/bbox_mAP'",
+        "default_hooks = dict(checkpoint=dict(save_best='bbox_mAP'))",
+    ),
     Case('a seed that is a string', r"randomness.seed='0': expected a whole number", "randomness = dict(seed='0')"),
     Case('a base batch of 0', r'auto_scale_lr.base_batch_size=0: expected', 'auto_scale_lr = dict(base_batch_size=0)'),
     Case(
@@ -259,6 +264,11 @@ CASES = [
         options=('--resume', 'nothere.pth'),
     ),
     # what is right
+    Case(
+        'a best score',
+        Accepted('as CocoMetric calls it'),
+        "default_hooks = dict(checkpoint=dict(save_best='coco/bbox_mAP'))",
+    ),
     Case(
         'a single image, where no norm sees one value',
         Accepted('RetinaNet has no map of 1x1'),
