@@ -152,7 +152,7 @@ def test_a_training_may_begin_with_a_part_of_its_weights(shapes, tmp_path):
 def test_a_teacher_whose_weights_cannot_be_read_is_found_before_data_are(shapes, tmp_path):
     (tmp_path / 't.pth').write_bytes(b'<html>')
     shapes.model.teacher.checkpoint = str(tmp_path / 't.pth')
-    with pytest.raises(ConfigError, match=r'^teacher checkpoint .*t.pth: refused'):
+    with pytest.raises(ConfigError, match=r'^teacher checkpoint .*t.pth: is no checkpoint of PyTorch, or damaged'):
         checks.check_config(shapes)
     torch.save(dict(state_dict=dict(epoch=3)), tmp_path / 't.pth')
     with pytest.raises(ConfigError, match=r'^teacher checkpoint .*t.pth: holds no weights'):
