@@ -158,8 +158,16 @@ def read_config(args: argparse.Namespace) -> Config:
     config.launcher = args.launcher
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
     config.work_dir = args.work_dir or config.get('work_dir') or str(Path('work_dirs') / Path(path).stem)
-    check_folder(config.work_dir, '--work-dir' if args.work_dir else 'work_dir')
     return config
+
+
+def check_work_dir(args: argparse.Namespace, config: Config) -> None:
+    """Check that the Runner can write to its folder.
+
+    Raises:
+        ConfigError: naming the option.
+    """
+    check_folder(config.work_dir, '--work-dir' if args.work_dir else 'work_dir')
 
 
 def scale_learning_rate(config: Config) -> None:

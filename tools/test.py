@@ -19,6 +19,7 @@ def main() -> None:
     with cli.clear_errors(args.debug) as begun:
         cli.check_outputs(args)
         config = cli.read_config(args)
+        cli.check_work_dir(args, config)
         config.load_from = args.checkpoint
         cli.join_processes(config)
         checks.check_names(config, ('test',))

@@ -39,6 +39,7 @@ def main() -> None:
     stop.listen()
     with cli.clear_errors(args.debug) as begun:
         config = cli.read_config(args)
+        cli.check_work_dir(args, config)
         if args.amp:
             if not torch.cuda.is_available():
                 raise ConfigError('--amp: mmengine trains in mixed precision on accelerators alone, and none was found')

@@ -186,4 +186,9 @@ CASES = [
         Accepted('testing needs none'),
     ),
     export('into a folder that is not there', ('base.py', 'student.pth', 'a/b/new'), Accepted('it is made')),
+    export(
+        'a work directory that cannot be made',
+        ('base.py', 'student.pth', 'new', '--work-dir', '/proc/x'),
+        Accepted('export writes nothing there'),
+    ),
 ]
