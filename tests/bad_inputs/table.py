@@ -89,7 +89,7 @@ def attempt(case: Case, capsys: Any, monkeypatch: Any) -> str:
     arguments = ['config.py', *case.options] if case.arguments is None else list(case.arguments)
     monkeypatch.setattr(sys, 'argv', [f'{case.tool}.py', *arguments])
     monkeypatch.setattr('mmkd.cli.build_runner', WithoutRunner)
-    monkeypatch.setattr('mmkd.cli.watch', lambda runner: None)
+    monkeypatch.setattr('mmkd.cli.watch', lambda *_: None)
     main = runpy.run_path(str(ROOT / 'tools' / f'{case.tool}.py'))['main']
     code: Any = None
     with nullcontext():
