@@ -358,3 +358,25 @@ def test_kinds_of_sources_are_classes_of_their_own(teacher_options):
         dict(one=dict(CWD_NECK, teacher='frozen'), two=dict(type='AT', layer='neck', teacher='mean')),
     )
     assert [type(each) for each in model.sources.values()] == [Teacher, Average]
+
+
+def test_a_peer_starts_from_its_checkpoint_and_sees_its_own_normalization(tmp_path):
+    other = other_teacher(tmp_path)
+    model = mmkd.distill(student(), dict(peer=dict(type='Peer', **other)), dict(at=dict(type='AT', layer='neck')))
+    model.init_weights()
+    peer = model.sources['peer'].model
+    weights = torch.load(other['checkpoint'], weights_only=True)['state_dict']
+    assert all(torch.equal(value, weights[name]) for name, value in peer.state_dict().items())
+    seen = []
+    peer.backbone.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0]))
+    raw = random_batch(model, (2, 3, 96, 128))
+    expected = peer.data_preprocessor(copy.deepcopy(raw), True)['inputs']
+    losses(model)
+    torch.testing.assert_close(seen[0], expected, rtol=1e-5, atol=1e-3)
+
+
+def test_a_peer_whose_checkpoint_does_not_fit(tmp_path, teacher_options):
+    peer = dict(type='Peer', config=other_teacher(tmp_path)['config'], checkpoint=teacher_options['checkpoint'])
+    model = mmkd.distill(student(), dict(peer=peer), dict(at=dict(type='AT', layer='neck')))
+    with pytest.raises(ConfigError, match=r'peer.*checkpoint .* does not fit GFL'):
+        model.init_weights()
