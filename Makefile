@@ -1,6 +1,6 @@
 # make demo   set up, then train teacher and students on generated data and write a report
 # make demo-seg   the same for segmentation
-# make test   set up, then run the tests (make test-fast: those that take no longer than seconds)
+# make test   set up, then run the tests but for those of make test-cluster (make test-fast: those that take no longer than seconds)
 # make test-kills   kill a training twenty times, at random moments, and compare what it ends with
 # make test-cluster   set up, then run the tests on several nodes and under a real Slurm; what cannot run here says why
 # make gpu    set up, then everything that only a GPU can show, in about ten minutes; writes docs/gpu.md
@@ -23,7 +23,7 @@ demo-seg: setup
 	$(BIN)/python demo/run.py segmentation
 
 test: setup
-	$(PYTEST) --durations=10
+	$(PYTEST) --durations=10 -m 'not cluster'
 
 test-fast: setup
 	$(PYTEST) -m 'not slow and not cluster'
