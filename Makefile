@@ -1,17 +1,19 @@
 # make demo   set up, then train teacher and students on generated data and write a report
 # make demo-seg   the same for segmentation
-# make test   set up, then run the tests but for those of make test-cluster (make test-fast: those that take no longer than seconds)
-# make test-kills   kill a training twenty times, at random moments, and compare what it ends with
+# make test   set up, then run the tests (make test-fast: those that take no longer than seconds) but for these:
+# make test-configs   two steps of every config on COCO and Cityscapes, on generated images
+# make test-kills   kill trainings twenty times (KILLS=20), at random moments, and compare what they end with
 # make test-cluster   set up, then run the tests on several nodes and under a real Slurm; what cannot run here says why
 # make gpu    set up, then everything that only a GPU can show, in about ten minutes; writes docs/gpu.md
 # make lint   check format, style and the types of the core (make format applies them); needs nothing but Python
-.PHONY: setup demo demo-seg test test-fast test-kills test-cluster gpu lint format clean
+.PHONY: setup demo demo-seg test test-fast test-configs test-kills test-cluster gpu lint format clean
 
 VENV := .venv
 BIN := $(VENV)/bin
 PYTEST := $(BIN)/python -m pytest -q --numprocesses logical --dist worksteal
 LINT := .venv-lint
 PYTHON ?= python3
+KILLS := 20
 
 setup:
 	@sh tools/setup.sh $(VENV)
@@ -23,7 +25,7 @@ demo-seg: setup
 	$(BIN)/python demo/run.py segmentation
 
 test: setup
-	$(PYTEST) --durations=10 -m 'not cluster'
+	$(PYTEST) --durations=10 -m 'not cluster and not configs and not kills'
 
 test-fast: setup
 	$(PYTEST) -m 'not slow and not cluster'
@@ -32,7 +34,10 @@ test-cluster: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -rs --durations=0 tests/cluster
 
 test-kills: setup
-	$(PYTEST) tests/test_kills.py --kills 20
+	$(PYTEST) -m kills --kills $(KILLS)
+
+test-configs: setup
+	$(PYTEST) -m configs --durations=10
 
 gpu: setup
 	$(BIN)/python tools/gpu.py

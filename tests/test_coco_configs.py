@@ -8,7 +8,7 @@ from mmkd.hosts.datasets import datasets
 from mmkd.testing.coco import generate
 from mmkd.testing.runs import check_steps, two_steps
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.configs]
 
 
 @pytest.fixture(scope='module')

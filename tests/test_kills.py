@@ -9,8 +9,8 @@ from tool import tool
 from mmkd.testing.faults import MOMENTS
 from mmkd.testing.runs import of_all_sources, shapes_config, streets_config
 
-pytestmark = pytest.mark.slow
-LENGTH = 18
+pytestmark = [pytest.mark.slow, pytest.mark.kills]
+LENGTH = 14
 
 
 def detection(folder):

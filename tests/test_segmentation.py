@@ -114,7 +114,7 @@ def test_the_test_tool_reports_the_stock_metric(trained, tmp_path):
         ),
         (
             lambda config, folder: config.train_dataloader.dataset.data_prefix.update(seg_map_path='leftImg8bit/train'),
-            r'_labelTrainIds.png does not exist, the label map of .*dataset_converters/cityscapes.py',
+            r'_labelTrainIds.png does not exist, nor do 23 others, the label map of .*dataset_converters/cityscapes.py',
         ),
         (
             lambda config, folder: config.model.student.decode_head.update(num_classes=4),

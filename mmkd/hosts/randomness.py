@@ -16,13 +16,14 @@ import numpy as np
 import torch
 from mmengine.dist import get_rank
 from mmengine.hooks import Hook
-from mmengine.registry import DATA_SAMPLERS
+from mmengine.registry import DATA_SAMPLERS, FUNCTIONS
 from mmengine.runner import IterBasedTrainLoop, Runner
 from torch.utils.data import BatchSampler, Sampler, get_worker_info
 
 from mmkd.hosts.interrupts import heed_parent_alone
 from mmkd.hosts.samples import name_samples
 
+START_WORKER = 'mmkd_start_worker'  # mmengine's FlexibleRunner takes a name alone
 SAMPLES, ITERATIONS = range(2)  # so that both have other numbers
 
 
@@ -107,10 +108,11 @@ def seeded_loader(config: Mapping, seed: int, done: int = 0) -> dict:
     config['batch_sampler'] = dict(batches, drop_last=config.pop('drop_last', False))
     if 'worker_init_fn' not in config:
         quiet = config.pop('disable_subprocess_warning', False)
-        config['worker_init_fn'] = dict(type=start_worker, disable_subprocess_warning=quiet)
+        config['worker_init_fn'] = dict(type=START_WORKER, disable_subprocess_warning=quiet)
     return config
 
 
+@FUNCTIONS.register_module(name=START_WORKER)
 def start_worker(worker: int, disable_subprocess_warning: bool = False) -> None:
     """Prepare a data worker: it outlives the signals that end a training, which needs its data up to the checkpoint."""
     if disable_subprocess_warning and worker:
