@@ -31,7 +31,7 @@ from mmkd.hosts.hooks import SavePictures, StopAtInvalidLoss
 from mmkd.hosts.interrupts import StopOnSignal
 from mmkd.hosts.mmengine import config_path
 from mmkd.hosts.randomness import SeedIterations, seeded_loader
-from mmkd.weights import fetch, trust_checkpoints
+from mmkd.weights import fetch, fetchable, trust_checkpoints
 
 # mmengine 0.10 imports it again and again
 warnings.filterwarnings('ignore', message='pkg_resources is deprecated')
@@ -282,8 +282,10 @@ def watch(runner: Runner, stop: StopOnSignal | None = None) -> None:
         runner.register_hook(dict(type='NumClassCheckHook'))
 
 
-def resume(config: Config, checkpoint: str) -> tuple[dict | None, list[str]]:
+def resume(config: Config, checkpoint: str | None = None) -> tuple[dict | None, list[str]]:
     """Have a training go on from a checkpoint, or with ``'auto'`` from the last one in the work directory that can be read.
+
+    Without ``checkpoint`` the config decides: ``resume=True`` goes on from ``load_from`` or from the last one.
 
     Returns:
         What the checkpoint holds, None where nothing can be said of it before it is loaded; and warnings for the log.
@@ -293,14 +295,24 @@ def resume(config: Config, checkpoint: str) -> tuple[dict | None, list[str]]:
     """
     warnings: list[str] = []
     path: Path | None
+    if checkpoint is None and config.get('resume'):
+        named = (
+            config.resume if isinstance(config.resume, str) else config.get('load_from')
+        )  # FlexibleRunner takes both
+        checkpoint = named or 'auto'
+    if checkpoint is None:
+        return None, []
     if checkpoint == 'auto':
         path, warnings = latest_checkpoint(config.work_dir)
         if path is None:
+            config.resume = False
             return None, [*warnings, f'--resume: {config.work_dir} has no checkpoint; the training begins anew.']
-    else:
+    elif fetchable(checkpoint):
         path = fetch(checkpoint, '--resume', missing='', unreachable='name another')
-    config.resume, config.load_from = True, str(path)
-    if path.is_dir():  # of DeepSpeed
+    else:  # of another file backend of mmengine's
+        path = None
+    config.resume, config.load_from = True, str(path or checkpoint)
+    if path is None or path.is_dir():  # the second is DeepSpeed's
         return None, warnings
     content = check_resumable(path, '--resume')
     if content['meta'].get('seed') is not None:

@@ -49,12 +49,13 @@ def main() -> None:
             cli.scale_learning_rate(config)
         leave_out_samples(args.leave_out)
         cli.join_processes(config)
-        before, warnings = cli.resume(config, args.resume) if args.resume else (None, [])
+        before, warnings = cli.resume(config, args.resume)
         warnings += checks.check_config(config)
         runner = cli.build_runner(config)
         runner.register_hook(begun)
         cli.watch(runner, stop)
-        cli.repeatable(runner, before['meta']['iter'] if before else 0)
+        if before or not config.get('resume'):  # else nobody knows how far it got
+            cli.repeatable(runner, before['meta']['iter'] if before else 0)
         if before:
             check_continues(before, config.load_from, runner)
         warnings += checks.check_model(config, cli.bare_model(runner))
