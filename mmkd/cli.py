@@ -22,8 +22,8 @@ from mmengine.utils.dl_utils import set_multi_processing
 from mmengine.visualization import Visualizer
 from torch import nn
 
-from mmkd.checks import check_changes, check_folder, check_kinds, check_launcher, heads_have_the_datas_classes
-from mmkd.errors import ConfigError, Stopped, describe, nearest
+from mmkd.checks import check_changes, check_folder, check_kinds, heads_have_the_datas_classes
+from mmkd.errors import ConfigError, Stopped, describe, first_line, nearest
 from mmkd.hosts.checkpoints import SafeCheckpointHook, check_resumable, latest_checkpoint
 from mmkd.hosts.config_files import read_config_file
 from mmkd.hosts.configs import check_named_configs, name_classes, resolve_files
@@ -108,19 +108,13 @@ def clear_errors(debug: bool = False) -> Iterator[Begun]:
         known = isinstance(error, (ConfigError, Stopped))
         if debug or (begun.step and not known):
             traceback.print_exc()
-        line = error_line(error) if known else describe(error)
+        line = first_line(error) if known else describe(error)
         if begun.step and not known:
             line += f' (in iteration {begun.step})'
         elif not known and not debug:
             line += '; --debug shows the traceback'
         sys.stdout.flush()  # so that the line is the last
         sys.exit(f'error: {" ".join(line.split())}')
-
-
-def error_line(error: Exception) -> str:
-    """The one line of an error; one that a data worker raised comes with that process's traceback around it."""
-    lines = str(error).strip().splitlines()
-    return lines[-1].partition(': ')[2] if lines[0].startswith('Caught ') else lines[0]
 
 
 def read_config(args: argparse.Namespace) -> Config:
@@ -154,7 +148,6 @@ def read_config(args: argparse.Namespace) -> Config:
         raise ConfigError(f'--cfg-options: {describe(error)}') from error
     check_kinds(config)
     check_named_configs(config)
-    check_launcher(args.launcher)
     config.launcher = args.launcher
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
     config.work_dir = args.work_dir or config.get('work_dir') or str(Path('work_dirs') / Path(path).stem)
@@ -296,10 +289,8 @@ def resume(config: Config, checkpoint: str | None = None) -> tuple[dict | None, 
     warnings: list[str] = []
     path: Path | None
     if checkpoint is None and config.get('resume'):
-        named = (
-            config.resume if isinstance(config.resume, str) else config.get('load_from')
-        )  # FlexibleRunner takes both
-        checkpoint = named or 'auto'
+        # FlexibleRunner takes a path as well
+        checkpoint = config.resume if isinstance(config.resume, str) else config.get('load_from') or 'auto'
     if checkpoint is None:
         return None, []
     if checkpoint == 'auto':

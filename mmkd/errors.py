@@ -23,10 +23,16 @@ def nearest(name: str, names: Iterable[str]) -> str:
     return ', '.join(repr(each) for each in found) or 'none'
 
 
-def describe(error: BaseException) -> str:
-    """An error of other code in one line: its kind, and the first line of what it says."""
+def first_line(error: BaseException) -> str:
+    """The first line of what an error says, or its kind; of one in a data worker, whose traceback comes first, the last."""
     said = error.args[0] if isinstance(error, KeyError) and len(error.args) == 1 else error  # whose str() is quoted
-    lines = [line for line in str(said).splitlines() if line.strip()]
-    if lines and lines[0].startswith('Caught '):  # in a data worker, with its traceback, whose last line says what
-        return lines[-1].strip()
-    return f'{type(error).__name__}: {lines[0].strip()}' if lines else type(error).__name__
+    lines = [line.strip() for line in str(said).splitlines() if line.strip()]
+    if lines and lines[0].startswith('Caught '):
+        return lines[-1].partition(': ')[2] or lines[-1]
+    return lines[0] if lines else type(error).__name__
+
+
+def describe(error: BaseException) -> str:
+    """An error of other code in one line: its kind, and :func:`first_line`."""
+    kind, line = type(error).__name__, first_line(error)
+    return line if line == kind else f'{kind}: {line}'

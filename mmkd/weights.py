@@ -79,12 +79,7 @@ def fetch(
     if not path.is_file() and int(os.environ.get('LOCAL_RANK', 0)) == 0:
         try:
             _download(address, path)
-        except (
-            OSError,
-            HTTPException,
-            RuntimeError,
-            ConfigError,
-        ) as error:  # RuntimeError: the hash in its name is another
+        except (OSError, HTTPException, RuntimeError, ConfigError) as error:  # a hash that differs is the third
             failure = f' ({error})'
     barrier()
     if not path.is_file():
@@ -159,8 +154,6 @@ def read_file(path: Path, what: str = 'teacher checkpoint', map_location: Any = 
             f'{what} {path}: refused, it holds code instead of weights alone ({code[1]}); if you trust where it comes from, '
             f'--trust-checkpoint reads it all the same, and runs what is in it{OLD_TORCH}'
         ) from None
-    except (KeyboardInterrupt, SystemExit):
-        raise
     except Exception as error:  # whatever a damaged file makes torch raise
         raise ConfigError(f'{what} {path}: cannot be read, it may be truncated ({_reason(error)})') from None
 
@@ -242,10 +235,6 @@ def dataset_meta(content: object) -> dict:
     if isinstance(meta.get('dataset_meta'), dict):
         return meta['dataset_meta']
     return {key.lower(): meta[key] for key in ('CLASSES', 'PALETTE') if meta.get(key)}  # before mmdet 3 and mmseg 1
-
-
-def first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]
 
 
 def load_weights(

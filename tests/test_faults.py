@@ -13,7 +13,7 @@ import torch
 from mmengine.hooks import Hook
 from tool import tool, train_together
 
-from mmkd import cli
+from mmkd.errors import first_line
 from mmkd.hosts.checkpoints import latest_checkpoint
 from mmkd.testing import detectors, models
 from mmkd.testing.runs import distilled, shapes_config
@@ -207,4 +207,4 @@ def test_resuming_weights_alone_or_nothing(tmp_path, trained):
 
 def test_the_line_of_an_error_in_a_data_worker():
     error = RuntimeError('Caught Stopped in DataLoader worker process 0.\nOriginal Traceback:\n  x\nmmkd.Stopped: a: b')
-    assert cli.error_line(error) == 'a: b'
+    assert first_line(error) == 'a: b'

@@ -8,8 +8,11 @@ import pytest
 import torch
 from tool import ROOT, tool
 
-from mmkd.testing import sections
 from mmkd.testing.device import NoWaiting, RandomOnCPU
+from mmkd.testing.gpu.__main__ import SECTIONS
+from mmkd.testing.gpu.cases import compare, method_cases, source_cases
+from mmkd.testing.gpu.correctness import waiting
+from mmkd.testing.gpu.section import Finding, Setting, Skip, run_section
 
 CPU = torch.device('cpu')
 TOOL = ROOT / 'tools' / 'gpu.py'
@@ -19,13 +22,13 @@ spec.loader.exec_module(gpu)
 
 
 def setting(folder='.', quick=True, seconds=60.0):
-    return sections.Setting(CPU, quick, folder, time.monotonic() + seconds)
+    return Setting(CPU, quick, folder, time.monotonic() + seconds)
 
 
 def rows_of(section, seconds=60.0):
     """The rows of a section that is run in this process."""
     rows = []
-    sections.run_section('it', section, setting(seconds=seconds), lambda **row: rows.append(row))
+    run_section('it', section, setting(seconds=seconds), lambda **row: rows.append(row))
     return rows
 
 
@@ -48,7 +51,7 @@ def test_a_dry_run_passes_and_says_that_it_is_one(tmp_path):
 
 
 def test_the_tool_has_a_time_for_each_section():
-    assert list(gpu.SECONDS) == list(sections.SECTIONS)
+    assert list(gpu.SECONDS) == list(SECTIONS)
 
 
 def test_without_a_gpu_it_is_one_line():
@@ -60,14 +63,14 @@ def test_without_a_gpu_it_is_one_line():
 
 def test_a_failure_is_a_row_and_the_others_go_on():
     def section(setting):
-        yield 'good', lambda: sections.Finding('1', '2')
+        yield 'good', lambda: Finding('1', '2')
         yield 'bad', lambda: 1 / 0
-        yield 'not met', lambda: sections.Finding('3', '2', False)
-        yield 'a figure', lambda: sections.Finding('3 ms', '', None)
+        yield 'not met', lambda: Finding('3', '2', False)
+        yield 'a figure', lambda: Finding('3 ms', '', None)
         yield 'elsewhere', skip
 
     def skip():
-        raise sections.Skip('no such thing here')
+        raise Skip('no such thing here')
 
     rows = rows_of(section)
     assert [row['status'] for row in rows] == ['passed', 'failed', 'failed', 'figure', 'skipped']
@@ -84,7 +87,7 @@ def test_a_failure_is_a_row_and_the_others_go_on():
 def test_what_there_is_no_time_for_is_not_run():
     def section(setting):
         for name in 'abc':
-            yield name, lambda: time.sleep(0.3) or sections.Finding('1')
+            yield name, lambda: time.sleep(0.3) or Finding('1')
 
     def found(seconds):
         return [(row['case'], row['status']) for row in rows_of(section, seconds)]
@@ -99,8 +102,8 @@ def test_a_hung_or_crashed_section_is_ended_and_the_others_run(tmp_path):
     """With sections of its own: one that hangs, one that ends its process, a good one."""
     (tmp_path / 'worker.py').write_text("""
 import os, sys, time
-from mmkd.testing import sections
-from mmkd.testing.sections import Finding
+from mmkd.testing.gpu.__main__ import SECTIONS, main
+from mmkd.testing.gpu.section import Finding
 
 def hangs(setting):
     yield 'first', lambda: Finding('1')
@@ -112,12 +115,12 @@ def crashes(setting):
 def works(setting):
     yield 'first', lambda: Finding('1')
 
-sections.SECTIONS.update(hangs=hangs, crashes=crashes, works=works)
-sections.main()
+SECTIONS.update(hangs=hangs, crashes=crashes, works=works)
+main()
 """)
     seconds = "SECONDS = {'hangs': 1, 'crashes': 5, 'works': 5, "
     code = TOOL.read_text().replace('SECONDS = {', seconds).replace('GRACE = 20.0', 'GRACE = 0.5')
-    code = code.replace("WORKER = 'mmkd.testing.sections'", "WORKER = 'worker'")
+    code = code.replace("WORKER = 'mmkd.testing.gpu'", "WORKER = 'worker'")
     (tmp_path / 'gpu.py').write_text(code.replace('Path(__file__).parents[1]', f'Path({str(ROOT)!r})'))
     options = ('--device', 'cpu', '--output', tmp_path / 'page.md', '--sections', 'hangs', 'crashes', 'works')
     tool(tmp_path / 'gpu', *options, expect=1, env=dict(PYTHONPATH=tmp_path), folder=tmp_path)
@@ -187,19 +190,19 @@ def test_random_tensors_are_drawn_on_the_cpu():
 def test_differences_are_relative_to_the_largest_value_of_each_tensor():
     expected = dict(a=torch.tensor([1.0, 100.0]), b=torch.tensor([1e-9]), c=torch.zeros(0))
     found = dict(a=torch.tensor([2.0, 100.0]), b=torch.tensor([2e-9]), c=torch.zeros(0))
-    assert sections.compare(found, expected, 1e-3) == pytest.approx(0.01)
-    assert sections.compare(found, expected, 0.0) == pytest.approx(1.0)
+    assert compare(found, expected, 1e-3) == pytest.approx(0.01)
+    assert compare(found, expected, 0.0) == pytest.approx(1.0)
     with pytest.raises(AssertionError):
-        sections.compare(dict(a=found['a']), expected, 0.0)
+        compare(dict(a=found['a']), expected, 0.0)
 
 
 def names_of_methods():
-    return [name for name, *_ in (*sections.method_cases(False), *sections.source_cases(False))]
+    return [name for name, *_ in (*method_cases(False), *source_cases(False))]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize('name', names_of_methods())
 def test_no_method_and_no_source_waits_for_the_device(name):
     """What a CPU can show of it, see :class:`NoWaiting`; `make gpu` asks CUDA."""
-    check = dict(sections.waiting(setting(quick=False)))[name]
+    check = dict(waiting(setting(quick=False)))[name]
     assert check().found.startswith('never waits')

@@ -4,7 +4,7 @@
     python tools/gpu.py --device cpu --quick          # a dry run: the same code on small models, written elsewhere
 
 It needs one CUDA device, mmdet and mmseg, and no data, checkpoint or network. What fails is a row of the report, and the
-rest goes on: the sections, of mmkd/testing/sections.py, run in a process of their own, which is ended where one hangs, and
+rest goes on: the sections, of mmkd/testing/gpu, run in a process of their own, which is ended where one hangs, and
 started anew where a CUDA error has taken its device. The exit status is 0 if nothing failed and everything was run.
 """
 
@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-WORKER = 'mmkd.testing.sections'
+WORKER = 'mmkd.testing.gpu'
 SECONDS = {
     "mmcv's ops": 30,
     'Values': 120,

@@ -12,7 +12,7 @@ from mmkd.checks.data import check_data
 from mmkd.checks.keys import check_changes, check_names
 from mmkd.checks.kinds import check_kinds
 from mmkd.checks.models import check_batch_norms, compare_critics, compare_custom_keys
-from mmkd.checks.options import check_folder, check_launcher, check_options, check_parts, compare_batch_size
+from mmkd.checks.options import check_folder, check_options, check_parts, compare_batch_size
 from mmkd.checks.weights import (
     check_checkpoint,
     check_fit,
@@ -33,7 +33,6 @@ __all__ = [
     'check_folder',
     'check_heads',
     'check_kinds',
-    'check_launcher',
     'check_model',
     'check_names',
     'check_options',
@@ -65,7 +64,8 @@ def check_config(config: Config) -> list[str]:
     warnings = check_data(config, ('train', 'val'))
     check_heads(config)
     check_pretrained(config)
-    check_checkpoint(config)
+    if not config.get('resume'):  # what a training goes on from was read before, and is compared as a whole
+        check_checkpoint(config)
     known = check_teachers(config)
     return [*warnings, *compare_classes(config, known), *compare_batch_size(config)]
 
@@ -74,6 +74,7 @@ def check_model(config: Config, model: nn.Module | None) -> list[str]:
     """What can be said of a training once its model is built, which some Runners do late; as :func:`check_config`."""
     if model is None:
         return []
-    check_start(config, model)
+    if not config.get('resume'):
+        check_start(config, model)
     check_batch_norms(config, model)
     return [*compare_critics(config, model), *compare_custom_keys(config, model)]

@@ -56,20 +56,6 @@ def check_folder(path: str, option: str) -> None:
         ) from None
 
 
-def check_launcher(launcher: str) -> None:
-    """Check that this process was started by the launcher that is named.
-
-    Raises:
-        ConfigError: naming what the launcher would have set.
-    """
-    started = {'pytorch': 'torchrun', 'slurm': 'srun', 'mpi': 'mpirun'}.get(launcher)
-    sets = {'pytorch': 'RANK', 'slurm': 'SLURM_PROCID', 'mpi': 'OMPI_COMM_WORLD_LOCAL_RANK'}.get(launcher)
-    if sets and sets not in os.environ:
-        raise ConfigError(
-            f'--launcher {launcher}: {sets} is not set, as {started} would have it; start with {started}, or leave it out'
-        )
-
-
 def _whole(option: str, value: Any, least: int = 1) -> None:
     if not (is_whole(value) and value >= least):
         raise ConfigError(f'{option}={value!r}: expected a whole number of at least {least}')

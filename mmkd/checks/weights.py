@@ -88,39 +88,35 @@ def pretrained(model: Mapping, option: str) -> Iterator[tuple[str, str]]:
                 yield from pretrained(each, f'{option}.{name}')
 
 
-def _start(config: Config) -> tuple[str, str] | None:
-    """The checkpoint that a run is to begin with, and the option that names it."""
+def _start(config: Config) -> str | None:
+    """The checkpoint that a run is to begin with."""
     checkpoint = config.get('load_from')
-    if not checkpoint or not fetchable(checkpoint):
-        return None
-    return checkpoint, 'checkpoint to resume from' if config.get('resume') else 'load_from'
+    return checkpoint if checkpoint and fetchable(checkpoint) else None
 
 
-def check_checkpoint(config: Config, what: str | None = None) -> None:
+def check_checkpoint(config: Config, what: str = 'load_from') -> None:
     """Check that the checkpoint that ``load_from`` names is there and can be read; errors begin with ``what``."""
-    start = _start(config)
-    if start:
-        checkpoint, what = start[0], what or start[1]
+    checkpoint = _start(config)
+    if checkpoint:
         read_checkpoint(fetch(checkpoint, what, missing='', unreachable='name another'), what)
 
 
 def check_start(config: Config, model: nn.Module) -> None:
     """Check that the checkpoint that a training begins with has weights of this model; all is not needed."""
-    start = _start(config)
-    if not start:
+    checkpoint = _start(config)
+    if not checkpoint:
         return
-    checkpoint, what = start
     own = {name: value.shape for name, value in model.state_dict().items() if not name.startswith(BESIDE)}
-    found = read_checkpoint(fetch(checkpoint, what), what)
+    found = read_checkpoint(fetch(checkpoint, 'load_from'), 'load_from')
     if not any(own.get(name) == value.shape for name, value in found.items()):
         raise ConfigError(
-            f'{what} {checkpoint}: fits nothing of {type(model).__name__}; it holds {", ".join(list(found)[:3])}, ... and '
+            f'load_from {checkpoint}: fits nothing of {type(model).__name__}; it holds {", ".join(list(found)[:3])}, ... and '
             f'the model {", ".join(list(own)[:3])}, ...'
         )
 
 
 def check_fit(config: Config, model: nn.Module | None) -> None:
     """Check that the checkpoint that is tested has all weights of the model, and no others."""
-    start = _start(config)
-    if start and model is not None:
-        load_weights(model, start[0], 'checkpoint', 'give a checkpoint of a training with this config')
+    checkpoint = _start(config)
+    if checkpoint and model is not None:
+        load_weights(model, checkpoint, 'checkpoint', 'give a checkpoint of a training with this config')

@@ -1,7 +1,6 @@
 """Checkpoints that survive: written whole or not at all, and found again where the last one is damaged."""
 
 import os
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,8 +12,8 @@ from mmengine.optim import OptimWrapper
 from mmengine.runner import Runner
 from torch import nn
 
-from mmkd.errors import ConfigError, Stopped
-from mmkd.weights import first_line, plain_weights, read_file
+from mmkd.errors import ConfigError, Stopped, first_line
+from mmkd.weights import plain_weights, read_file
 
 INTERRUPTED = 'interrupted.pth'
 
@@ -29,16 +28,15 @@ class AtomicBackend(LocalBackend):
     def put(self, obj: bytes, filepath: str | Path) -> None:
         path = Path(filepath)
         path.parent.mkdir(parents=True, exist_ok=True)
-        number, name = tempfile.mkstemp(prefix=f'.{path.name}.', suffix='.part', dir=path.parent)
+        part = path.with_name(f'.{path.name}.part')
         try:
-            with os.fdopen(number, 'wb') as file:
+            with open(part, 'wb') as file:
                 file.write(obj)
                 file.flush()
                 os.fsync(file.fileno())
-            os.chmod(name, 0o666 & ~_umask())
-            os.replace(name, path)
+            os.replace(part, path)
         except BaseException:
-            os.unlink(name)
+            part.unlink(missing_ok=True)
             raise
         folder = os.open(path.parent, os.O_RDONLY)
         try:
@@ -48,12 +46,6 @@ class AtomicBackend(LocalBackend):
 
     def put_text(self, obj: str, filepath: str | Path, encoding: str = 'utf-8') -> None:
         self.put(obj.encode(encoding), filepath)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 class SafeCheckpointHook(CheckpointHook):

@@ -25,7 +25,7 @@ class Kill(Hook):
         self.iteration, self.moment = iteration, moment
 
     def before_train(self, runner: Runner) -> None:
-        stock = os.replace, os.fdopen, checkpoints.SafeCheckpointHook._remove
+        stock = os.replace, open, checkpoints.SafeCheckpointHook._remove
 
         def due(moment: str) -> bool:
             return self.moment == moment and runner.iter + 1 >= self.iteration
@@ -36,8 +36,8 @@ class Kill(Hook):
                 _kill()
             stock[0](source, target)
 
-        def fdopen(number: int, mode: str) -> Any:
-            file = stock[1](number, mode)
+        def half(path: Any, mode: str) -> Any:
+            file = stock[1](path, mode)
             return _Half(file) if due('in write') else file
 
         def remove(hook: checkpoints.SafeCheckpointHook, path: str) -> None:
@@ -45,7 +45,7 @@ class Kill(Hook):
                 _kill()
             stock[2](hook, path)
 
-        checkpoints.os = _Patched(os, replace=replace, fdopen=fdopen)
+        checkpoints.os, checkpoints.open = _Patched(os, replace=replace), half
         checkpoints.SafeCheckpointHook._remove = remove
 
     def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: dict | None = None) -> None:

@@ -19,11 +19,17 @@ CASES = [
     Case('a local rank that is no number', r'invalid int value', options=('--local-rank', 'a')),
     Case(
         'pytorch without torchrun',
-        r'--launcher pytorch: RANK is not set, .* torchrun',
+        r'--launcher pytorch: RANK, .*not set in the environment; start with torchrun',
         options=('--launcher', 'pytorch'),
     ),
-    Case('slurm without srun', r'--launcher slurm: SLURM_PROCID is not set', options=('--launcher', 'slurm')),
-    Case('mpi without mpirun', r'--launcher mpi: OMPI_\w+ is not set', options=('--launcher', 'mpi')),
+    Case(
+        'slurm without srun',
+        r'--launcher slurm: SLURM_PROCID, .*not set in the environment',
+        options=('--launcher', 'slurm'),
+    ),
+    Case(
+        'mpi without mpirun', r'--launcher mpi: OMPI_\w+, .*not set in the environment', options=('--launcher', 'mpi')
+    ),
     Case('mixed precision on a CPU', r'--amp: mmengine trains in mixed', options=('--amp',)),
     Case('scaling without a base', r'--auto-scale-lr: the config has no', 'auto_scale_lr = None', ('--auto-scale-lr',)),
     Case('config that is not there', r'config conf.py: no such file .* the nearest are', arguments=('conf.py',)),

@@ -260,7 +260,7 @@ CASES = [
     Case('load_from: a number', r'load_from=3|load_from 3', 'load_from = 3'),
     Case(
         '--resume: not there',
-        r'checkpoint to resume from nothere.pth: no such file|--resume nothere.pth',
+        r'--resume nothere.pth: no such file',
         options=('--resume', 'nothere.pth'),
     ),
     # what is right
