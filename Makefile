@@ -1,12 +1,12 @@
 # make demo   set up, then train teacher and students on generated data and write a report
 # make demo-seg   the same for segmentation
 # make test   set up, then run the tests (make test-fast: those that take no longer than seconds) but for these:
-# make test-configs   two steps of every config on COCO and Cityscapes, on generated images
+# make test-long   two steps of every config on COCO and Cityscapes, processes that are killed, the dry run of make gpu
 # make test-kills   kill trainings twenty times (KILLS=20), at random moments, and compare what they end with
 # make test-cluster   set up, then run the tests on several nodes and under a real Slurm; what cannot run here says why
 # make gpu    set up, then everything that only a GPU can show, in about ten minutes; writes docs/gpu.md
 # make lint   check format, style and the types of the core (make format applies them); needs nothing but Python
-.PHONY: setup demo demo-seg test test-fast test-configs test-kills test-cluster gpu lint format clean
+.PHONY: setup demo demo-seg test test-fast test-long test-kills test-cluster gpu lint format clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -25,19 +25,19 @@ demo-seg: setup
 	$(BIN)/python demo/run.py segmentation
 
 test: setup
-	$(PYTEST) --durations=10 -m 'not cluster and not configs and not kills'
+	$(PYTEST) --durations=10 -m 'not cluster and not long'
 
 test-fast: setup
-	$(PYTEST) -m 'not slow and not cluster'
+	$(PYTEST) -m 'not slow and not cluster and not long'
 
 test-cluster: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -rs --durations=0 tests/cluster
 
 test-kills: setup
-	$(PYTEST) -m kills --kills $(KILLS)
+	$(PYTEST) tests/test_kills.py --kills $(KILLS)
 
-test-configs: setup
-	$(PYTEST) -m configs --durations=10
+test-long: setup
+	$(PYTEST) --durations=10 -m 'long and not cluster'
 
 gpu: setup
 	$(BIN)/python tools/gpu.py

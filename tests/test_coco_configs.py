@@ -8,7 +8,7 @@ from mmkd.hosts.datasets import datasets
 from mmkd.testing.coco import generate
 from mmkd.testing.runs import check_steps, two_steps
 
-pytestmark = [pytest.mark.slow, pytest.mark.configs]
+pytestmark = pytest.mark.long
 
 
 @pytest.fixture(scope='module')

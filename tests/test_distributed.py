@@ -248,6 +248,7 @@ def test_what_is_trained_is_reduced_and_a_frozen_teacher_neither_reduced_nor_bro
     assert 0 <= sum(found['broadcast']) - trained < 1000 < in_teacher
 
 
+@pytest.mark.long
 def test_processes_that_die_are_started_again_and_resume(tmp_path):
     """One of two is killed in mid-training; the end is that of a run that nothing happened to."""
     config = shapes_config(tmp_path, distilled(tmp_path, METHODS), iterations=8, batch=2)

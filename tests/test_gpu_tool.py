@@ -32,7 +32,7 @@ def rows_of(section, seconds=60.0):
     return rows
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_dry_run_passes_and_says_that_it_is_one(tmp_path):
     page, figures = tmp_path / 'new' / 'page.md', tmp_path / 'figures.json'
     printed = tool('gpu', '--device', 'cpu', '--quick', '--output', page, '--json', figures, folder=tmp_path)
@@ -200,7 +200,7 @@ def names_of_methods():
     return [name for name, *_ in (*method_cases(False), *source_cases(False))]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize('name', names_of_methods())
 def test_no_method_and_no_source_waits_for_the_device(name):
     """What a CPU can show of it, see :class:`NoWaiting`; `make gpu` asks CUDA."""

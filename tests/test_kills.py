@@ -9,7 +9,7 @@ from tool import tool
 from mmkd.testing.faults import MOMENTS
 from mmkd.testing.runs import of_all_sources, shapes_config, streets_config
 
-pytestmark = [pytest.mark.slow, pytest.mark.kills]
+pytestmark = pytest.mark.long
 LENGTH = 14
 
 

@@ -1,6 +1,6 @@
 """Two torchrun agents that know of each other by an address alone, each with one process.
 
-In two network namespaces that a cable joins, or (marked ``slow`` as other tests of the ordinary suite are) on loopback.
+In two network namespaces that a cable joins, or (of ``make test-long``) on loopback.
 """
 
 import os
@@ -124,7 +124,7 @@ def test_two_nodes_train_as_one_machine_does(tmp_path, config, expected, nodes):
         assert_equal(job.end(), expected)
 
 
-@pytest.mark.parametrize('nodes', [pytest.param('loopback', marks=pytest.mark.slow), IN_NAMESPACES], indirect=True)
+@pytest.mark.parametrize('nodes', [pytest.param('loopback', marks=pytest.mark.long), IN_NAMESPACES], indirect=True)
 def test_a_node_is_lost_and_comes_back(tmp_path, config, expected, nodes):
     """An agent and its process are killed between two checkpoints, and the agent is started anew."""
     config.custom_hooks.append(dict(type='mmkd.testing.runs.PauseAt', iteration=5))

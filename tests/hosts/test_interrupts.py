@@ -47,7 +47,7 @@ def check_equal(one, two):
         assert not list(differences(one[part], two[part], part))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_signal_saves_and_the_training_goes_on_from_there(tmp_path):
     config = build(tmp_path, num_workers=2)
     # epochs of 5 iterations; by iteration it is as in two processes, below
@@ -75,7 +75,7 @@ def test_a_signal_saves_and_the_training_goes_on_from_there(tmp_path):
     assert not (parts / 'interrupted.pth').exists()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_all_processes_stop_after_the_same_iteration(tmp_path):
     config = build(tmp_path)
     config.dump(tmp_path / 'whole.py')
