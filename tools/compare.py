@@ -1,51 +1,6 @@
-"""Train every method of a folder of configs, several seeds each, and compare it with its student alone.
+"""Compare the configs of a folder, as `mmkd compare` does."""
 
-python tools/compare.py my_configs                           # your own configs, on your own data
-python tools/compare.py my_configs --report-only             # table and chart of what is finished
-python tools/compare.py shapes                               # all of configs/shapes, on generated data; or streets
-python tools/compare.py shapes gid_retinanet pkd_retinanet   # these two, and what they are compared with
-
-A folder holds methods (configs with model.distillers), for each its student alone (the same model and validation data,
-without distillers), and the teachers' configs. Teachers that lie in the folder are trained first; those from elsewhere
-are used with their checkpoints. Then come, seed by seed, students alone and methods. Finished runs are reused,
-interrupted ones resumed. Writes table.md, chart.png, report.html and results.json to the work directory.
-"""
-
-import argparse
-import signal
-import sys
-from pathlib import Path
-
-from mmkd import cli
-from mmkd.experiments.comparison import run_comparison
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('folder', nargs='?', default='shapes', help='of configs; or shapes (the default) or streets')
-    parser.add_argument('methods', nargs='*', help='configs of that folder, such as gid_retinanet; default all')
-    parser.add_argument('--seeds', type=int, nargs='+', default=[0, 1, 2])
-    parser.add_argument('--jobs', type=int, default=1, help='runs trained at the same time; they share the CPU cores')
-    parser.add_argument('--work-dir', type=Path, help='default work_dirs/compare_<folder>')
-    parser.add_argument(
-        '--score', metavar='KEY', help='what ranks the models, as the logs name it; default: what the configs say'
-    )
-    parser.add_argument('--report-only', action='store_true', help='train nothing, report what is finished')
-    cli.add_debug_option(parser)
-    args = parser.parse_args()
-    if args.jobs < 1:
-        parser.error(f'--jobs: expected at least 1, but got {args.jobs}')
-    with cli.clear_errors(args.debug):
-        try:
-            results = run_comparison(
-                args.folder, args.methods, args.seeds, args.jobs, args.work_dir, args.score, args.report_only
-            )
-        except KeyboardInterrupt:
-            sys.exit('Interrupted; the same command continues.')
-    if results['failed']:
-        sys.exit(1)
-
+from mmkd.commands.compare import main
 
 if __name__ == '__main__':
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends the trainings too
     main()

@@ -1,7 +1,7 @@
 """Runs of training, compared: tables, charts and reports.
 
 ``configs`` reads configs, and ``runs`` trains a queue of them. ``discovery`` finds out what is compared with what, and
-``suites`` by which score; ``comparison`` puts them together for ``tools/compare.py``. ``statistics`` has the arithmetic;
+``suites`` by which score; ``comparison`` puts them together for ``mmkd compare``. ``statistics`` has the arithmetic;
 ``tables``, ``charts``, ``pages`` and ``report`` show the results. ``demos`` are what ``demo/run.py`` runs. All of this
 needs matplotlib, jinja2, rich and tqdm.
 """

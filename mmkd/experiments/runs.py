@@ -23,7 +23,7 @@ from mmkd.experiments.configs import changed, read, recordable, teachers_of, tex
 from mmkd.hosts.configs import plain_model
 from mmkd.weights import load_weights
 
-TRAIN = Path(__file__).resolve().parents[2] / 'tools' / 'train.py'  # of the checkout that mmkd is installed from
+TRAIN = (sys.executable, '-m', 'mmkd', 'train')
 PROGRESS = re.compile(r'(?:Iter|Epoch)\((train|val)\) +(?:\[ *(\d+)\])?\[ *(\d+)/(\d+)\]')
 ERROR = re.compile(r'error: |[\w.]+(Error|Exception)\b')
 COUNTERS = {'step', 'iter', 'epoch', 'time', 'data_time', 'memory'}  # what mmengine logs beside losses and scores
@@ -152,15 +152,11 @@ class Run:
         if self.finished:
             tqdm.write(f'{title}: finished before, reused ({self.folder})')
             return
-        if not TRAIN.is_file():
-            raise ConfigError(
-                f'{TRAIN}: no such file; it trains, and is in a checkout of mmkd: pip install -e CHECKOUT'
-            )
         self._step_back()
         config = self.read()
         file = self.folder / Path(self.config.rpartition('::')[2]).name  # where mmengine will put it as well
         file.write_text(text_of(config))
-        command = [sys.executable, str(TRAIN), str(file), '--work-dir', str(self.folder)]
+        command = [*TRAIN, str(file), '--work-dir', str(self.folder)]
         if (self.folder / 'last_checkpoint').is_file():  # else it would forget the config's load_from
             command += ['--resume']
         log = self.folder / 'output.log'

@@ -1,7 +1,6 @@
 """Runs that are made up, or trained by a stand-in."""
 
 import dataclasses
-import importlib.util
 import json
 import shutil
 import sys
@@ -10,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from mmkd.commands.compare import main
 from mmkd.experiments import runs
 from mmkd.experiments.comparison import Comparison
 from mmkd.experiments.discovery import Method
@@ -20,7 +20,7 @@ from mmkd.hosts.mmengine import CONFIG_ROOT
 ROOT = Path(__file__).parents[2]
 SHAPES = SUITES['shapes']
 
-# Instead of tools/train.py: leaves what a finished training leaves, and notes how it was called.
+# Instead of `mmkd train`: leaves what a finished training leaves, and notes how it was called.
 STAND_IN = """
 import json, os, pathlib, sys, time
 folder = pathlib.Path(sys.argv[sys.argv.index('--work-dir') + 1])
@@ -46,7 +46,7 @@ def notes(tmp_path, monkeypatch) -> Callable[[], list[dict]]:
     """Puts the stand-in in the place of the training tool; what it was called with, as a function."""
     script = tmp_path / 'train.py'
     script.write_text(STAND_IN)
-    monkeypatch.setattr(runs, 'TRAIN', script)
+    monkeypatch.setattr(runs, 'TRAIN', (sys.executable, str(script)))
     monkeypatch.setitem(SUITES, 'shapes', dataclasses.replace(SHAPES, generate=lambda: 'nothing'))
 
     def read() -> list[dict]:
@@ -113,13 +113,10 @@ def cwd() -> Method:
 
 @pytest.fixture
 def compare(monkeypatch) -> Callable[..., None]:
-    """tools/compare.py, called with arguments as in a shell."""
-    spec = importlib.util.spec_from_file_location('compare_tool', ROOT / 'tools' / 'compare.py')
-    tool = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tool)
+    """``mmkd compare``, called with arguments as in a shell."""
 
     def call(*arguments) -> None:
-        monkeypatch.setattr(sys, 'argv', ['compare.py', *map(str, arguments)])
-        tool.main()
+        monkeypatch.setattr(sys, 'argv', ['mmkd compare', *map(str, arguments)])
+        main()
 
     return call

@@ -1,0 +1,1 @@
+"""The command-line tools: each module has a ``main`` that reads ``sys.argv``; ``mmkd NAME`` and ``tools/NAME.py`` call it."""
