@@ -132,8 +132,7 @@ def test_a_checkpoint_is_called_what_it_is_for(shapes):
     shapes.load_from = 'nowhere.pth'
     with pytest.raises(ConfigError, match='^checkpoint nowhere.pth: no such file'):
         checks.check_checkpoint(shapes, 'checkpoint')
-    shapes.resume = True
-    with pytest.raises(ConfigError, match='^checkpoint to resume from nowhere.pth: no such file'):
+    with pytest.raises(ConfigError, match='^load_from nowhere.pth: no such file'):
         checks.check_checkpoint(shapes)
 
 

@@ -26,7 +26,7 @@ SECTIONS: dict[str, Callable[[Setting], Cases]] = {
     "mmcv's ops": correctness.environment,
     'Values': correctness.values,
     'Waiting for the device': correctness.waiting,
-    'Mixed correctness.precision': correctness.precision,
+    'Mixed precision': correctness.precision,
     'Processes': trainings.processes,
     **{f'Step: {name}': speed.benchmark(name) for name in speed.BENCHMARKS},
     'Training': trainings.training,
