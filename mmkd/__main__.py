@@ -10,6 +10,7 @@ COMMANDS = {
     'train': 'train a student, or any plain model',
     'test': 'evaluate a checkpoint',
     'export': 'write the plain student: checkpoint and config',
+    'inspect': 'show what a config distills: layers, pairs, costs, schedules',
     'compare': 'train the configs of a folder, several seeds each, and compare them',
     'benchmark': 'time and memory of a training step',
 }

@@ -23,7 +23,7 @@ def test_the_commands_are_the_modules_of_the_package():
     assert set(mmkd.COMMANDS) == modules
 
 
-@pytest.mark.parametrize('name', mmkd.COMMANDS)
+@pytest.mark.parametrize('name', sorted(set(mmkd.COMMANDS) - {'inspect'}))  # there it would hide Python's own module
 def test_a_tool_of_a_checkout_is_the_command(name):
     script = (ROOT / 'tools' / f'{name}.py').read_text()
     assert f'from mmkd.commands.{name} import main\n' in script

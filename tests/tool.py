@@ -25,7 +25,7 @@ FORKING.set_forkserver_preload(
 
 
 def tool(name: str, *arguments, expect: int = 0, env: Mapping | None = None, folder: str | Path = '.') -> str:
-    """``python tools/NAME.py ARGUMENTS`` in a folder; what it printed."""
+    """``mmkd NAME ARGUMENTS`` in a folder, by ``tools/NAME.py`` where that is there; what it printed."""
     (printed,) = run_together(name, arguments, [env or {}], expect, folder)
     return printed
 
@@ -93,11 +93,11 @@ def run_together(
     """A tool in one process for each environment, which is added to the test's own; what each printed."""
     with tempfile.TemporaryDirectory() as temporary:
         paths = [Path(temporary, str(number)) for number in range(len(environments))]
-        script, folder = str(ROOT / 'tools' / f'{name}.py'), str(Path(folder).resolve())
+        folder = str(Path(folder).resolve())
         running = []
         for path, changes in zip(paths, environments):
             env = {**os.environ, **{key: str(value) for key, value in changes.items()}}
-            running.append(FORKING.Process(target=_run, args=(script, [*map(str, arguments)], folder, env, str(path))))
+            running.append(FORKING.Process(target=_run, args=(name, [*map(str, arguments)], folder, env, str(path))))
             running[-1].start()
         for process in running:
             process.join()
@@ -107,12 +107,17 @@ def run_together(
     return printed
 
 
-def _run(script: str, arguments: list[str], folder: str, env: dict[str, str], printed: str) -> None:
+def _run(name: str, arguments: list[str], folder: str, env: dict[str, str], printed: str) -> None:
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(env)
     with open(printed, 'w') as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
-    sys.argv = [script, *arguments]
-    runpy.run_path(script, run_name='__main__')
+    script = ROOT / 'tools' / f'{name}.py'
+    if script.is_file():
+        sys.argv = [str(script), *arguments]
+        runpy.run_path(str(script), run_name='__main__')
+    else:
+        sys.argv = ['mmkd', name, *arguments]
+        runpy.run_module('mmkd', run_name='__main__')

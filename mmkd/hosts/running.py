@@ -116,7 +116,7 @@ def probe(
         )
     modes = {module: module.training for module in model.modules()}
     device = next(model.parameters()).device
-    samples = [_sample(size).to(device) for _ in range(batch)]
+    samples = [empty_sample(size).to(device) for _ in range(batch)]
     try:
         with (
             torch.random.fork_rng([device] if device.type == 'cuda' else []),
@@ -143,7 +143,7 @@ def probe(
     return taps
 
 
-def _sample(size: tuple[int, int]) -> BaseDataElement:
+def empty_sample(size: tuple[int, int]) -> BaseDataElement:
     """What detectors ask of an image: its sizes, no objects, and proposals, here its own borders twice, for Fast R-CNN."""
     sample = BaseDataElement(
         metainfo=dict(img_shape=size, ori_shape=size, pad_shape=size, batch_input_shape=size, scale_factor=(1.0, 1.0))

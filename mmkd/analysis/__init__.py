@@ -1,0 +1,1 @@
+"""What can be seen of a distillation before and while it trains: layers, costs, schedules, gradients, scores, pictures."""
