@@ -11,6 +11,7 @@ COMMANDS = {
     'test': 'evaluate a checkpoint',
     'export': 'write the plain student: checkpoint and config',
     'inspect': 'show what a config distills: layers, pairs, costs, schedules',
+    'check': 'check teachers, classes, losses and memory before training, with pictures',
     'compare': 'train the configs of a folder, several seeds each, and compare them',
     'benchmark': 'time and memory of a training step',
 }

@@ -163,6 +163,12 @@ def check_work_dir(args: argparse.Namespace, config: Config) -> None:
     check_folder(config.work_dir, '--work-dir' if args.work_dir else 'work_dir')
 
 
+def was_trained(config: Config) -> bool:
+    """Whether the work directory is that of a training that began before."""
+    folder = Path(config.work_dir)
+    return bool(config.get('resume')) or any(folder.glob('*/vis_data')) or (folder / 'last_checkpoint').exists()
+
+
 def scale_learning_rate(config: Config) -> None:
     """Switch on mmengine's scaling of the learning rate with the batch size."""
     if 'base_batch_size' not in (config.get('auto_scale_lr') or {}):

@@ -24,7 +24,7 @@ class Renormalize:
         source, target = (getattr(each, 'data_preprocessor', each) for each in (source, target))
         if type(target) is BaseDataPreprocessor:
             return None
-        (mean_s, std_s, swap_s), (mean_t, std_t, swap_t) = _normalization(source), _normalization(target)
+        (mean_s, std_s, swap_s), (mean_t, std_t, swap_t) = normalization(source), normalization(target)
         swap = swap_s != swap_t
         if swap:  # the source's values, in the target's channel order
             mean_s, std_s = mean_s.flip(0), std_s.flip(0)
@@ -49,7 +49,7 @@ class Renormalize:
         return inputs
 
 
-def _normalization(preprocessor: BaseDataPreprocessor) -> tuple[torch.Tensor, torch.Tensor, bool]:
+def normalization(preprocessor: BaseDataPreprocessor) -> tuple[torch.Tensor, torch.Tensor, bool]:
     """Mean and standard deviation, (3, 1, 1), and whether the channels of the loaded image are swapped."""
     # mmengine and mmdet keep the flag private, mmseg does not
     swap = getattr(preprocessor, '_channel_conversion', getattr(preprocessor, 'channel_conversion', False))

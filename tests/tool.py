@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
+UNSCORED = ('--no-check',)
 FORKING = multiprocessing.get_context('forkserver')
 FORKING.set_forkserver_preload(
     ['mmdet.datasets', 'mmdet.evaluation', 'mmdet.models', 'mmdet.visualization', 'mmdet.engine']
@@ -24,9 +25,19 @@ FORKING.set_forkserver_preload(
 )
 
 
-def tool(name: str, *arguments, expect: int = 0, env: Mapping | None = None, folder: str | Path = '.') -> str:
-    """``mmkd NAME ARGUMENTS`` in a folder, by ``tools/NAME.py`` where that is there; what it printed."""
-    (printed,) = run_together(name, arguments, [env or {}], expect, folder)
+def tool(
+    name: str,
+    *arguments,
+    expect: int = 0,
+    env: Mapping | None = None,
+    folder: str | Path = '.',
+    scored: bool = False,
+) -> str:
+    """``mmkd NAME ARGUMENTS`` in a folder, by ``tools/NAME.py`` where that is there; what it printed.
+
+    Teachers of tests have random weights, and are not evaluated before a training, unless ``scored``.
+    """
+    (printed,) = run_together(name, arguments, [env or {}], expect, folder, scored)
     return printed
 
 
@@ -66,6 +77,7 @@ def start(
         inside: A command that runs it, such as ``ip netns exec NAME``.
     """
     env = {'PYTHON': sys.executable, 'PORT': free_port(), 'OMP_NUM_THREADS': 1, **(env or {})}
+    arguments = (*arguments, *UNSCORED) if 'train' in script else arguments
     command = [*inside, 'bash', str(ROOT / 'tools' / script), *map(str, arguments)]
     with log.open('a') as file:
         return subprocess.Popen(
@@ -88,9 +100,16 @@ def kill(*processes: int) -> None:
 
 
 def run_together(
-    name: str, arguments: Sequence, environments: Sequence[Mapping], expect: int = 0, folder: str | Path = '.'
+    name: str,
+    arguments: Sequence,
+    environments: Sequence[Mapping],
+    expect: int = 0,
+    folder: str | Path = '.',
+    scored: bool = False,
 ) -> list[str]:
     """A tool in one process for each environment, which is added to the test's own; what each printed."""
+    if name == 'train' and not scored:
+        arguments = (*arguments, *UNSCORED)
     with tempfile.TemporaryDirectory() as temporary:
         paths = [Path(temporary, str(number)) for number in range(len(environments))]
         folder = str(Path(folder).resolve())

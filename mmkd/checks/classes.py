@@ -26,7 +26,7 @@ def check_heads(config: Config, part: str = 'train') -> None:
         return
     source, dataset = next(part_datasets(config, part), ('', {}))
     names = class_names(dataset, source, config.get('default_scope')) if dataset else None
-    heads = [each for option, model in trained_models(config) for each in _head_classes(model, option)]
+    heads = [each for option, model in trained_models(config) for each in head_classes(model, option)]
     for head, classes in heads:
         if names and classes != len(names):
             shown = ', '.join(names[:5]) + (', ...' if len(names) > 5 else '')
@@ -35,14 +35,15 @@ def check_heads(config: Config, part: str = 'train') -> None:
             )
 
 
-def _head_classes(model: Mapping, option: str) -> Iterator[tuple[str, int]]:
+def head_classes(model: Mapping, option: str) -> Iterator[tuple[str, int]]:
+    """The heads of a model's config that say how many classes of the data they have: their options, and the numbers."""
     for key, value in model.items():
         for name, each in [(key, value)] if isinstance(value, Mapping) else numbered(key, value):
             if not isinstance(each, Mapping):
                 continue
             if key in HEADS and type_name(each) not in OTHER_CLASSES and isinstance(each.get('num_classes'), int):
                 yield f'{option}.{name}', each['num_classes']
-            yield from _head_classes(each, f'{option}.{name}')
+            yield from head_classes(each, f'{option}.{name}')
 
 
 def compare_classes(config: Config, teachers: Sequence[tuple[str, Sequence[str] | None]] = ()) -> list[str]:

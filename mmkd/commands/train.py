@@ -8,10 +8,14 @@ import argparse
 import torch
 
 from mmkd import checks, cli
+from mmkd.analysis.scores import check_scores
 from mmkd.errors import ConfigError
 from mmkd.hosts.checkpoints import check_continues
 from mmkd.hosts.interrupts import Interrupted, StopOnSignal
 from mmkd.hosts.samples import leave_out_samples
+
+SCORED = 16
+"""Validation images that a teacher is evaluated on before its first training."""
 
 
 def main() -> None:
@@ -34,6 +38,11 @@ def main() -> None:
         metavar='N',
         help='leave out up to N samples that cannot be read, with a warning each; default: the first one ends the training',
     )
+    parser.add_argument(
+        '--no-check',
+        action='store_true',
+        help='do not evaluate the teachers on a few validation images, which the first run of a work directory begins with',
+    )
     args = parser.parse_args()
     stop = StopOnSignal()
     stop.listen()
@@ -51,6 +60,7 @@ def main() -> None:
         cli.join_processes(config)
         before, warnings = cli.resume(config, args.resume)
         warnings += checks.check_config(config)
+        scores = check_scores(config, 0 if args.no_check or cli.was_trained(config) else SCORED)
         runner = cli.build_runner(config)
         runner.register_hook(begun)
         cli.watch(runner, stop)
@@ -59,6 +69,8 @@ def main() -> None:
         if before:
             check_continues(before, config.load_from, runner)
         warnings += checks.check_model(config, cli.bare_model(runner))
+        for each in scores:
+            runner.logger.info(str(each))
         for line in warnings:
             runner.logger.warning(line)
         try:

@@ -156,7 +156,7 @@ class Run:
         config = self.read()
         file = self.folder / Path(self.config.rpartition('::')[2]).name  # where mmengine will put it as well
         file.write_text(text_of(config))
-        command = [*TRAIN, str(file), '--work-dir', str(self.folder)]
+        command = [*TRAIN, str(file), '--work-dir', str(self.folder), '--no-check']
         if (self.folder / 'last_checkpoint').is_file():  # else it would forget the config's load_from
             command += ['--resume']
         log = self.folder / 'output.log'

@@ -87,14 +87,17 @@ class Teacher(Source):
                 f'{self.name}: its weights are not loaded yet; call init_weights() of the student, or load() of the '
                 f'teacher, before training'
             )
-        if self._renormalize is not None:
-            inputs = self._renormalize(inputs, data_samples)
+        inputs = self.renormalized(inputs, data_samples)
         if self._channels_last:
             inputs = inputs.contiguous(memory_format=torch.channels_last)
         autocast = torch.autocast(inputs.device.type, self.dtype) if self.dtype else nullcontext()
         with autocast, Taps(self.model, self.layers, self.calls, images=len(inputs)) as taps:
             run(self.model, self.layers, inputs, data_samples)
         return taps
+
+    def renormalized(self, inputs: torch.Tensor, data_samples: list | None) -> torch.Tensor:
+        """A batch that is normalized for the student as the teacher would have normalized it."""
+        return inputs if self._renormalize is None else self._renormalize(inputs, data_samples)
 
     def read(self, student: nn.Module, inputs: torch.Tensor, data_samples: list | None) -> tuple[Taps, dict]:
         return self(inputs, data_samples), {}

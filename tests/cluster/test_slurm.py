@@ -106,7 +106,7 @@ def test_without_srun_the_launcher_is_refused(tmp_path, config):
     """In a batch script that forgot it, where Slurm has set most variables."""
     config.dump(tmp_path / 'c.py')
     log = tmp_path / 'log'
-    command = f'{sys.executable} tools/train.py {tmp_path / "c.py"} --launcher slurm'
+    command = f'{sys.executable} tools/train.py {tmp_path / "c.py"} --launcher slurm --no-check'
     submitted = subprocess.run(
         ['sbatch', '--wait', '--ntasks=2', f'--output={log}', f'--wrap={command}'], check=False, cwd=SLURM.parents[2]
     )
