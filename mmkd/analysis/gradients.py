@@ -9,8 +9,10 @@ from mmengine.runner import Runner
 from torch import nn
 
 from mmkd.distill import Distilled
+from mmkd.distillers.schedule import Weight
 from mmkd.errors import ConfigError
 from mmkd.registry import HOOKS
+from mmkd.values import is_whole
 
 TASK = 'task'
 FAR_OFF = 30.0
@@ -96,14 +98,23 @@ def of_backbone(model: nn.Module) -> list[nn.Parameter]:
     return backbone or [each for _, each in trained]
 
 
+def check_distilled(runner: Runner, hook: str) -> None:
+    """Raise ConfigError unless a hook can look into the Runner's model."""
+    model = getattr(runner.model, 'module', runner.model)
+    if not isinstance(model, Distilled):
+        raise ConfigError(f'{hook}: the model learns from nobody; it is for distilled models')
+    if any(hasattr(each, 'placements') for each in model.parameters()):  # torch's distributed tensors
+        raise ConfigError(f'{hook}: the model is sharded, and no process has all of it; leave the hook out')
+
+
 @HOOKS.register_module()
 class GradientShareHook(Hook):
     """Log, every so many iterations, how strongly each loss pulls at the student's backbone.
 
     The log, and each of mmengine's backends, gets ``share.<term>``, the norm of a loss's gradient over the sum of all
     losses' norms, and ``cosine.<term>``, the cosine of its angle to the gradient of the student's own losses. ``share.task``
-    is that of the latter. A step in which they are measured takes a backward pass more for each term; the training itself is
-    not changed.
+    is that of the latter. Of each loss weight that a schedule changes there is ``weight.<term>``. A step in which they are
+    measured takes a backward pass more for each term; the training itself is not changed.
 
     Args:
         interval: In iterations; the first iteration is measured as well.
@@ -113,14 +124,13 @@ class GradientShareHook(Hook):
     """
 
     def __init__(self, interval: int = 500):
-        if not isinstance(interval, int) or interval < 1:
+        if not (is_whole(interval) and interval >= 1):
             raise ConfigError(f'GradientShareHook: interval={interval!r}: expected a positive whole number')
         self.interval = interval
         self._handle: torch.utils.hooks.RemovableHandle | None = None
 
     def before_train(self, runner: Runner) -> None:
-        if not isinstance(getattr(runner.model, 'module', runner.model), Distilled):
-            raise ConfigError('GradientShareHook: the model learns from nobody; it is for distilled models')
+        check_distilled(runner, 'GradientShareHook')
 
     def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: object = None) -> None:
         if runner.iter % self.interval == 0:
@@ -145,4 +155,9 @@ def _add_pulls(model: nn.Module, inputs: tuple, losses: object) -> object:
         figures[f'share.{short}'] = pull.share
         if name != TASK:
             figures[f'cosine.{short}'] = pull.cosine
+    for name, distiller in model.distillers.items():
+        for option, weight in distiller.named_modules():
+            if isinstance(weight, Weight) and weight.scheduled:
+                term = f'{name}.{option.removesuffix("_weight")}'
+                figures[f'weight.{without_loss(term)}'] = torch.tensor(weight())
     return {**losses, **figures}

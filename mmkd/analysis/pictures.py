@@ -1,18 +1,27 @@
 """What student and teacher see of a batch, and what their tapped layers make of it, side by side."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from mmengine.dist import master_only
+from mmengine.hooks import Hook
+from mmengine.runner import Runner
 from torch import nn
 
+from mmkd.analysis.gradients import check_distilled
+from mmkd.distillers.base import Boxes, Distiller
 from mmkd.errors import ConfigError
 from mmkd.hosts.running import run
 from mmkd.normalize import normalization
+from mmkd.registry import HOOKS
+from mmkd.sources import Own, Teacher
 from mmkd.taps import Taps, tensors
+from mmkd.values import is_whole
 
 LEVELS = 3
 """Of a pyramid its levels with the smallest strides are shown."""
@@ -40,51 +49,61 @@ def draw_labels(axis: Axes, sample: object) -> None:
         axis.imshow(np.where(labels == 255, np.nan, labels), cmap='tab20', vmin=0, vmax=19, alpha=0.45)
     elif getattr(sample, 'gt_instances', None) is not None:
         boxes = sample.gt_instances.bboxes
-        for left, top, right, bottom in getattr(boxes, 'tensor', boxes).cpu().tolist():
-            axis.add_patch(Rectangle((left, top), right - left, bottom - top, fill=False, ec='#e6194b', lw=1.2))
+        _draw_boxes(axis, getattr(boxes, 'tensor', boxes), '#e6194b')
+
+
+def _draw_boxes(axis: Axes, boxes: torch.Tensor, color: str) -> None:
+    for left, top, right, bottom in boxes.cpu().tolist():
+        axis.add_patch(Rectangle((left, top), right - left, bottom - top, fill=False, ec=color, lw=1.2))
 
 
 @torch.no_grad()
-def tapped_maps(model: nn.Module, inputs: torch.Tensor, samples: list) -> dict[str, list[tuple[str, torch.Tensor]]]:
-    """By network, ``'student'`` and each source's name: what its tapped layers put out for a batch, (B, C, H, W) each.
+def tap(model: nn.Module, inputs: torch.Tensor, samples: list) -> tuple[Taps, dict[str, Taps]]:
+    """The taps of a batch that is normalized for the student, without a loss: the student's, and those of each source.
 
-    Layers that a loss alone calls, and what is no map, are left out.
+    Layers that a loss alone calls were not called. The model's state stays as it is.
     """
     modes = {module: module.training for module in model.modules()}
     layers = tuple(dict.fromkeys(layer for each in model.distillers.values() for layer in _names(each.student_layers)))
     model.eval()
-    with Taps(model, layers, images=len(inputs)) as taps:
-        run(model, layers, inputs, samples)
-    for module, mode in modes.items():
-        module.training = mode
-    found = {'student': _maps(taps, layers, inputs)}
-    for name, source in model.sources.items():
-        if source.kept is None and source.model is not model:
-            taps, _ = source.read(model, inputs, samples)
-            if taps is not None:
-                found[name] = _maps(taps, tuple(taps), inputs)
-    return found
+    try:
+        found = {}
+        for name, source in model.sources.items():
+            if isinstance(source, Own):
+                layers = tuple(dict.fromkeys((*layers, *source.layers)))
+            elif not source.has_gradient:
+                found[name], _ = source.read(model, inputs, samples)
+        with Taps(model, layers, images=len(inputs)) as student:
+            run(model, layers, inputs, samples)
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+    return student, found
 
 
 def _names(layers: object) -> tuple[str, ...]:
     return (layers,) if isinstance(layers, str) else tuple(layers)
 
 
-def _maps(taps: Taps, layers: Sequence[str], inputs: torch.Tensor) -> list[tuple[str, torch.Tensor]]:
-    found = []
-    for layer in layers:
-        try:
-            levels = [each for each in tensors(taps[layer]) if each.dim() == 4 and len(each) == len(inputs)]
-        except ConfigError:  # of a layer that is called in training alone
-            continue
-        for level in sorted(levels, key=lambda each: -each.shape[-1])[:LEVELS]:
-            found.append((f'{layer} /{round(inputs.shape[-1] / level.shape[-1])}', level))
+def maps_of(taps: Taps, inputs: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The maps that tapped layers put out, (B, C, H, W), by layer and stride; of a pyramid the largest ones."""
+    found: dict[str, torch.Tensor] = {}
+    for layer in taps:
+        if taps.calls[layer]:
+            levels = [each for each in tensors(taps.per_call(layer)) if each.dim() == 4 and len(each) == len(inputs)]
+            for level in sorted(levels, key=lambda each: -each.shape[-1])[:LEVELS]:
+                found[f'{layer} {level.shape[1]} /{round(inputs.shape[-1] / level.shape[-1])}'] = level
     return found
+
+
+Row = tuple[str, list[tuple[str, Sequence[np.ndarray], Boxes | None]]]
+"""What a row is of; and of each of its pictures the title, one for each image, and boxes on it."""
 
 
 @torch.no_grad()
 def draw_batch(model: nn.Module, inputs: torch.Tensor, samples: list, images: int = 3) -> Figure:
-    """For each image a row for the student, its input with the labels and its tapped maps, and one for each teacher.
+    """For each image a row for the student, its input with the labels and its tapped maps; one for each frozen or averaged
+    source; and one for each method that says what it looks at.
 
     Args:
         model: The distilled student, loaded.
@@ -93,15 +112,17 @@ def draw_batch(model: nn.Module, inputs: torch.Tensor, samples: list, images: in
         images: How many of them at most.
     """
     inputs, samples = inputs[:images], samples[:images]
-    rows = []
-    for name, levels in tapped_maps(model, inputs, samples).items():
-        if name == 'student':
-            seen, preprocessor = inputs, model.data_preprocessor
-        else:
-            source = model.sources[name]
-            seen, preprocessor = source.renormalized(inputs, samples), source.model.data_preprocessor
-        maps = [(title, [energy(each) for each in level]) for title, level in levels]
-        rows.append((name, [('input', [shown(each, preprocessor) for each in seen]), *maps]))
+    student, others = tap(model, inputs, samples)
+    of_student = [shown(each, model.data_preprocessor) for each in inputs]
+    rows: list[Row] = [('student', [('input', of_student, None), *_energies(student, inputs)])]
+    for name, taps in others.items():
+        seen, preprocessor = inputs, model.data_preprocessor
+        if isinstance(model.sources[name], Teacher):
+            seen = model.sources[name].renormalized(inputs, samples)
+            preprocessor = model.sources[name].model.data_preprocessor
+        pictures = [shown(each, preprocessor) for each in seen]
+        rows.append((name, [('input', pictures, None), *_energies(taps, inputs)]))
+    rows += _of_methods(model, student, others, samples, of_student)
     columns, (height, width) = max(len(each) for _, each in rows), inputs.shape[2:]
     side = min(2.4, 14 / columns)
     figure = Figure(
@@ -112,9 +133,76 @@ def draw_batch(model: nn.Module, inputs: torch.Tensor, samples: list, images: in
         axis.set_axis_off()
     for index, sample in enumerate(samples):
         for of, (name, pictures) in enumerate(rows):
-            for axis, (title, each) in zip(axes[index * len(rows) + of], pictures):
+            for axis, (title, each, boxes) in zip(axes[index * len(rows) + of], pictures):
                 axis.imshow(each[index], cmap='magma', extent=(0, width, height, 0))
-                axis.set_title(f'{name}: {title}', fontsize=8)
+                axis.set_title(f'{name}: {title}', fontsize=7)
+                if boxes is not None:
+                    _draw_boxes(axis, boxes.boxes[index][boxes.valid[index]], 'white')
             if name == 'student':
                 draw_labels(axes[index * len(rows), 0], sample)
     return figure
+
+
+def _energies(taps: Taps, inputs: torch.Tensor) -> list[tuple[str, list[np.ndarray], None]]:
+    return [(title, [energy(each) for each in level], None) for title, level in maps_of(taps, inputs).items()]
+
+
+def _of_methods(
+    model: nn.Module, student: Taps, others: Mapping[str, Taps], samples: list, images: Sequence[np.ndarray]
+) -> list[Row]:
+    """A row for each method of one frozen or averaged teacher that says what it looks at."""
+    rows: list[Row] = []
+    for name, distiller in model.distillers.items():
+        teacher = others.get(model.distillers.teacher_of[name][0])
+        if not isinstance(distiller, Distiller) or distiller.several_teachers or teacher is None:
+            continue
+        if model.distillers.learner_of[name] is not None:
+            continue
+        pictures: list[tuple[str, Sequence[np.ndarray], Boxes | None]] = []
+        for title, found in distiller.pictures(student, teacher, samples).items():
+            if isinstance(found, Boxes):
+                pictures.append((title, images, found))
+            else:
+                pictures.append((title, [each.float().cpu().numpy() for each in found], None))
+        if pictures:
+            rows.append((name, pictures[: 2 * LEVELS]))
+    return rows
+
+
+@HOOKS.register_module()
+class DistillVisualizationHook(Hook):
+    """Draw, every so many iterations, what the networks and the methods look at in the batch at hand.
+
+    The picture, :func:`draw_batch`, goes to the Runner's visualizer as ``distillation``, and so to each of its backends: a file
+    in ``vis_data/vis_image`` by mmengine's own, TensorBoard, W&B. The first process draws its own batch. The training itself is
+    not changed.
+
+    Args:
+        interval: In iterations; the first iteration is drawn as well.
+        images: Of the batch, at most.
+
+    Raises:
+        ConfigError: for a plain or a sharded model, or values that are no positive whole numbers.
+    """
+
+    def __init__(self, interval: int = 1000, images: int = 2):
+        for option, value in (('interval', interval), ('images', images)):
+            if not (is_whole(value) and value >= 1):
+                raise ConfigError(f'DistillVisualizationHook: {option}={value!r}: expected a positive whole number')
+        self.interval, self.images = interval, images
+
+    def before_train(self, runner: Runner) -> None:
+        check_distilled(runner, 'DistillVisualizationHook')
+
+    @master_only
+    def after_train_iter(
+        self, runner: Runner, batch_idx: int, data_batch: dict | None = None, outputs: dict | None = None
+    ) -> None:
+        if runner.iter % self.interval:
+            return
+        model = getattr(runner.model, 'module', runner.model)
+        batch = model.data_preprocessor(data_batch, True)
+        canvas = FigureCanvasAgg(draw_batch(model, batch['inputs'], batch['data_samples'], self.images))
+        canvas.draw()
+        picture = np.asarray(canvas.buffer_rgba())[..., :3]
+        runner.visualizer.add_image('distillation', np.ascontiguousarray(picture), step=runner.iter)

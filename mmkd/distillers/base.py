@@ -1,6 +1,7 @@
 """What a distiller is, and the common case of comparing two features."""
 
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -8,6 +9,15 @@ from torch import nn
 from mmkd.distillers.levels import Layer, LevelPairs
 from mmkd.distillers.schedule import Weight
 from mmkd.taps import Taps
+
+
+class Boxes(NamedTuple):
+    """Boxes of a batch, for :meth:`Distiller.pictures`."""
+
+    boxes: torch.Tensor
+    """(B, K, 4), xyxy in pixels of the input."""
+    valid: torch.Tensor
+    """(B, K), False for one that is not there."""
 
 
 class Distiller(nn.Module):
@@ -54,6 +64,15 @@ class Distiller(nn.Module):
         The student's tensors carry gradients, the teacher's do not; both are float32.
         """
         raise NotImplementedError(f'{type(self).__name__} has no forward')
+
+    def pictures(self, student: Taps, teacher: Taps, data_samples: list | None) -> Mapping[str, torch.Tensor | Boxes]:
+        """What the method looks at in a batch, for :class:`mmkd.analysis.pictures.DistillVisualizationHook`.
+
+        Returns:
+            By title maps, (B, H, W), of any size and scale, or :class:`Boxes`. Nothing by default: the tapped layers are
+            shown in any case.
+        """
+        return {}
 
 
 class FeatureDistiller(Distiller):

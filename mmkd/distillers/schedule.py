@@ -72,6 +72,11 @@ class Weight(nn.Module):
         if 'end' in self.spec and self.spec['end'] <= self.spec.get('begin', 0):
             raise ConfigError(f'{option}={spec!r}: end has to come after begin')
 
+    @property
+    def scheduled(self) -> bool:
+        """Whether it changes during the training."""
+        return self.spec.keys() - {'type', 'value'} != set()
+
     def at(self, iteration: int) -> float:
         """The weight at an iteration."""
         spec, value = self.spec, self.spec['value']

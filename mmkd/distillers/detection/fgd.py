@@ -215,6 +215,16 @@ class FGD(Distiller):
         self.student_contexts = nn.ModuleList(GlobalContext(each) for each in channels)
         self.teacher_contexts = nn.ModuleList(GlobalContext(each) for each in channels)
 
+    def pictures(self, student: Taps, teacher: Taps, data_samples: list | None) -> dict[str, torch.Tensor]:
+        return {
+            f'{name} attention, level {level}': attention(feature, self.tau)[0]
+            for pair in self.levels(student, teacher)
+            for name, feature, level in (
+                ('student', pair.student, pair.student_level),
+                ('teacher', pair.teacher, pair.teacher_level),
+            )
+        }
+
     def forward(self, student: Taps, teacher: Taps, data_samples: list | None) -> dict[str, torch.Tensor]:
         boxes, valid = ground_truth(data_samples)
         shape = padded_shape(data_samples)

@@ -171,6 +171,9 @@ class FGFI(FeatureDistiller):
         truth = ground_truth(data_samples)
         return imitation_masks(anchors, truth.boxes, truth.valid, self.psi, self.marks)
 
+    def pictures(self, student: Taps, teacher: Taps, data_samples: list | None) -> dict[str, torch.Tensor]:
+        return {f'mask, level {level}': each for level, each in enumerate(self.masks(student, data_samples))}
+
     def forward(self, student: Taps, teacher: Taps, data_samples: list | None) -> dict[str, torch.Tensor]:
         masks = self.masks(student, data_samples)
         pairs = self.levels(student, teacher)

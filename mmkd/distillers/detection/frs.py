@@ -151,6 +151,11 @@ class FRS(Distiller):
             heads = (s_head, student[self.head]), (t_head, teacher[self.teacher_head])
             check_same_slots(*heads, 'FRS (unless cls_weight=0)', boxes=False)
 
+    def pictures(self, student: Taps, teacher: Taps, data_samples: list | None) -> dict[str, torch.Tensor]:
+        t_head = dense_head(teacher.model.get_submodule(self.teacher_head))
+        levels = t_head.class_logits(teacher[self.teacher_head])
+        return {f'richness, level {level}': richness(each) for level, each in enumerate(levels)}
+
     def forward(self, student: Taps, teacher: Taps, data_samples: list | None) -> dict[str, torch.Tensor]:
         t_head = dense_head(teacher.model.get_submodule(self.teacher_head))
         targets = t_head.class_logits(teacher[self.teacher_head])

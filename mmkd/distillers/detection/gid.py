@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from mmkd.adapters import Adapters
-from mmkd.distillers.base import Distiller
+from mmkd.distillers.base import Boxes, Distiller
 from mmkd.distillers.levels import maps, require_gradient
 from mmkd.distillers.schedule import Weight
 from mmkd.errors import ConfigError
@@ -305,6 +305,10 @@ class GID(Distiller):
         kept, valid = suppress(scores, boxes, self.nms_iou, self.topk)
         boxes = boxes.gather(1, kept[..., None].expand(-1, -1, 4))
         return boxes, scores.gather(1, kept), valid
+
+    def pictures(self, student: Taps, teacher: Taps, data_samples: list | None) -> dict[str, Boxes]:
+        boxes, _, valid = self.select(student, teacher, [sample.metainfo for sample in data_samples])
+        return {'selected instances': Boxes(boxes, valid)}
 
     def forward(self, student: Taps, teacher: Taps, data_samples: list | None) -> dict[str, torch.Tensor]:
         metas = [sample.metainfo for sample in data_samples]

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from mmkd.distillers.base import FeatureDistiller
 from mmkd.errors import ConfigError
 from mmkd.registry import DISTILLERS
+from mmkd.taps import Taps
 from mmkd.values import is_number
 
 FORMS = ('mean', 'sum', 'norm')
@@ -107,6 +108,13 @@ class AT(FeatureDistiller):
         self.power = power
         # maps of one channel, so that no adapter is made and they are what is resized
         self.levels.reduce = functools.partial(attention_map, power=power)
+
+    def pictures(self, student: Taps, teacher: Taps, data_samples: list | None) -> dict[str, torch.Tensor]:
+        return {
+            f'{name} attention, level {pair.student_level}': attention_map(feature)[:, 0]
+            for pair in self.levels(student, teacher)
+            for name, feature in (('student', pair.student), ('teacher', pair.teacher))
+        }
 
     def compare(self, student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
         return attention_distance(student, teacher, self.form)

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from mmkd.distillers.base import FeatureDistiller
 from mmkd.errors import ConfigError
 from mmkd.registry import DISTILLERS
+from mmkd.taps import Taps
 from mmkd.values import is_number
 
 
@@ -36,6 +37,11 @@ def channel_wise_divergence(student: torch.Tensor, teacher: torch.Tensor, tau: f
     teacher = F.log_softmax(teacher.detach().flatten(2) / tau, dim=2)
     divergence = F.kl_div(student, teacher, reduction='sum', log_target=True)
     return divergence * tau**2 / (student.shape[0] * student.shape[1])
+
+
+def channel_maps(feature: torch.Tensor, tau: float = 1.0) -> torch.Tensor:
+    """Each channel's distribution over the positions, softmax of ``feature / tau``: (B, C, H, W), its sums are 1."""
+    return (feature.flatten(2) / tau).softmax(2).view_as(feature)
 
 
 @DISTILLERS.register_module()
@@ -72,6 +78,13 @@ class CWD(FeatureDistiller):
         if not (is_number(tau) and tau > 0):
             raise ConfigError(f'tau={tau!r}: expected a positive temperature')
         self.tau = tau
+
+    def pictures(self, student: Taps, teacher: Taps, data_samples: list | None) -> dict[str, torch.Tensor]:
+        return {
+            f'{name} channels, level {pair.student_level}': channel_maps(feature, self.tau).amax(1)
+            for pair in self.levels(student, teacher)
+            for name, feature in (('student', pair.student), ('teacher', pair.teacher))
+        }
 
     def compare(self, student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
         return channel_wise_divergence(student, teacher, self.tau)

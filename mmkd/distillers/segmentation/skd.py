@@ -211,6 +211,15 @@ class SKD(Distiller):
             classes = student[self.layer][0].shape[1]
             self.critic = Critic(classes, image_channels, self.critic_norm, self.spectral_norm)
 
+    def pictures(self, student: Taps, teacher: Taps, data_samples: list | None) -> dict[str, torch.Tensor]:
+        if not self.pair:
+            return {}
+        maps_of_both = same_size(student, self.feature_layer, teacher, self.teacher_feature_layer)
+        return {
+            f'{name} similarity to the center': similarity_to_center(feature)
+            for name, feature in zip(('student', 'teacher'), maps_of_both)
+        }
+
     def forward(self, student: Taps, teacher: Taps, data_samples: list | None) -> dict[str, torch.Tensor]:
         losses = {}
         if self.pixel or self.holistic:
@@ -231,6 +240,12 @@ class SKD(Distiller):
             own = critic_loss(self.critic, s, t, image, self.mode, self.penalty_weight)
             losses['loss_critic'] = self.critic_weight() * own
         return losses
+
+
+def similarity_to_center(feature: torch.Tensor) -> torch.Tensor:
+    """Of each position the cosine similarity to the one in the middle, (B, H, W), of a map (B, C, H, W)."""
+    middle = feature[:, :, feature.shape[2] // 2, feature.shape[3] // 2, None, None]
+    return F.cosine_similarity(feature, middle, dim=1)
 
 
 def refuse_other_than_one_map(taps: Taps, layer: str) -> None:
