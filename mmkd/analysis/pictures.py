@@ -59,7 +59,7 @@ def _draw_boxes(axis: Axes, boxes: torch.Tensor, color: str) -> None:
 
 @torch.no_grad()
 def tap(model: nn.Module, inputs: torch.Tensor, samples: list) -> tuple[Taps, dict[str, Taps]]:
-    """The taps of a batch that is normalized for the student, without a loss: the student's, and those of each source.
+    """The taps of a batch that is normalized for the student, without a loss: the student's, and each teacher's and average's.
 
     Layers that a loss alone calls were not called. The model's state stays as it is.
     """
@@ -71,8 +71,12 @@ def tap(model: nn.Module, inputs: torch.Tensor, samples: list) -> tuple[Taps, di
         for name, source in model.sources.items():
             if isinstance(source, Own):
                 layers = tuple(dict.fromkeys((*layers, *source.layers)))
-            elif not source.has_gradient:
-                found[name], _ = source.read(model, inputs, samples)
+            elif isinstance(source, Teacher):
+                found[name] = source(inputs, samples)
+            elif source.kept is not None and not source.has_gradient:  # not by `read`, which would average once more
+                with Taps(source.model, source.layers, images=len(inputs)) as taps:
+                    run(source.model, source.layers, inputs, samples)
+                found[name] = taps
         with Taps(model, layers, images=len(inputs)) as student:
             run(model, layers, inputs, samples)
     finally:

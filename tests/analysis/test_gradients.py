@@ -52,8 +52,9 @@ def test_the_log_keys_are_not_optimized(name, short):
 @pytest.mark.slow
 def test_the_hook_logs_and_changes_no_weight(tmp_path):
     weights = {}
+    ramp = dict(METHODS, cwd=dict(METHODS['cwd'], loss_weight=dict(type='linear', value=1.0, end=4)))
     for name, hooks in {'without': [], 'with': [dict(type='mmkd.GradientShareHook', interval=2)]}.items():
-        config = shapes_config(tmp_path / name, distilled(tmp_path, METHODS))
+        config = shapes_config(tmp_path / name, distilled(tmp_path, ramp))
         config.custom_hooks = hooks
         runner = Runner.from_cfg(config)
         runner.train()
@@ -66,6 +67,7 @@ def test_the_hook_logs_and_changes_no_weight(tmp_path):
     assert set(found) == {'task', 'gid.feature', 'gid.relation', 'gid.cls', 'gid.bbox', 'cwd'}
     assert sum(found.values()) == pytest.approx(1, abs=1e-3)
     assert all(-1.0001 <= logged[f'cosine.{name}'] <= 1.0001 for name in found if name != 'task')
+    assert {key: value for key, value in logged.items() if key.startswith('weight.')} == {'weight.cwd': 0.5}
     assert not runner.model._forward_hooks
 
 
