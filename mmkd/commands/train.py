@@ -13,6 +13,7 @@ from mmkd.errors import ConfigError
 from mmkd.hosts.checkpoints import check_continues
 from mmkd.hosts.interrupts import Interrupted, StopOnSignal
 from mmkd.hosts.samples import leave_out_samples
+from mmkd.hosts.terminal import readable_terminal
 
 SCORED = 16
 """Validation images that a teacher is evaluated on before its first training."""
@@ -39,6 +40,11 @@ def main() -> None:
         help='leave out up to N samples that cannot be read, with a warning each; default: the first one ends the training',
     )
     parser.add_argument(
+        '--full-log',
+        action='store_true',
+        help='show all on a terminal that the log file has, not a line for each interval',
+    )
+    parser.add_argument(
         '--no-check',
         action='store_true',
         help='do not evaluate the teachers on a few validation images, which the first run of a work directory begins with',
@@ -49,6 +55,8 @@ def main() -> None:
     with cli.clear_errors(args.debug) as begun:
         config = cli.read_config(args)
         cli.check_work_dir(args, config)
+        if not args.full_log:
+            readable_terminal(config.model.get('distillers') or ())
         if args.amp:
             if not torch.cuda.is_available():
                 raise ConfigError('--amp: mmengine trains in mixed precision on accelerators alone, and none was found')
