@@ -68,7 +68,7 @@ def main() -> None:
         cli.join_processes(config)
         before, warnings = cli.resume(config, args.resume)
         warnings += checks.check_config(config)
-        scores = check_scores(config, 0 if args.no_check or cli.was_trained(config) else SCORED)
+        trained = cli.was_trained(config)  # before the Runner writes to its work directory
         runner = cli.build_runner(config)
         runner.register_hook(begun)
         cli.watch(runner, stop)
@@ -77,10 +77,10 @@ def main() -> None:
         if before:
             check_continues(before, config.load_from, runner)
         warnings += checks.check_model(config, cli.bare_model(runner))
-        for each in scores:
-            runner.logger.info(str(each))
         for line in warnings:
             runner.logger.warning(line)
+        for each in check_scores(config, 0 if args.no_check or trained else SCORED):
+            runner.logger.info(str(each))
         try:
             runner.train()
         except Interrupted:

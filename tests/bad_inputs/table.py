@@ -15,6 +15,7 @@ from mmengine.logging import MMLogger
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import MODELS, DefaultScope
 from mmengine.runner import Runner
+from tool import UNSCORED
 
 ROOT = Path(__file__).parents[2]
 
@@ -84,6 +85,8 @@ def attempt(case: Case, capsys: Any, monkeypatch: Any) -> str:
     if case.text or case.arguments is None:
         Path('config.py').write_text(f"_base_ = '{case.base}'\n{case.text}\n" if case.base else case.text)
     arguments = ['config.py', *case.options] if case.arguments is None else list(case.arguments)
+    if case.tool == 'train':
+        arguments += UNSCORED
     monkeypatch.setattr(sys, 'argv', [f'{case.tool}.py', *arguments])
     monkeypatch.setattr('mmkd.cli.build_runner', WithoutRunner)
     monkeypatch.setattr('mmkd.cli.watch', lambda *_: None)
