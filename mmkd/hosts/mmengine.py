@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from mmengine import hub
 from mmengine.config import Config
 from mmengine.logging import HistoryBuffer
 from mmengine.utils import digit_version
@@ -32,19 +33,27 @@ def config_path(name: str) -> str:
 
 
 def accept_mmkd_configs() -> None:
-    """Let ``_base_ = 'mmkd::gid_retinanet.py'`` resolve.
+    """Let ``_base_ = 'mmkd::gid_retinanet.py'`` resolve, and ``mmengine.hub.get_config('mmkd::gid_retinanet.py')``.
 
     mmengine 0.10 looks for a package's configs at its distribution's location, which is wrong for editable installs,
     and refuses names without a folder. A config of mmkd is therefore read as a plain file.
     """
-    stock = Config._get_cfg_path
+    stock, stock_get_config = Config._get_cfg_path, hub.get_config
 
     def get_cfg_path(cfg_path: str, filename: str) -> tuple[str, str | None]:
         if cfg_path.startswith('mmkd::'):
             return config_path(cfg_path), None
         return stock(cfg_path, filename)
 
+    def get_config(cfg_path: str, pretrained: bool = False) -> Config:
+        if not cfg_path.startswith('mmkd::'):
+            return stock_get_config(cfg_path, pretrained)
+        if pretrained:
+            raise ConfigError(f'{cfg_path}: mmkd publishes no weights; leave out pretrained=True')
+        return Config.fromfile(config_path(cfg_path))
+
     Config._get_cfg_path = staticmethod(get_cfg_path)
+    hub.get_config = get_config
 
 
 def weights_address(name: str) -> str:

@@ -2,6 +2,7 @@ import pickle
 
 import pytest
 import torch
+from mmengine import hub
 from mmengine.config import Config
 from mmengine.logging import HistoryBuffer
 
@@ -57,3 +58,11 @@ def test_an_unknown_config_names_the_nearest():
         ConfigError, match="mmkd::shapes/gid_retina.py: mmkd has no such config; .*'shapes/gid_retinanet.py'"
     ):
         config_path('mmkd::shapes/gid_retina.py')
+
+
+def test_mmengines_hub_has_its_configs():
+    assert hub.get_config('mmkd::gid_retinanet.py').model.student.backbone.depth == 50
+    assert hub.get_config('mmkd::shapes/gid_retinanet.py').model.type == 'mmkd.Distill'
+    assert hub.get_config('mmdet::retinanet/retinanet_r18_fpn_1x_coco.py').model.type == 'RetinaNet'
+    with pytest.raises(ConfigError, match='mmkd::gid_retinanet.py: mmkd publishes no weights'):
+        hub.get_config('mmkd::gid_retinanet.py', pretrained=True)
