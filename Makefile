@@ -5,13 +5,15 @@
 # make test-kills   kill trainings twenty times (KILLS=20), at random moments, and compare what they end with
 # make test-cluster   set up, then run the tests on several nodes and under a real Slurm; what cannot run here says why
 # make gpu    set up, then everything that only a GPU can show, in about ten minutes; writes docs/gpu.md
+# make docs   build the documentation as a site, into site/; needs nothing but Python
 # make lint   check format, style and the types of the core (make format applies them); needs nothing but Python
-.PHONY: setup demo demo-seg test test-fast test-long test-kills test-cluster gpu lint format clean
+.PHONY: setup demo demo-seg test test-fast test-long test-kills test-cluster gpu docs lint format clean
 
 VENV := .venv
 BIN := $(VENV)/bin
 PYTEST := $(BIN)/python -m pytest -q --numprocesses logical --dist worksteal
 LINT := .venv-lint
+DOCS := .venv-docs
 PYTHON ?= python3
 KILLS := 20
 
@@ -42,6 +44,15 @@ test-long: setup
 gpu: setup
 	$(BIN)/python tools/gpu.py
 
+$(DOCS)/ready: docs/requirements.txt
+	$(PYTHON) -m venv $(DOCS)
+	$(DOCS)/bin/python -m pip --disable-pip-version-check install --quiet -r docs/requirements.txt
+	touch $@
+
+docs: $(DOCS)/ready
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --quiet --strict
+	@echo "site/index.html"
+
 $(LINT)/ready: requirements.txt
 	$(PYTHON) -m venv $(LINT)
 	$(LINT)/bin/python -m pip --disable-pip-version-check install --quiet $$(grep -E '^(ruff|mypy)==' requirements.txt)
@@ -57,4 +68,4 @@ format: $(LINT)/ready
 	$(LINT)/bin/ruff check --fix .
 
 clean:
-	rm -rf $(VENV) $(LINT) work_dirs data build dist *.egg-info
+	rm -rf $(VENV) $(LINT) $(DOCS) site work_dirs data build dist *.egg-info

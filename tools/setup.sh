@@ -73,6 +73,6 @@ cuda = get_compiling_cuda_version()
 built = 'CPU only' if cuda == 'not available' else f'CPU and CUDA {cuda}'
 print(f'Ready: torch {torch.__version__}, torchvision {torchvision.__version__}, mmcv ops built for {built}, {torch.cuda.device_count()} GPU(s) found')
 if torch.cuda.is_available() and cuda == 'not available':
-    print('A GPU is there, but no CUDA toolkit (nvcc): mmcv\'s ops run on the CPU alone. See "On a GPU" in README.md.')
+    print('A GPU is there, but no CUDA toolkit (nvcc): mmcv\'s ops run on the CPU alone. See "On a GPU" in docs/get_started.md.')
 PY
 cp requirements.txt "$stamp"
