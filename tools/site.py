@@ -113,6 +113,7 @@ class Roles(griffe.Extension):
             obj.docstring.value = self.as_markdown(obj.docstring.value)
 
     def as_markdown(self, text):
+        text = re.sub(r'^( *)Example:$', r'\1Examples:', text, flags=re.MULTILINE)  # else no code block
         text = re.sub(r':math:`([^`]+)`', r'$\1$', text)
         text = re.sub(r':\w+:`~?([^`]+)`', r'`\1`', text)
         text = re.sub(r'^ *=+  =.*\n(?:.*\n)*? *=+  =.*\n(?:.*\n)*? *=+  =.*$', as_code, text, flags=re.MULTILINE)
