@@ -19,6 +19,7 @@ from mkdocs.structure.files import File
 
 ROOT = Path(__file__).parents[1]
 LINK = re.compile(r'(?<=\]\()([^)\s#:]+)(?=[)#])')
+FORMULA = re.compile(r'^( *)\.\. math::(.*(?:\n(?:\1 +\S.*|\s*(?=\n\1 +\S)))*)', re.MULTILINE)
 LANGUAGES = {'.py': 'python', '.sh': 'bash', '.yml': 'yaml', '.toml': 'toml', '.cff': 'yaml'}
 
 
@@ -90,6 +91,11 @@ def as_page(target):
     return f'{head}````{LANGUAGES.get(path.suffix, "text")}\n{path.read_text()}````\n'
 
 
+def as_fence(match):
+    lines = [match[1] + line.strip() for line in match[2].splitlines() if line.strip()]
+    return '\n'.join([f'{match[1]}```math', *lines, f'{match[1]}```'])
+
+
 def as_code(match):
     indent = re.match(' *', match[0])[0]
     return f'{indent}```text\n{match[0]}\n{indent}```'
@@ -117,13 +123,4 @@ class Roles(griffe.Extension):
         text = re.sub(r':math:`([^`]+)`', r'$\1$', text)
         text = re.sub(r':\w+:`~?([^`]+)`', r'`\1`', text)
         text = re.sub(r'^ *=+  =.*\n(?:.*\n)*? *=+  =.*\n(?:.*\n)*? *=+  =.*$', as_code, text, flags=re.MULTILINE)
-        lines, block = [], None  # the indentation of a formula's directive
-        for line in [*text.splitlines(), '']:
-            if block is not None and line.strip() and not line.startswith(block + ' '):
-                lines, block = [*lines, f'{block}```', ''], None
-            if line.strip() == '.. math::':
-                block = line[: line.index('.')]
-                lines.append(f'{block}```math')
-            elif block is None or line.strip():
-                lines.append(line if block is None else block + line.strip())
-        return '\n'.join(lines if block is None else [*lines, f'{block}```'])
+        return FORMULA.sub(as_fence, text)
