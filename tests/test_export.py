@@ -1,19 +1,24 @@
-"""tools/export.py: what stock mmdet and mmseg make of a student, in a process that cannot import mmkd."""
+"""tools/export.py: what stock mmdet, mmseg and onnxruntime make of a student, in a process that cannot import mmkd."""
 
 import subprocess
 import sys
 from pathlib import Path
 
 import cv2
+import mmdet
 import numpy as np
 import pytest
 import torch
+from mmcv.ops import batched_nms
 from mmengine.config import Config
 from mmengine.runner import Runner
 from tool import tool
 
+from mmkd.commands import export as command
+from mmkd.errors import ConfigError
+from mmkd.hosts import deploy
 from mmkd.hosts.plain import plain_config
-from mmkd.testing import models, segmentors
+from mmkd.testing import detectors, models, segmentors
 from mmkd.testing.runs import distilled, shapes_config, streets_config
 
 pytestmark = pytest.mark.slow
@@ -36,13 +41,13 @@ def stock(script):
     return done.stdout
 
 
-def export(config, tmp_path):
+def export(config, tmp_path, *options):
     """Train for an iteration, and export; the exported config."""
     config.train_cfg.max_iters = 1
     config.default_hooks.checkpoint.interval = 1
     config.dump(tmp_path / 'config.py')
     Runner.from_cfg(config).train()
-    tool('export', tmp_path / 'config.py', tmp_path / 'work' / 'iter_1.pth', tmp_path / 'plain')
+    tool('export', tmp_path / 'config.py', tmp_path / 'work' / 'iter_1.pth', tmp_path / 'plain', *options)
     text = (tmp_path / 'plain.py').read_text()
     assert 'mmkd' not in text
     assert 'distillers' not in text
@@ -62,7 +67,7 @@ def test_stock_mmdet_shows_the_datas_own_classes(tmp_path, picture):
     config.optim_wrapper.paramwise_cfg = dict(
         custom_keys={'gid.adapters': dict(lr_mult=2), 'backbone': dict(lr_mult=0.1)}
     )
-    plain = export(config, tmp_path)
+    plain = export(config, tmp_path, '--onnx', '--torch-export', '--check')
     assert plain.optim_wrapper.paramwise_cfg == dict(custom_keys=dict(backbone=dict(lr_mult=0.1)))
     stock(f"""
 from mmdet.apis import DetInferencer, init_detector, inference_detector
@@ -77,6 +82,47 @@ assert tuple(inferencer.visualizer.dataset_meta['classes']) == names
 inferencer(picture, out_dir={str(tmp_path / 'drawn')!r}, pred_score_thr=0.0)
 """)
     assert list((tmp_path / 'drawn').rglob('picture.png'))
+    stock(f"""
+import json, cv2, numpy as np, onnxruntime, torch
+image = cv2.imread({picture!r})
+session = onnxruntime.InferenceSession({str(tmp_path / 'plain.onnx')!r})
+said = session.get_modelmeta().custom_metadata_map
+assert json.loads(said['classes']) == list({tuple(names)!r}) and said['channels'] == 'RGB'
+image = (image[..., ::-1] - np.array(json.loads(said['mean']))) / np.array(json.loads(said['std']))
+image = image.transpose(2, 0, 1)[None].astype(np.float32)
+boxes, scores = session.run(['boxes', 'scores'], dict(image=image))
+program = torch.export.load({str(tmp_path / 'plain.pt2')!r}).module()
+traced = dict(zip([each.name for each in session.get_outputs()], program(torch.tensor(image))))
+assert boxes.shape[-1] == 4 and boxes.min() >= 0 and boxes.max() <= 96
+np.testing.assert_allclose(boxes, traced['boxes'].detach().numpy(), atol=1e-2)
+np.testing.assert_allclose(scores, traced['scores'].detach().numpy(), atol=1e-4)
+""")
+
+
+def test_stock_mmdets_own_test_tool_gives_the_students_ap(tmp_path):
+    config = shapes_config(tmp_path, distilled(tmp_path, dict(gid=dict(type='GID'))))
+    plain = export(config, tmp_path)
+    assert 'work_dir' not in plain
+    script = next(Path(mmdet.__file__).parent.glob('.mim/tools/test.py'))
+    arguments = [
+        'test.py',
+        str(tmp_path / 'plain.py'),
+        str(tmp_path / 'plain.pth'),
+        '--work-dir',
+        str(tmp_path / 'stock'),
+    ]
+    printed = stock(f"""
+import runpy
+sys.argv = {arguments!r}
+runpy.run_path({str(script)!r}, run_name='__main__')
+""")
+    own = tool('test', tmp_path / 'config.py', tmp_path / 'work' / 'iter_1.pth')
+    found, wanted = (
+        [line.partition('coco/bbox_mAP: ')[2].split()[0] for line in text.splitlines() if 'coco/bbox_mAP: ' in line]
+        for text in (printed, own)
+    )
+    assert found == wanted
+    assert len(found) == 1
 
 
 def test_stock_mmseg_shows_the_datas_own_classes_and_trains_on_its_labelled_domain(tmp_path, picture):
@@ -184,3 +230,149 @@ def test_configs_become_plain(name):
     assert 'teacher' not in plain.model
     for word in ('mmkd', 'distillers', 'critic'):
         assert word not in plain.pretty_text
+
+
+SEGMENTORS = {
+    'PSPNet': segmentors.pspnet(classes=3),
+    'DeepLabV3': segmentors.deeplabv3(classes=3),
+}
+DETECTORS = {'RetinaNet': detectors.retinanet(), 'FCOS': detectors.fcos(), 'GFL': detectors.gfl()}
+RTOL = 1e-4  # of an output's largest value
+
+
+def written(config, path, size=(64, 96)):
+    """The model, and what its ONNX file makes of three images, which it has not been compared on: images, outputs by name."""
+    onnxruntime = pytest.importorskip('onnxruntime')
+    model = models.build(config, seed=0).eval()
+    graph = deploy.Deployed(model, size)
+    said = deploy.write('onnx', graph, path, deploy.check_images(size, None))
+    assert 'one image at a time' not in said
+    images = torch.randn(3, 3, *size)
+    session = onnxruntime.InferenceSession(str(path), providers=['CPUExecutionProvider'])
+    return (
+        model,
+        images,
+        dict(zip(graph.outputs, map(torch.tensor, session.run(graph.outputs, {'image': images.numpy()})))),
+    )
+
+
+def assert_close(found, wanted):
+    assert found.shape == wanted.shape
+    assert (found - wanted).abs().max() <= RTOL * wanted.abs().max()
+
+
+@pytest.mark.parametrize('name', SEGMENTORS)
+@torch.no_grad()
+def test_onnx_gives_a_segmentors_logits_of_the_whole_image(name, tmp_path):
+    model, images, outputs = written(SEGMENTORS[name], tmp_path / 'model.onnx')
+    assert list(outputs) == ['logits']
+    meta = [dict(img_shape=(64, 96), ori_shape=(64, 96), pad_shape=(64, 96), padding_size=[0] * 4)] * 3
+    assert_close(outputs['logits'], model.inference(images, meta))
+    assert [each.name for each in tmp_path.iterdir()] == ['model.onnx']  # weights in it
+
+
+@pytest.mark.parametrize('name', DETECTORS)
+@torch.no_grad()
+def test_onnx_gives_a_detectors_maps_and_boxes_whose_nms_is_mmdets_prediction(name, tmp_path):
+    model, images, outputs = written(DETECTORS[name], tmp_path / 'model.onnx')
+    maps = [each for levels in model(images, mode='tensor') for each in levels]
+    assert len(outputs) == len(maps) + 2
+    assert list(outputs)[3] == 'bbox_pred_0'
+    assert ('centerness_2' in outputs) == (name == 'FCOS')
+    for output, wanted in zip(outputs.values(), maps):
+        assert_close(output, wanted)
+    for index in range(3):
+        sample = deploy._samples(images[:1])
+        wanted = model.predict(images[index : index + 1], sample, rescale=False)[0].pred_instances
+        boxes, scores = outputs['boxes'][index], outputs['scores'][index]
+        areas = (boxes[:, 2:] - boxes[:, :2]).prod(-1, keepdim=True)  # mmdet drops boxes without any
+        priors, labels = (scores * (areas > 0) > 0).nonzero(as_tuple=True)
+        kept, order = batched_nms(boxes[priors], scores[priors, labels], labels, dict(type='nms', iou_threshold=0.5))
+        kept, labels = kept[:50], labels[order[:50]]
+        assert len(wanted) > 1
+        assert_close(kept[:, 4], wanted.scores)
+        assert (
+            labels == wanted.labels
+        ).float().mean() > 0.9  # scores that are equal but for rounding may change places
+        same = labels == wanted.labels
+        assert (kept[same, :4] - wanted.bboxes[same]).abs().max(-1).values.median() < 1e-2
+
+
+def test_two_stages_are_one_line_that_names_mmdeploy():
+    model = models.build(detectors.faster_rcnn(), seed=0)
+    with pytest.raises(ConfigError, match='^--onnx: FasterRCNN has a second stage, .*mmdeploy') as error:
+        deploy.Deployed(model, (64, 64))
+    assert '\n' not in str(error.value)
+
+
+def test_what_cannot_be_traced_is_one_line_and_no_file(tmp_path):
+    model = models.build(segmentors.pspnet(), seed=0).eval()
+    graph = deploy.Deployed(model, (64, 64), '--torch-export')
+    graph.forward = lambda image: {}[float(image.sum())]
+    with pytest.raises(ConfigError, match='^--torch-export: EncoderDecoder cannot be exported .*mmdeploy'):
+        deploy.write('torch_export', graph, tmp_path / 'model.pt2', {})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_missing_packages_are_one_line_with_the_command(monkeypatch):
+    monkeypatch.setattr(deploy, 'is_installed', lambda name: name == 'onnx')
+    with pytest.raises(ConfigError, match=r'^--onnx: needs onnxruntime, onnxscript; pip install .mmkd\[onnx\]'):
+        deploy.needs('onnx')
+    deploy.needs('torch_export')
+
+
+@pytest.fixture
+def call(tmp_path, monkeypatch, capsys):
+    """``mmkd export`` of a plain config in this process; the line it ends with, and the files it leaves."""
+    config = streets_config(tmp_path, segmentors.pspnet(classes=3))
+    config.dump(tmp_path / 'config.py')
+    models.save_weights(config.model, tmp_path / 'weights.pth')
+    (tmp_path / 'out').mkdir()
+
+    def run(*options):
+        arguments = [tmp_path / 'config.py', tmp_path / 'weights.pth', tmp_path / 'out' / 'plain', *options]
+        monkeypatch.setattr(sys, 'argv', ['mmkd export', *map(str, arguments)])
+        with pytest.raises(SystemExit) as end:
+            command.main()
+        return str(end.value), sorted(each.name for each in (tmp_path / 'out').iterdir())
+
+    return run
+
+
+def test_what_differs_from_torch_is_not_kept(call, monkeypatch):
+    monkeypatch.setattr(deploy, 'TOLERANCE', -1.0)
+    said, left = call('--torch-export')
+    assert said.startswith(
+        'error: --torch-export: EncoderDecoder cannot be exported (logits of a random image differs by'
+    )
+    assert left == []
+
+
+def test_nothing_is_overwritten_and_a_plain_config_alone_is_refused(call, tmp_path):
+    assert call() == (
+        f'error: {tmp_path}/config.py: not a distilled model (model has no student); it can be used as it is',
+        [],
+    )
+    (tmp_path / 'out' / 'plain.pt2').write_text('mine')
+    assert call('--torch-export') == (
+        f'error: {tmp_path}/out/plain.pt2 exists; remove it, or choose another name',
+        ['plain.pt2'],
+    )
+    assert (tmp_path / 'out' / 'plain.pt2').read_text() == 'mine'
+
+
+@pytest.mark.parametrize(
+    ('pipeline', 'wanted'),
+    [
+        ([dict(type='Resize', scale=(150, 100))], (104, 152)),
+        ([dict(type='Resize', scale=(150, 100)), dict(type='RandomFlip')], (104, 152)),
+        ([dict(type='RandomFlip')], (40, 48)),
+    ],
+)
+def test_the_size_is_the_test_pipelines_filled_up_or_the_validation_images(pipeline, wanted):
+    model = dict(type='EncoderDecoder', data_preprocessor=dict(test_cfg=dict(size_divisor=8)))
+    config = Config(dict(model=model, test_dataloader=dict(dataset=dict(pipeline=pipeline))))
+    assert deploy.input_size(config, torch.zeros(1, 3, 40, 48)) == wanted
+    if wanted == (40, 48):
+        with pytest.raises(ConfigError, match='^--input-shape H W: '):
+            deploy.input_size(config, None)
