@@ -13,6 +13,7 @@ COMMANDS = {
     'inspect': 'show what a config distills: layers, pairs, costs, schedules',
     'check': 'check teachers, classes, losses and memory before training, with pictures',
     'compare': 'train the configs of a folder, several seeds each, and compare them',
+    'report': 'report on a training that ended: curves, classes, pictures',
     'benchmark': 'time and memory of a training step',
 }
 

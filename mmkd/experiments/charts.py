@@ -100,50 +100,61 @@ def smooth(values: Sequence[float], width: int = 5) -> np.ndarray:
 
 
 def curves(
-    score: Score, task_loss: Callable[[dict], float], teacher: Run, students: Mapping[str, Sequence[Run]]
-) -> Figure:
-    """Score, task loss, and each method's distillation losses over the iterations, first seed.
+    score: Score, task_loss: Callable[[dict], float], teacher: Run | None, students: Mapping[str, Sequence[Run]]
+) -> list[Figure]:
+    """Score, task loss, and each method's distillation losses over the iterations, first seed; a figure for each.
 
     Args:
-        score: Of the first panel.
+        score: Of the first figure.
         task_loss: The student's own loss, of an entry of the log.
-        teacher: Whose last score is a line.
-        students: What each is called, and its runs; ``'student alone'`` has no distillation losses.
+        teacher: Whose last score is a line, if there is one.
+        students: What each is called, and its runs.
     """
     first = {name: runs[0] for name, runs in students.items()}
-    distilled = {name: each for name, each in first.items() if name != 'student alone'}
+    distilled = {name: each for name, each in first.items() if 'distillers' in each.read().model}
     colors = COLORS | dict(zip(distilled, OF_METHODS))
-    figure = Figure(figsize=(4.2 * (2 + len(distilled)), 3.4))
-    axes = figure.subplots(1, 2 + len(distilled))
+    figures = [Figure(figsize=(4.2, 3.4)) for _ in range(2 + len(distilled))]
+    axes = [figure.subplots() for figure in figures]
     for name, each in first.items():
-        entries = each.evaluations()
+        entries = [entry for entry in each.evaluations() if score.key in entry]
         axes[0].plot(
-            [e['step'] for e in entries], [e[score.key] for e in entries], 'o-', color=colors[name], label=name
+            [e['step'] for e in entries], [e[score.key] for e in entries], 'o-', color=colors.get(name), label=name
         )
         entries = each.losses()
         axes[1].plot(
-            [e['step'] for e in entries], smooth([task_loss(e) for e in entries]), color=colors[name], label=name
+            [e['step'] for e in entries], smooth([task_loss(e) for e in entries]), color=colors.get(name), label=name
         )
-    axes[0].axhline(teacher.evaluations()[-1][score.key], color=colors['teacher'], ls='--', label='teacher, at its end')
+    if teacher is not None:
+        last = teacher.scores()[score.key]
+        axes[0].axhline(last, color=colors['teacher'], ls='--', label='teacher, at its end')
     axes[0].set(title=f'{score.name} on the validation images', ylim=(0, None))
     axes[1].set(title='task loss')
     axes[0].legend(fontsize=7, loc='lower right')
     axes[1].legend(fontsize=8)
     for axis, (name, each) in zip(axes[2:], distilled.items(), strict=True):
         entries = each.losses()
-        names = tuple(each.read().model.distillers)
-        keys = [key for key in entries[0] if key.partition('.')[0] in names and '.loss' in key]
+        keys = distillation_losses(each)
         for key in keys:
-            axis.plot([e['step'] for e in entries], smooth([e[key] for e in entries]), label=key)
-        axis.set_title(f'distillation losses of {name}')
-        if min(e[key] for e in entries for key in keys) > 0:
+            seen = [e for e in entries if key in e]
+            axis.plot([e['step'] for e in seen], smooth([e[key] for e in seen]), label=key)
+        axis.set_title('distillation losses' + (f' of {name}' if len(distilled) > 1 else ''))
+        if min((e[key] for e in entries for key in keys if key in e), default=1) > 0:
             axis.set_yscale('log')
         else:  # a critic's losses are of either sign
             axis.set_yscale('symlog', linthresh=0.1)
-        axis.legend(fontsize=8)
+        if keys:
+            axis.legend(fontsize=8)
     for axis in axes:
         axis.set_xlabel('iteration')
         axis.grid(alpha=0.3)
-    axes[0].set_xlabel('epoch' if teacher.unit == 'epoch' else 'iteration')
-    figure.tight_layout()
-    return figure
+    axes[0].set_xlabel('epoch' if next(iter(first.values())).unit == 'epoch' else 'iteration')
+    for figure in figures:
+        figure.tight_layout()
+    return figures
+
+
+def distillation_losses(run: Run) -> list[str]:
+    """The keys in a run's log of what its distillers add to the loss."""
+    names = tuple(run.read().model.get('distillers', ()))
+    keys = dict.fromkeys(key for entry in run.losses() for key in entry)
+    return [key for key in keys if key.partition('.')[0] in names and '.loss' in key]

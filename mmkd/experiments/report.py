@@ -115,7 +115,7 @@ class Report:
             tables={'Results': self.rows(teacher, students), **tables},
             seeds=len(students['student alone']),
             lengths={'teacher': _length(teacher), 'student': _length(students['student alone'][0])},
-            curves=embed(curves(self.score, self.task_loss, teacher, students)),
+            curves=[embed(each) for each in curves(self.score, self.task_loss, teacher, students)],
             pictures=pictures,
         )
         path.write_text(page)

@@ -15,12 +15,11 @@ from pathlib import Path
 import torch
 from mmengine.config import Config
 from mmengine.model import BaseModel
-from mmengine.registry import MODELS
 from tqdm import tqdm
 
 from mmkd.errors import ConfigError
 from mmkd.experiments.configs import changed, read, recordable, teachers_of, text_of
-from mmkd.hosts.configs import plain_model
+from mmkd.hosts.configs import build_model, plain_model
 from mmkd.weights import load_weights
 
 TRAIN = (sys.executable, '-m', 'mmkd', 'train')
@@ -266,11 +265,16 @@ def train_all(
     return failed
 
 
-def trained_model(of: Run) -> BaseModel:
+def fastest() -> str:
+    """The device on which models are run: a GPU if there is one."""
+    return 'cuda' if torch.cuda.is_available() else 'cpu'
+
+
+def trained_model(of: Run, device: str = 'cpu') -> BaseModel:
     """The model that a run trained, as plain mmdet or mmseg builds it."""
     config = of.read()
     config.model = plain_model(config)
-    model = MODELS.build(config.model)
+    model = build_model(config.model)
     load_weights(model, str(of.checkpoint), 'checkpoint')
     model.cfg = config
-    return model.eval()
+    return model.eval().to(device)

@@ -111,14 +111,19 @@ def score_key(config: Config) -> str:
                 f'default_hooks.checkpoint: {best} is better the smaller it is; choose a score with --score'
             )
         return best
-    metrics = config.get('val_evaluator') or []
-    metrics = metrics if isinstance(metrics, list | tuple) else metrics.get('metrics', [metrics])
+    metrics = evaluators(config)
     for metric in metrics:
         key = _key_of(metric)
         if key:
             return key
     kinds = ', '.join(str(metric.get('type')) for metric in metrics) or 'none'
     raise ConfigError(f'val_evaluator: its score is not known (found {kinds}); name its key in the logs with --score')
+
+
+def evaluators(config: Config) -> list[dict]:
+    """The configs of the metrics of a config's evaluations."""
+    metrics = config.get('val_evaluator') or []
+    return list(metrics if isinstance(metrics, list | tuple) else metrics.get('metrics', [metrics]))
 
 
 def _key_of(metric: dict) -> str | None:

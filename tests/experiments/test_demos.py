@@ -12,7 +12,8 @@ from matplotlib import pyplot as plt
 
 from mmkd.data.streets import CLASSES, IGNORED
 from mmkd.experiments.demos import TASKS, import_module, segmentation
-from mmkd.experiments.demos.segmentation import Validation, colored, mistakes
+from mmkd.experiments.demos.segmentation import PALETTE, Validation
+from mmkd.experiments.pictures import colored, mistakes
 
 
 @pytest.mark.parametrize('task', TASKS)
@@ -34,7 +35,7 @@ def test_mistakes_are_red_and_ignored_pixels_black():
     labels = np.array([[0, 1, IGNORED]])
     picture = mistakes(np.full((1, 3, 3), 100, np.uint8), labels, np.array([[0, 2, 2]]))
     assert picture[0].tolist() == [[190, 190, 190], [200, 30, 30], [0, 0, 0]]
-    assert colored(labels)[0].tolist() == [[128, 64, 128], [244, 35, 232], [0, 0, 0]]
+    assert colored(labels, PALETTE, IGNORED)[0].tolist() == [[128, 64, 128], [244, 35, 232], [0, 0, 0]]
 
 
 def test_the_class_table_has_the_models_iou_and_the_pictures_are_not_blank(monkeypatch):

@@ -1,11 +1,8 @@
 """The pictures of the detection demo: boxes of every model, and the instances that GID selects."""
 
-import numpy as np
 import torch
-from matplotlib.axes import Axes
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
-from mmcv.ops import nms
 from mmcv.transforms import Compose
 from mmdet.apis import inference_detector
 from mmdet.registry import DATASETS
@@ -14,37 +11,20 @@ from mmengine.registry import MODELS, init_default_scope
 from mmengine.structures import InstanceData
 
 from mmkd.data.shapes import CLASSES
+from mmkd.experiments.boxes import readable
 from mmkd.experiments.demos import Demo
 from mmkd.experiments.pages import embed
+from mmkd.experiments.pictures import draw_boxes
 from mmkd.experiments.report import Report
 from mmkd.experiments.runs import Run, trained_model
 from mmkd.experiments.suites import SUITES
 from mmkd.hosts.running import run
 from mmkd.taps import Taps
 
-OF_CLASS = ['#e6194b', '#3cb44b', '#ffe119', '#4363d8', '#f58231', '#f032e6']
+OF_CLASS = [
+    [255 * part for part in to_rgb(each)] for each in ('#e6194b', '#3cb44b', '#ffe119', '#4363d8', '#f58231', '#f032e6')
+]
 PICTURES = 6
-
-
-def readable(instances: InstanceData) -> InstanceData:
-    """Boxes with a score above 0.3, of those that overlap by more than 0.6 the best alone, whatever their classes."""
-    instances = instances[instances.scores > 0.3]
-    _, kept = nms(instances.bboxes, instances.scores, 0.6)
-    return instances[kept]
-
-
-def show(axis: Axes, image: np.ndarray, instances: InstanceData, labels: bool = True) -> None:
-    axis.imshow(image)
-    axis.set(xticks=[], yticks=[])
-    for index, (left, top, right, bottom) in enumerate(get_box_tensor(instances.bboxes).tolist()):
-        label = int(instances.labels[index]) if labels else 0
-        color = OF_CLASS[label] if labels else 'white'
-        axis.add_patch(Rectangle((left, top), right - left, bottom - top, fill=False, ec=color, lw=1.4))
-        text = CLASSES[label] if labels else ''
-        if 'scores' in instances:
-            text = f'{text} {float(instances.scores[index]):.2f}'.strip()
-        box = dict(facecolor=color if labels else 'black', alpha=0.75, pad=0.5, lw=0)
-        axis.text(left, max(top, 6), text, color='white', fontsize=5.5, va='bottom', bbox=box, clip_on=True)
 
 
 @torch.no_grad()
@@ -90,7 +70,13 @@ def pictures(teacher: Run, students: dict[str, list[Run]]) -> str:
     for row, sample in zip(axes, range(len(files))):
         image = samples[sample]['inputs'].permute(1, 2, 0).numpy()[..., ::-1]
         for axis, (name, instances) in zip(row, columns.items()):
-            show(axis, image, instances[sample], labels=name != 'selected by GID')
+            found = instances[sample]
+            labels = [] if name == 'selected by GID' else found.labels.tolist()
+            texts = [CLASSES[label] for label in labels] or [''] * len(found)
+            if 'scores' in found:
+                texts = [f'{text} {score:.2f}'.strip() for text, score in zip(texts, found.scores.tolist())]
+            colors = [OF_CLASS[label] for label in labels] or [(255, 255, 255)] * len(found)
+            draw_boxes(axis, image, get_box_tensor(found.bboxes), texts, colors)
     for axis, name in zip(axes[0], columns):
         axis.set_title(name, fontsize=10)
     figure.subplots_adjust(wspace=0.03, hspace=0.03)

@@ -6,12 +6,13 @@ from matplotlib.figure import Figure
 from mmengine.dataset import pseudo_collate
 from mmengine.registry import init_default_scope
 from mmseg.datasets import CityscapesDataset
-from mmseg.evaluation import IoUMetric
 from mmseg.registry import DATASETS
 
 from mmkd.data.streets import CLASSES, IGNORED
 from mmkd.experiments.demos import Demo
+from mmkd.experiments.label_maps import as_rgb, class_areas, class_ious
 from mmkd.experiments.pages import embed
+from mmkd.experiments.pictures import colored, mistakes
 from mmkd.experiments.report import Report
 from mmkd.experiments.runs import Run, trained_model
 from mmkd.experiments.suites import SUITES
@@ -27,7 +28,7 @@ class Validation:
         init_default_scope('mmseg')
         dataset = DATASETS.build(teacher.read().val_dataloader.dataset)
         samples = [dataset[index] for index in range(len(dataset))]
-        self.images = [sample['inputs'].permute(1, 2, 0).numpy()[..., ::-1] for sample in samples]
+        self.images = [as_rgb(sample['inputs']) for sample in samples]
         self.labels = [sample['data_samples'].gt_sem_seg.data[0] for sample in samples]
         models = {'teacher': teacher, **{name: runs[0] for name, runs in students.items()}}
         self.predicted = {name: predict(each, samples) for name, each in models.items()}
@@ -42,12 +43,8 @@ class Validation:
         return [*rows, {'class': 'mean'} | {name: f'{np.nanmean(ious):.1f}' for name, ious in columns.items()}]
 
     def _ious(self, maps: list[torch.Tensor]) -> np.ndarray:
-        areas = [
-            IoUMetric.intersect_and_union(found, labels, len(CLASSES), IGNORED)
-            for found, labels in zip(maps, self.labels)
-        ]
-        intersect, union, *_ = (torch.stack(each).sum(0) for each in zip(*areas))
-        return (100 * intersect / union).numpy()
+        areas = [class_areas(found, labels, len(CLASSES), IGNORED) for found, labels in zip(maps, self.labels)]
+        return 100 * class_ious(np.sum(areas, 0))
 
     def pictures(self) -> str:
         """Image, ground truth, and for each model its label map; for students also where it is wrong."""
@@ -59,12 +56,12 @@ class Validation:
         axes = figure.subplots(PICTURES, columns, squeeze=False)
         for row, index in zip(axes, chosen):
             image, labels = self.images[index], self.labels[index].numpy()
-            shown = {'image': image, 'ground truth': colored(labels)}
+            shown = {'image': image, 'ground truth': colored(labels, PALETTE, IGNORED)}
             for name, maps in self.predicted.items():
                 found = maps[index].numpy()
-                shown[name] = colored(np.where(labels == IGNORED, IGNORED, found))
+                shown[name] = colored(np.where(labels == IGNORED, IGNORED, found), PALETTE, IGNORED)
                 if name != 'teacher':
-                    shown[f'{name}: wrong'] = mistakes(image, labels, found)
+                    shown[f'{name}: wrong'] = mistakes(image, labels, found, IGNORED)
             for axis, (title, picture) in zip(row, shown.items()):
                 axis.imshow(picture)
                 axis.set(xticks=[], yticks=[])
@@ -79,21 +76,6 @@ def predict(of: Run, samples: list[dict]) -> list[torch.Tensor]:
     """The label map of each sample, (H, W)."""
     model = trained_model(of)
     return [model.test_step(pseudo_collate([sample]))[0].pred_sem_seg.data[0] for sample in samples]
-
-
-def colored(labels: np.ndarray) -> np.ndarray:
-    """A label map in Cityscapes' colors, ignored pixels black."""
-    picture = PALETTE[np.where(labels == IGNORED, 0, labels)]
-    picture[labels == IGNORED] = 0
-    return picture
-
-
-def mistakes(image: np.ndarray, labels: np.ndarray, found: np.ndarray) -> np.ndarray:
-    """The image in pale gray, red where the prediction is wrong, black where it is ignored."""
-    picture = np.repeat(160 + image.mean(-1, keepdims=True) * 0.3, 3, -1).astype(np.uint8)
-    picture[found != labels] = (200, 30, 30)
-    picture[labels == IGNORED] = 0
-    return picture
 
 
 def show(teacher: Run, students: dict[str, list[Run]]) -> tuple[str, dict[str, list[dict[str, str]]]]:
