@@ -305,6 +305,16 @@ def test_two_stages_are_one_line_that_names_mmdeploy():
     assert '\n' not in str(error.value)
 
 
+@pytest.mark.parametrize('config', [segmentors.pspnet(), detectors.retinanet(), detectors.faster_rcnn()])
+def test_a_pair_with_other_weights_is_noticed(config):
+    model, same, other = (models.build(config, seed=seed).eval() for seed in (0, 0, 1))
+    images = deploy.check_images((64, 64), torch.zeros(1, 3, 70, 50))
+    assert images['a validation image'].shape == (1, 3, 64, 64)
+    assert 'largest difference 0.0e+00' in deploy.compare_models(model, same, images)
+    with pytest.raises(ConfigError, match='^output .* of a random image (differs by|has the shape)'):
+        deploy.compare_models(model, other, images)
+
+
 def test_what_cannot_be_traced_is_one_line_and_no_file(tmp_path):
     model = models.build(segmentors.pspnet(), seed=0).eval()
     graph = deploy.Deployed(model, (64, 64), '--torch-export')

@@ -53,6 +53,8 @@ class Boxes:
         self.meta = dict(self.dataset.metainfo)
         self.classes = list(self.meta['classes'])
         self.colors = palette(len(self.classes), self.meta.get('palette'))
+        for each in evaluators.values():
+            each.dataset_meta = self.meta
         self.truth = [self.dataset.get_data_info(index) for index in range(len(self.dataset))]
         self.found: dict[str, list[InstanceData]] = {}
         for name, run in runs.items():

@@ -30,6 +30,7 @@ class LabelMaps:
 
     Args:
         runs: What each is called, and its run; the first one's data set has the ground truth and the classes.
+        evaluators: mmengine's, by model: they are given its predictions, too.
     """
 
     measure, share = 'IoU', 100.0
@@ -44,6 +45,8 @@ class LabelMaps:
         self.meta = dict(first.metainfo)
         self.classes = list(self.meta['classes'])
         self.colors = palette(len(self.classes), self.meta.get('palette'))
+        for each in evaluators.values():
+            each.dataset_meta = self.meta
         self.ignored = getattr(first, 'ignore_index', 255)
         self.models = {name: trained_model(run, fastest()) for name, run in runs.items()}
         self.areas = {}

@@ -23,7 +23,7 @@ from mmkd.experiments.pages import embed, render
 from mmkd.experiments.suites import Score
 from mmkd.experiments.work_dirs import Finished, Given, check_comparable, score_of
 from mmkd.hosts.configs import described_sources, plain_model
-from mmkd.hosts.datasets import type_name
+from mmkd.hosts.datasets import annotation_path, datasets, type_name
 from mmkd.hosts.plain import STOCK
 
 ALONE, TEACHER = 'student alone', 'teacher'
@@ -139,7 +139,6 @@ def _look(runs: Mapping[str, Finished]) -> Any:
     seen = getattr(import_module(module), name)(runs, metrics)  # a segmentation user needs no mmdet
     count = len(next(iter(seen.by_image().values())))
     for name, each in metrics.items():
-        each.dataset_meta = seen.meta
         runs[name].measured = {key: float(value) for key, value in each.evaluate(count).items()}
     return seen
 
@@ -221,15 +220,13 @@ def _when(run: Finished) -> str:
 
 def _summary(run: Finished, runs: Mapping[str, Finished]) -> str:
     config = run.read()
-    loader = config.val_dataloader.dataset
-    data = loader.get('ann_file') or loader.get('data_root') or ''
+    _, dataset = next(datasets(config.val_dataloader.dataset, 'val_dataloader.dataset'))
+    data = annotation_path(dataset) if dataset.get('ann_file') else dataset.get('data_root') or ''
     said = f'{_kind(config)}, trained for {_length(run)}'
     if run.distills:
         methods = ', '.join(type_name(each) for each in config.model.distillers.values())
         said += f', distilled with {methods}'
-    return f'{said}. Validation data: {type_name(loader)} {Path(loader.get("data_root") or "") / data}.'.replace(
-        ' .', '.'
-    )
+    return f'{said}. Validation data: {type_name(dataset)} {data}.'
 
 
 def _length(run: Finished) -> str:
@@ -301,15 +298,17 @@ def _by_class(seen: Any, runs: Mapping[str, Finished], name: str) -> tuple[list[
     order = sorted(range(len(seen.classes)), key=lambda index: -np.nan_to_num(sort_by[index], nan=-np.inf))
     amounts = seen.amounts()
 
-    def row(title: str, amount: str, values: Mapping[str, float], difference: float) -> dict[str, str]:
-        made = {'class': title, seen.amount: amount} | {each: _text(values[each], digits) or '-' for each in runs}
-        return made | ({f'{name} - {base}': _text(difference, digits, '+') or '-'} if base else {})
+    def row(title: str, amount: str, values: Mapping[str, float], gain: float) -> dict[str, str]:
+        made = {'class': title} | ({'gain': _text(gain, digits, '+') or '-'} if base else {})
+        return made | {each: _text(values[each], digits) or '-' for each in runs} | {seen.amount: amount}
 
     rows = [row(seen.classes[i], amounts[i], {each: scores[each][i] for each in runs}, sort_by[i]) for i in order]
     means = {each: _mean(scores[each]) for each in runs}
     rows.append(row('mean', '', means, means[name] - means[base] if base else 0))
     percent = ' in percent' if seen.share == 100 else ''
     note = f'{seen.measure}{percent}, from the predictions for all validation images; "-": none there.'
+    if base:
+        note += f' Gain: {name} minus {base}.'
     for each, run in runs.items():
         if not run.of_last_evaluation:
             note += f' Those of {each} are of {run.checkpoint.name}, whose last evaluation is another.'

@@ -21,7 +21,6 @@ from mmengine.utils import is_installed
 from torch import nn
 from torch.nn import functional as F
 
-from mmkd.checks.data import check_data
 from mmkd.errors import ConfigError, describe
 from mmkd.hosts.datasets import type_name
 
@@ -180,7 +179,6 @@ def input_size(config: Config, validation: torch.Tensor | None) -> tuple[int, in
 def validation_image(config: Config, model: BaseModel) -> torch.Tensor | None:
     """The first validation image as the model takes it, (1, 3, H, W); None where the data are not there."""
     try:
-        check_data(config, ('val',))
         dataset = DATASETS.build(copy.deepcopy(config.val_dataloader.dataset))
         return model.data_preprocessor(pseudo_collate([dataset[0]]), False)['inputs']
     except Exception:  # whatever data that are not there, or not whole, make the data set raise

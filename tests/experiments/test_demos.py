@@ -72,7 +72,7 @@ sys.meta_path.insert(0, NoMmdet())
 import importlib.util
 find_spec = importlib.util.find_spec
 importlib.util.find_spec = lambda name, *rest: None if name == 'mmdet' else find_spec(name, *rest)
-from mmkd.experiments import comparison, discovery
+from mmkd.experiments import comparison, discovery, label_maps, run_report
 from mmkd.experiments.demos import segmentation
 assert len(discovery.discover(segmentation.DEMO.suite.configs)) > 8
 assert 'mmdet' not in sys.modules
