@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from mmcv.ops import nms
 from mmdet.evaluation.functional import average_precision
 from mmdet.registry import DATASETS
+from mmdet.structures.bbox import get_box_tensor
 from mmengine.dataset import pseudo_collate
 from mmengine.fileio import get
 from mmengine.structures import InstanceData
@@ -64,7 +65,9 @@ class Boxes:
                 sample = datasets[name][index]
                 with torch.no_grad():
                     result = model.test_step(pseudo_collate([sample]))[0]
-                self.found[name].append(result.pred_instances.cpu())
+                found = result.pred_instances.cpu()  # without masks, which would be many
+                kept = dict(bboxes=get_box_tensor(found.bboxes), scores=found.scores, labels=found.labels)
+                self.found[name].append(InstanceData(**kept))
                 if name in evaluators:
                     evaluators[name].process([result], sample)
         self._evaluated = {name: self._evaluate(each) for name, each in self.found.items()}
@@ -74,7 +77,7 @@ class Boxes:
         truth = COCO()
         images, objects, boxes = [], [], []
         for image, info in enumerate(self.truth):
-            images.append(dict(id=image, height=info['height'], width=info['width']))
+            images.append(dict(id=image, height=info.get('height', 0), width=info.get('width', 0)))
             for each in info['instances']:
                 left, top, right, bottom = each['bbox']
                 box = [left, top, right - left, bottom - top]

@@ -69,7 +69,7 @@ class Deployed(nn.Module):
         if hasattr(model, 'decode_head') and hasattr(model, 'encode_decode'):
             return
         head = getattr(model, 'bbox_head', None)
-        if not hasattr(head, 'loss_by_feat') or hasattr(model, 'mask_head'):
+        if not hasattr(head, 'predict_by_feat') or hasattr(model, 'mask_head'):
             raise ConfigError(f'{option}: {kind} is neither a segmentor nor a one-stage detector of boxes; {MMDEPLOY}')
         with torch.no_grad():
             try:
@@ -84,7 +84,10 @@ class Deployed(nn.Module):
                 ) from error
         if len(maps) != len(levels):
             raise ConfigError(f"{option}: {type(head).__name__}'s outputs are not one map for each level; {MMDEPLOY}")
-        given = list(inspect.signature(head.loss_by_feat).parameters)[: len(maps)]
+        given, trained = (
+            list(inspect.signature(each).parameters) for each in (head.predict_by_feat, head.loss_by_feat)
+        )
+        given = [own if own != 'score_factors' else name for own, name in zip(given, trained)][: len(maps)]
         names = [re.sub('(?<=ness)es$|s$', '', name) for name in given]  # cls_scores, bbox_preds, centernesses
         self.outputs = [f'{name}_{level}' for name, count in zip(names, maps, strict=True) for level in range(count)]
         self.decodes = _decodes(head) and len(maps) <= 3
@@ -109,7 +112,7 @@ def _decodes(head: nn.Module) -> bool:
         isinstance(head, BaseDenseHead)
         and kind.predict_by_feat is BaseDenseHead.predict_by_feat
         and kind._predict_by_feat_single in (BaseDenseHead._predict_by_feat_single, GFLHead._predict_by_feat_single)
-        and not getattr(head.loss_cls, 'custom_cls_channels', False)
+        and not getattr(getattr(head, 'loss_cls', None), 'custom_cls_channels', False)
     )
 
 

@@ -321,6 +321,13 @@ def test_what_cannot_be_reported_is_one_line(case, trained, report, tmp_path, mo
     assert not list(tmp_path.glob('*/report.html'))
 
 
+def test_a_missing_package_is_one_line_with_the_command(report, monkeypatch):
+    for name in ('mmkd.experiments.run_report', 'mmkd.experiments.pages'):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.setitem(sys.modules, 'jinja2', None)
+    assert report('anywhere', fails=True) == "error: mmkd report needs jinja2: pip install 'mmkd[experiments]'"
+
+
 def test_the_best_checkpoint_stands_for_one_that_was_removed(trained, tmp_path):
     shutil.copytree(trained.root / 'alone', tmp_path / 'alone')
     run = Finished('student', tmp_path / 'alone', 'WORK_DIR')
