@@ -95,7 +95,7 @@ def trained(request, tmp_path_factory):
     with DefaultScope.overwrite_default_scope(scope):
         config = make(root, SMALL[scope], iterations=6, images=8)
         config.setdefault('visualizer', dict(type='Visualizer', vis_backends=[dict(type='LocalVisBackend')]))
-        config.train_cfg.val_interval = 3
+        config.train_cfg.val_interval = config.default_hooks.checkpoint.interval = 3
         config.optim_wrapper.optimizer = dict(type='AdamW', lr=0.01)
         train(config, root / 'alone')
         teacher = copy.deepcopy(config)
@@ -334,7 +334,7 @@ def test_the_best_checkpoint_stands_for_one_that_was_removed(trained, tmp_path):
     assert (run.checkpoint.name, run.of_last_evaluation) == ('iter_6.pth', True)
     (tmp_path / 'alone' / 'iter_6.pth').rename(tmp_path / 'alone' / 'best_mIoU_iter_6.pth')
     assert (run.checkpoint.name, run.of_last_evaluation) == ('best_mIoU_iter_6.pth', True)
-    (tmp_path / 'alone' / 'best_mIoU_iter_6.pth').rename(tmp_path / 'alone' / 'iter_3.pth')
+    (tmp_path / 'alone' / 'best_mIoU_iter_6.pth').unlink()
     assert (run.checkpoint.name, run.of_last_evaluation) == ('iter_3.pth', False)
 
 
