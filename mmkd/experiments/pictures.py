@@ -40,7 +40,7 @@ def draw_boxes(
     axis.set(xticks=[], yticks=[])
     for (left, top, right, bottom), text, color in zip(boxes.tolist(), texts, colors):
         shade = tuple(float(each) / 255 for each in color)
-        axis.add_patch(Rectangle((left, top), right - left, bottom - top, fill=False, ec=shade, lw=1.4))
+        axis.add_patch(Rectangle((left, top), right - left, bottom - top, fill=False, ec=shade, lw=size / 4))
         ink = 'black' if np.dot(shade, (0.3, 0.6, 0.1)) > 0.6 else 'white'
         box = dict(facecolor=shade, alpha=0.75, pad=0.5, lw=0)
         inside = max(top, 0.04 * len(image))

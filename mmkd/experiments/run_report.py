@@ -20,7 +20,7 @@ from mmkd.checks.data import check_data
 from mmkd.errors import ConfigError
 from mmkd.experiments.charts import curves, distillation_losses
 from mmkd.experiments.pages import embed, render
-from mmkd.experiments.suites import Score
+from mmkd.experiments.suites import Score, named
 from mmkd.experiments.work_dirs import Finished, Given, check_comparable, score_of
 from mmkd.hosts.configs import described_sources, plain_model
 from mmkd.hosts.datasets import annotation_path, datasets, type_name
@@ -183,13 +183,15 @@ def _results(runs: Mapping[str, Finished], name: str, score: Score) -> list[dict
     """A row for each metric that was logged, the score first: the models', the gain, the share of the gap."""
     scores = {each: run.scores() for each, run in runs.items()}
     keys = sorted(scores[name], key=lambda key: key != score.key)
+    short = [named(key).name for key in keys]
+    titles = {key: name if short.count(name) == 1 else key for key, name in zip(keys, short)}
     rows = []
     for key in keys:
         values = {each: found.get(key) for each, found in scores.items()}
         known = [value for value in values.values() if value is not None]
         none = min(known) < 0  # COCO's -1: no object of this size
         digits = 3 if max(map(abs, known)) <= 1 else 2
-        row = {'metric': score.name if key == score.key else key}
+        row = {'metric': titles[key]}
         for each, value in values.items():
             row[each] = 'none' if value is not None and none else _text(value, digits)
         own, base, top = values[name], values.get(ALONE), values.get(TEACHER)
