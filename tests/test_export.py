@@ -236,24 +236,30 @@ SEGMENTORS = {
     'PSPNet': segmentors.pspnet(classes=3),
     'DeepLabV3': segmentors.deeplabv3(classes=3),
 }
-DETECTORS = {'RetinaNet': detectors.retinanet(), 'FCOS': detectors.fcos(), 'GFL': detectors.gfl()}
+DETECTORS = {
+    'RetinaNet': detectors.retinanet(),
+    'GFL': detectors.gfl(),
+    'FCOS': detectors.fcos(),
+    'ATSS': detectors.atss(),
+}
 RTOL = 1e-4  # of an output's largest value
 
 
-def written(config, path, size=(64, 96)):
-    """The model, and what its ONNX file makes of three images, which it has not been compared on: images, outputs by name."""
+def written(config, path, size=(64, 96), exported=True):
+    """The model, and what its ONNX file makes of three images, which it has not been compared on: images, outputs by name.
+
+    Without ``exported`` it is what was to be exported, which takes less time.
+    """
     onnxruntime = pytest.importorskip('onnxruntime')
     model = models.build(config, seed=0).eval()
-    graph = deploy.Deployed(model, size)
+    graph, images = deploy.Deployed(model, size), torch.randn(3, 3, *size)
+    if not exported:
+        return model, images, dict(zip(graph.outputs, graph(images), strict=True))
     said = deploy.write('onnx', graph, path, deploy.check_images(size, None))
     assert 'one image at a time' not in said
-    images = torch.randn(3, 3, *size)
     session = onnxruntime.InferenceSession(str(path), providers=['CPUExecutionProvider'])
-    return (
-        model,
-        images,
-        dict(zip(graph.outputs, map(torch.tensor, session.run(graph.outputs, {'image': images.numpy()})))),
-    )
+    outputs = session.run(graph.outputs, {'image': images.numpy()})
+    return model, images, dict(zip(graph.outputs, map(torch.tensor, outputs), strict=True))
 
 
 def assert_close(found, wanted):
@@ -274,11 +280,11 @@ def test_onnx_gives_a_segmentors_logits_of_the_whole_image(name, tmp_path):
 @pytest.mark.parametrize('name', DETECTORS)
 @torch.no_grad()
 def test_onnx_gives_a_detectors_maps_and_boxes_whose_nms_is_mmdets_prediction(name, tmp_path):
-    model, images, outputs = written(DETECTORS[name], tmp_path / 'model.onnx')
+    model, images, outputs = written(DETECTORS[name], tmp_path / 'model.onnx', exported=name in ('RetinaNet', 'GFL'))
     maps = [each for levels in model(images, mode='tensor') for each in levels]
     assert len(outputs) == len(maps) + 2
     assert list(outputs)[3] == 'bbox_pred_0'
-    assert ('centerness_2' in outputs) == (name == 'FCOS')
+    assert ('centerness_2' in outputs) == (name in ('FCOS', 'ATSS'))
     for output, wanted in zip(outputs.values(), maps):
         assert_close(output, wanted)
     for index in range(3):
