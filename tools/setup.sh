@@ -12,7 +12,7 @@ fail() {
 }
 
 stamp=$VENV/ready
-if [ -f "$stamp" ] && cmp -s requirements.txt "$stamp" && [ -x "$VENV/bin/python" ]; then
+if cat requirements.txt pyproject.toml | cmp -s - "$stamp" && [ -x "$VENV/bin/python" ]; then
     exit 0
 fi
 
@@ -75,4 +75,4 @@ print(f'Ready: torch {torch.__version__}, torchvision {torchvision.__version__},
 if torch.cuda.is_available() and cuda == 'not available':
     print('A GPU is there, but no CUDA toolkit (nvcc): mmcv\'s ops run on the CPU alone. See "On a GPU" in docs/get_started.md.')
 PY
-cp requirements.txt "$stamp"
+cat requirements.txt pyproject.toml >"$stamp"
