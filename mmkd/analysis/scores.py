@@ -3,13 +3,14 @@
 import contextlib
 import io
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from mmengine.config import Config
 from mmengine.device import get_device
-from mmengine.registry import DATASETS, EVALUATOR, init_default_scope
+from mmengine.evaluator import Evaluator
+from mmengine.registry import DATASETS, init_default_scope
 from mmengine.runner import Runner
 from torch import nn
 from torch.utils.data import Subset
@@ -117,7 +118,7 @@ def evaluate(model: nn.Module, config: Config, images: int) -> tuple[dict[str, f
             dataset.full_init()
         chosen = spread(range(len(dataset)), images)
         loader.update(dataset=_Part(dataset, chosen), sampler=dict(type='DefaultSampler', shuffle=False))
-        evaluator = _evaluator(config)
+        evaluator = build_evaluator(config)
         evaluator.dataset_meta = dataset.metainfo
         for metric in evaluator.metrics:  # of COCO's: else all images count whose predictions are missing
             if getattr(metric, '_coco_api', None) is not None and hasattr(metric, 'img_ids'):
@@ -137,12 +138,10 @@ class _Part(Subset):
         return self.dataset.metainfo
 
 
-def _evaluator(config: Config) -> Any:
-    spec = config.val_evaluator
-    metrics: Sequence = [spec] if isinstance(spec, Mapping) else spec
-    if isinstance(spec, Mapping) and 'metrics' in spec:
-        return EVALUATOR.build(spec)
-    return EVALUATOR.build(dict(type='Evaluator', metrics=list(metrics)))
+def build_evaluator(config: Config) -> Evaluator:
+    """The evaluator of a config's ``val_evaluator``: one metric, several, or an evaluator with ``metrics``."""
+    given = config.val_evaluator
+    return Evaluator(given.metrics if 'metrics' in given else given)
 
 
 @contextlib.contextmanager

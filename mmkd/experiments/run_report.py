@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 from mmengine.config import Config
-from mmengine.evaluator import Evaluator
 from mmengine.registry import init_default_scope
 
 import mmkd
+from mmkd.analysis.scores import build_evaluator
 from mmkd.checks import check_folder
 from mmkd.checks.data import check_data
 from mmkd.errors import ConfigError
@@ -134,18 +134,13 @@ def _look(runs: Mapping[str, Finished]) -> Any:
                 f'leaves out what needs the data'
             ) from None
     init_default_scope(scope)
-    metrics = {name: _evaluator(each.read()) for name, each in runs.items() if isinstance(each, Given)}
+    metrics = {name: build_evaluator(each.read()) for name, each in runs.items() if isinstance(each, Given)}
     module, _, name = OF_TASK[scope].rpartition('.')
     seen = getattr(import_module(module), name)(runs, metrics)  # a segmentation user needs no mmdet
     count = len(next(iter(seen.by_image().values())))
     for name, each in metrics.items():
         runs[name].measured = {key: float(value) for key, value in each.evaluate(count).items()}
     return seen
-
-
-def _evaluator(config: Config) -> Evaluator:
-    given = config.val_evaluator
-    return Evaluator(given.metrics if 'metrics' in given else given)
 
 
 def _curves(score: Score, runs: Mapping[str, Finished]) -> list:
