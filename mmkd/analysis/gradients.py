@@ -1,7 +1,7 @@
 """How strongly each loss pulls at the student's backbone, and whether it pulls where the task does."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from mmengine.hooks import Hook
@@ -33,7 +33,7 @@ class Pull(NamedTuple):
     cosine: torch.Tensor
 
 
-def pulls(losses: Mapping[str, object], names: Iterable[str], parameters: Sequence[nn.Parameter]) -> dict[str, Pull]:
+def pulls(losses: Mapping[str, Any], names: Iterable[str], parameters: Sequence[nn.Parameter]) -> dict[str, Pull]:
     """The gradients of a step's losses with respect to some parameters; the losses can be differentiated again afterwards.
 
     Args:

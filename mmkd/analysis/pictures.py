@@ -1,6 +1,7 @@
 """What student and teacher see of a batch, and what their tapped layers make of it, side by side."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -42,7 +43,7 @@ def energy(level: torch.Tensor) -> np.ndarray:
     return level.detach().float().abs().mean(0).cpu().numpy()
 
 
-def draw_labels(axis: Axes, sample: object) -> None:
+def draw_labels(axis: Axes, sample: Any) -> None:
     """A sample's boxes, or its label map, over its image."""
     if getattr(sample, 'gt_sem_seg', None) is not None:
         labels = sample.gt_sem_seg.data[0].cpu().numpy().astype(float)
@@ -85,7 +86,7 @@ def tap(model: nn.Module, inputs: torch.Tensor, samples: list) -> tuple[Taps, di
     return student, found
 
 
-def _names(layers: object) -> tuple[str, ...]:
+def _names(layers: Any) -> tuple[str, ...]:
     return (layers,) if isinstance(layers, str) else tuple(layers)
 
 

@@ -71,6 +71,6 @@ def readable_terminal(names: Iterable[str]) -> None:
         stock(self, *args, **options)
         for handler in self.handlers:
             if type(handler) is logging.StreamHandler:
-                handler.setFormatter(Readable(handler.formatter, names))
+                handler.setFormatter(Readable(handler.formatter or logging.Formatter(), names))
 
     MMLogger.__init__ = init
