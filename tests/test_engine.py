@@ -19,7 +19,7 @@ from mmkd.testing import detectors, models, segmentors
 from mmkd.testing.batches import random_batch
 from mmkd.testing.runs import distilled, of_all_sources, shapes_config, streets_config
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.long]
 
 METHODS = dict(gid=dict(type='GID'), cwd=dict(type='CWD', layer='neck'))
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from mmengine.runner import Runner
+from tool import train_together
 
 from mmkd import distill
 from mmkd.analysis.pictures import DistillVisualizationHook, draw_batch, tap
@@ -124,3 +125,25 @@ def test_a_plain_model_and_values_that_are_none_are_one_line(tmp_path):
     config.custom_hooks = [dict(type='mmkd.DistillVisualizationHook')]
     with pytest.raises(ConfigError, match='DistillVisualizationHook: the model learns from nobody'):
         Runner.from_cfg(config).train()
+
+
+@pytest.mark.slow
+def test_two_processes_with_both_hooks_end_as_without(tmp_path):
+    model = distilled(tmp_path, DETECTION)
+    weights = {}
+    for name, hooks in {
+        'without': [],
+        'with': [
+            dict(type='mmkd.GradientShareHook', interval=2),
+            dict(type='mmkd.DistillVisualizationHook', interval=2, images=1),
+        ],
+    }.items():
+        config = shapes_config(tmp_path, model, batch=2)
+        config.work_dir, config.custom_hooks = str(tmp_path / name), hooks
+        config.dump(tmp_path / f'{name}.py')
+        train_together(tmp_path / f'{name}.py', 2)
+        weights[name] = torch.load(tmp_path / name / 'iter_4.pth', weights_only=True)['state_dict']
+    assert weights['with'].keys() == weights['without'].keys()
+    assert all(torch.equal(value, weights['with'][name]) for name, value in weights['without'].items())
+    (log,) = (tmp_path / 'with').glob('*/vis_data/scalars.json')
+    assert '"share.gid.feature"' in log.read_text()
