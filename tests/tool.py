@@ -41,11 +41,11 @@ def tool(
     return printed
 
 
-def train_together(config: str | Path, processes: int, *arguments, expect: int = 0) -> list[str]:
+def train_together(config: str | Path, processes: int, *arguments, expect: int = 0, scored: bool = False) -> list[str]:
     """``tools/train.py CONFIG --launcher pytorch`` in several processes, as torchrun would; what each printed."""
     shared = dict(MASTER_ADDR='127.0.0.1', MASTER_PORT=free_port(), WORLD_SIZE=processes, LOCAL_WORLD_SIZE=processes)
     environments = [dict(shared, RANK=rank, LOCAL_RANK=rank) for rank in range(processes)]
-    return run_together('train', [config, '--launcher', 'pytorch', *arguments], environments, expect)
+    return run_together('train', [config, '--launcher', 'pytorch', *arguments], environments, expect, scored=scored)
 
 
 def free_port() -> int:

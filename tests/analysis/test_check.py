@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from mmengine.structures import PixelData
-from tool import tool
+from tool import tool, train_together
 from torch import nn
 
 from mmkd.analysis import first_steps, scores
@@ -182,6 +182,15 @@ def test_a_teacher_that_knows_nothing_ends_the_check_and_the_first_training(dete
         assert said.startswith('error: model.teacher: coco/bbox_mAP 0')
     tool('train', config, '--work-dir', tmp_path / 'train')  # with --no-check
     tool('train', config, '--work-dir', tmp_path / 'train', scored=True)  # no first run any more
+
+
+@pytest.mark.slow
+def test_two_processes_score_a_teacher_together(detection, tmp_path):
+    config = Path(detection.work_dir).parent / 'config.py'
+    said = train_together(config, 2, '--work-dir', tmp_path / 'two', expect=1, scored=True)
+    lines = {each.splitlines()[-1] for each in said}
+    assert len(lines) == 1
+    assert ' on 8 validation images, which is next to nothing' in lines.pop()
 
 
 @pytest.mark.slow
