@@ -86,7 +86,8 @@ def measure(model: nn.Module, data: Sequence[Mapping]) -> list[Term]:
         own = 0.0
         for key, value in losses.items():
             if 'loss' in key:
-                total = float(sum(v.mean() for v in value)) if isinstance(value, (list, tuple)) else float(value.mean())
+                levels = value if isinstance(value, (list, tuple)) else [value]
+                total = sum(float(level.detach().mean()) for level in levels)
                 if key.partition('.')[0] in model.distillers:
                     values.setdefault(key, []).append(total)
                 else:

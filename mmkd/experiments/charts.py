@@ -129,7 +129,7 @@ def curves(
         axes[0].axhline(last, color=colors['teacher'], ls='--', label='teacher, at its end')
     axes[0].set(title=f'{score.name} on the validation images', ylim=(0, None))
     axes[1].set(title='task loss')
-    axes[0].legend(fontsize=7, loc='lower right')
+    axes[0].legend(fontsize=7, loc='best')
     axes[1].legend(fontsize=8)
     for axis, (name, each) in zip(axes[2:], distilled.items(), strict=True):
         entries = each.losses()
