@@ -44,7 +44,10 @@ class Term(NamedTuple):
         if self.name == TASK or 1 / FAR_OFF <= self.times <= FAR_OFF:
             return ''
         if self.times == 0:
-            return 'it has no gradient at the backbone: its weight is 0, what it reads is frozen, or both are equal, as an average is at first'
+            return (
+                'it has no gradient at the backbone: its weight is 0, what it reads is frozen, or both networks are equal, as '
+                'an average is at first'
+            )
         direction = 'above' if self.times > 1 else 'below'
         factor = float(f'{1 / self.times:.2g}')
         return f'far {direction} the task: a weight {factor:g} times as large would pull as strongly as the task'
