@@ -18,6 +18,7 @@ from torch import nn
 
 from mmkd.analysis.gradients import FAR_OFF, TASK, of_backbone, pulls
 from mmkd.analysis.scores import silent
+from mmkd.hosts.datasets import without_workers
 from mmkd.testing.steps import training_step
 
 
@@ -66,11 +67,8 @@ def build(config: Config) -> nn.Module:
 
 def batches(config: Config, number: int) -> list[dict]:
     """The first batches of the training data, as the data loader yields them; fewer where there are no more."""
-    loader = {**copy.deepcopy(config.train_dataloader), 'num_workers': 0, 'persistent_workers': False}
-    for option in ('prefetch_factor', 'timeout', 'pin_memory'):
-        loader.pop(option, None)
     with silent():
-        ready = Runner.build_dataloader(loader, seed=0)
+        ready = Runner.build_dataloader(without_workers(config.train_dataloader), seed=0)
     return list(itertools.islice(ready, number))
 
 

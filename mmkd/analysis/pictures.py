@@ -90,14 +90,15 @@ def _names(layers: Any) -> tuple[str, ...]:
     return (layers,) if isinstance(layers, str) else tuple(layers)
 
 
-def maps_of(taps: Taps, inputs: torch.Tensor) -> dict[str, torch.Tensor]:
-    """The maps that tapped layers put out, (B, C, H, W), by layer and stride; of a pyramid the largest ones."""
-    found: dict[str, torch.Tensor] = {}
+def maps_of(taps: Taps, inputs: torch.Tensor) -> list[tuple[str, torch.Tensor]]:
+    """The maps that tapped layers put out, (B, C, H, W), titled by layer, channels and stride; of a pyramid the largest ones."""
+    found: list[tuple[str, torch.Tensor]] = []
     for layer in taps:
         if taps.calls[layer]:
             levels = [each for each in tensors(taps.per_call(layer)) if each.dim() == 4 and len(each) == len(inputs)]
             for level in sorted(levels, key=lambda each: -each.shape[-1])[:LEVELS]:
-                found[f'{layer} {level.shape[1]} /{round(inputs.shape[-1] / level.shape[-1])}'] = level
+                stride = round(inputs.shape[-1] / level.shape[-1])
+                found.append((f'{layer} {level.shape[1]} /{stride}', level))
     return found
 
 
@@ -149,7 +150,7 @@ def draw_batch(model: nn.Module, inputs: torch.Tensor, samples: list, images: in
 
 
 def _energies(taps: Taps, inputs: torch.Tensor) -> list[tuple[str, list[np.ndarray], None]]:
-    return [(title, [energy(each) for each in level], None) for title, level in maps_of(taps, inputs).items()]
+    return [(title, [energy(each) for each in level], None) for title, level in maps_of(taps, inputs)]
 
 
 def _of_methods(

@@ -19,7 +19,7 @@ from mmkd.checks.classes import head_classes
 from mmkd.checks.data import part_datasets
 from mmkd.errors import ConfigError
 from mmkd.hosts.configs import build_model, read_teacher, teachers
-from mmkd.hosts.datasets import class_names, spread
+from mmkd.hosts.datasets import class_names, spread, without_workers
 from mmkd.weights import load_weights
 
 MAIN = ('bbox_mAP', 'segm_mAP', 'mIoU', 'mAP', 'AP')
@@ -109,9 +109,7 @@ def evaluate(model: nn.Module, config: Config, images: int) -> tuple[dict[str, f
     Of several processes each takes a part of the images.
     """
     init_default_scope(config.get('default_scope', 'mmengine'))
-    loader = {**config.val_dataloader, 'num_workers': 0, 'persistent_workers': False, 'batch_sampler': None}
-    for option in ('prefetch_factor', 'timeout', 'pin_memory'):
-        loader.pop(option, None)
+    loader = {**without_workers(config.val_dataloader), 'batch_sampler': None}
     with silent():
         dataset = DATASETS.build(loader['dataset'])
         if hasattr(dataset, 'full_init'):

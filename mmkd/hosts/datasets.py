@@ -1,5 +1,6 @@
 """Read the data sets of a config without building them: those inside wrappers, their classes, files and images."""
 
+import copy
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -29,6 +30,13 @@ def datasets(dataset: Mapping, option: str) -> Iterator[tuple[str, Mapping]]:
             yield from datasets(each, f'{option}.datasets.{index}')
     else:
         yield option, dataset
+
+
+def without_workers(loader: Mapping) -> dict[str, Any]:
+    """A data loader's config for a few batches in this process."""
+    workers = ('prefetch_factor', 'timeout', 'pin_memory')
+    kept = {option: copy.deepcopy(value) for option, value in loader.items() if option not in workers}
+    return {**kept, 'num_workers': 0, 'persistent_workers': False}
 
 
 def local(spec: Mapping) -> bool:

@@ -12,9 +12,10 @@ from torch import nn
 from mmkd.analysis import first_steps, scores
 from mmkd.analysis.first_steps import Term
 from mmkd.analysis.gradients import TASK
-from mmkd.analysis.pictures import draw_batch, energy, shown
+from mmkd.analysis.pictures import draw_batch, energy, maps_of, shown
 from mmkd.analysis.scores import Scored, check_scores, evaluate
 from mmkd.errors import ConfigError
+from mmkd.taps import Taps
 from mmkd.testing import detectors, models, segmentors
 from mmkd.testing.batches import random_batch
 from mmkd.testing.runs import distilled, shapes_config, streets_config
@@ -153,6 +154,23 @@ def test_maps_of_both_networks_side_by_side(detection):
     assert titles[:3] == ['student: input', 'student: neck 16 /8', 'student: neck 16 /16']
     assert 'teacher: neck 24 /8' in titles
     assert len(figure.axes[0].patches) == len(batch['data_samples'][0].gt_instances)
+
+
+def test_two_maps_of_one_shape_are_both_shown():
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 1), torch.nn.Conv2d(4, 4, 1))
+    inputs = torch.rand(1, 3, 8, 8)
+
+    class Both(torch.nn.Module):
+        def forward(self, x):
+            first = model[0](x)
+            return first, model[1](first)
+
+    network = torch.nn.ModuleDict(dict(both=Both()))
+    with Taps(network, ['both']) as taps:
+        network['both'](inputs)
+    titles, levels = zip(*maps_of(taps, inputs))
+    assert titles == ('both 4 /1', 'both 4 /1')
+    assert not torch.equal(*levels)
 
 
 def test_memory_is_that_of_the_process(detection):
