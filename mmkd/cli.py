@@ -6,6 +6,7 @@ import datetime
 import os
 import subprocess
 import sys
+import time
 import traceback
 import warnings
 from collections.abc import Iterator, Mapping
@@ -26,7 +27,7 @@ from mmkd.checks import check_changes, check_folder, check_kinds, heads_have_the
 from mmkd.errors import ConfigError, Stopped, describe, first_line, nearest
 from mmkd.hosts.checkpoints import SafeCheckpointHook, check_resumable, latest_checkpoint
 from mmkd.hosts.config_files import read_config_file
-from mmkd.hosts.configs import check_named_configs, name_classes, resolve_files
+from mmkd.hosts.configs import check_named_configs, fill_in_class_names, name_classes, resolve_files
 from mmkd.hosts.hooks import SavePictures, StopAtInvalidLoss
 from mmkd.hosts.interrupts import StopOnSignal
 from mmkd.hosts.mmengine import config_path
@@ -148,6 +149,7 @@ def read_config(args: argparse.Namespace) -> Config:
         raise ConfigError(f'--cfg-options: {describe(error)}') from error
     check_kinds(config)
     check_named_configs(config)
+    fill_in_class_names(config)
     config.launcher = args.launcher
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
     config.work_dir = args.work_dir or config.get('work_dir') or str(Path('work_dirs') / Path(path).stem)
@@ -327,12 +329,14 @@ def repeatable(runner: Runner, done: int) -> None:
 def end_processes() -> None:
     """Leave the process group, as torch asks for before a process exits.
 
-    The barrier comes first because gloo's threads may still hold the tensors of the last collective operation, and need
-    the interpreter's lock to let go of them: while it waits, the lock is free. A thread that asks for it when
-    the interpreter is already shutting down aborts the process.
+    It waits first because gloo's threads may still hold the tensors of the last collective operation, and need the
+    interpreter's lock to let go of them: while it waits, the lock is free. A thread that asks for it when the interpreter is
+    already shutting down aborts the process. The barrier alone is not enough: another thread than the one that serves it
+    may be the late one.
     """
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
+        time.sleep(0.2)
         torch.distributed.destroy_process_group()
 
 

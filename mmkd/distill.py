@@ -15,7 +15,7 @@ from torch import nn
 from mmkd.distillers.collection import Distillers, idle_loss
 from mmkd.errors import ConfigError
 from mmkd.hosts.configs import build_model, read_model
-from mmkd.hosts.running import at_first_size, probe, sizes_to_probe
+from mmkd.hosts.running import at_first_size, probe, scaled, sizes_to_probe
 from mmkd.inherit import check_inheritance, inherit_weights, parts_by_teacher
 from mmkd.registry import MODELS
 from mmkd.sources import Own, Source, Sources, build_sources
@@ -74,6 +74,7 @@ def distill(
     distillers: Mapping[str, Mapping | nn.Module],
     data_preprocessor: Mapping | None = None,
     inherit: Sequence[str] | Mapping[str, Sequence[str]] = (),
+    class_names: Sequence[str] | None = None,
 ) -> BaseModel:
     """Build a student that learns from others; in a config, ``model = dict(type='mmkd.Distill', ...)``.
 
@@ -88,6 +89,8 @@ def distill(
         data_preprocessor: Given by mmengine's Runner where a config has one at its top level; for the student.
         inherit: The student's parts that start from the teacher's weights, such as ``['neck', 'bbox_head']`` (the
             "inheriting strategy"); ``init_weights`` copies them. With several teachers ``dict(large=['neck'])``.
+        class_names: The names of the student's classes, for a teacher with other ``classes``. mmkd's commands fill in those
+            of the training data.
 
     Returns:
         The student, in place where it was given as a model. Its ``state_dict`` holds the plain model's keys and, where a
@@ -107,6 +110,11 @@ def distill(
     device = next(model.parameters()).device
     with torch.random.fork_rng([]):  # the student's initial weights do not depend on who teaches it
         sources = build_sources(teacher, model)
+        for source in sources.values():
+            try:
+                source.name_classes(class_names)
+            except ConfigError as error:
+                raise ConfigError(f'{source.name}: {error}') from None
         collection = Distillers(distillers)
         _connect(model, sources, collection)
     parts = parts_by_teacher(inherit, sources)
@@ -152,7 +160,14 @@ def _connect(model: BaseModel, sources: Mapping[str, Source], distillers: Distil
         student = probe(model, probed, size=size, trains=True, name='student')
         found = [
             {
-                name: probe(source.model, source.layers, batch, size, trains=source.has_gradient, name=source.name)
+                name: probe(
+                    source.model,
+                    source.layers,
+                    batch,
+                    scaled(size, source.scale),
+                    trains=source.has_gradient,
+                    name=source.name,
+                )
                 for name, source in others.items()
             }
             for batch in (1, 2)

@@ -73,6 +73,26 @@ def accelerate(model: nn.Module, layers: Sequence[str], size: tuple[int, int]) -
 
 
 @torch.no_grad()
+def compile_parts(model: nn.Module, layers: Sequence[str]) -> None:
+    """``torch.compile`` a model's backbone and neck, as far as they are run for ``layers``.
+
+    Raises:
+        ConfigError: for a layer inside of one, which could not be read any more.
+    """
+    for name in ('backbone', 'neck'):
+        part = getattr(model, name, None)
+        if part is None:
+            continue
+        inside = [layer for layer in layers if layer.startswith(f'{name}.')]
+        if inside:
+            raise ConfigError(
+                f'compile=True: layer {inside[0]!r} is inside of what is compiled and could not be read; read {name!r} as a '
+                f'whole, or leave compile out'
+            )
+        # `forward`: the taps' hooks on the part itself stay outside of what is compiled
+        part.forward = torch.compile(type(part).forward.__get__(part))
+
+
 def fold_batch_norm(model: nn.Module, layers: Sequence[str] = (), size: tuple[int, int] = (256, 256)) -> int:
     """Fold each batch norm of a frozen model into the convolution whose output it takes.
 

@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from mmkd.classes import ClassMap
 from mmkd.errors import ConfigError, nearest
 
 INPUT = ':input'
@@ -75,6 +76,10 @@ class Taps(Mapping):
     ):
         self.model = model
         self.images = images
+        self.classes: ClassMap | None = None
+        """Which of the student's classes the model's are, where a teacher's are not the same; see ``mmkd.classes``."""
+        self.scale = 1.0
+        """The size of the images that the model saw, relative to the student's."""
         self._modules = {layer: find_layer(model, layer) for layer in layers}
         self._records: dict[str, list[tuple[Any, list[tuple[torch.Tensor, int]]]]] = {}
         self._read: dict[str, tuple] = {}

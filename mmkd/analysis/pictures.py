@@ -124,7 +124,7 @@ def draw_batch(model: nn.Module, inputs: torch.Tensor, samples: list, images: in
     for name, taps in others.items():
         seen, preprocessor = inputs, model.data_preprocessor
         if isinstance(model.sources[name], Teacher):
-            seen = model.sources[name].renormalized(inputs, samples)
+            seen = model.sources[name].seen(inputs, samples)
             preprocessor = model.sources[name].model.data_preprocessor
         pictures = [shown(each, preprocessor) for each in seen]
         rows.append((name, [('input', pictures, None), *_energies(taps, inputs)]))

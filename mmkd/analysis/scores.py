@@ -89,6 +89,8 @@ def _classes(config: Config) -> tuple[str, ...] | None:
 def _score(config: Config, option: str, spec: str | Mapping, images: int) -> Scored:
     if not config.get('val_dataloader') or not config.get('val_evaluator'):
         return Scored(option, skipped='the config has no val_dataloader or no val_evaluator')
+    if isinstance(spec, Mapping) and spec.get('classes'):
+        return Scored(option, skipped='it has classes of its own; mmkd test with its own config scores it')
     teacher, names = read_teacher(spec), _classes(config)
     for head, classes in head_classes(teacher.model, option):
         if names and classes != len(names):

@@ -43,6 +43,8 @@ def check_teachers(config: Config) -> list[tuple[str, Sequence[str] | None]]:
         if teacher.checkpoint is None:
             raise ConfigError(f'{option}: no checkpoint for {type_name(teacher.model)}; {NO_WEIGHTS}')
         path, content = _read_named(config, teacher.checkpoint)
+        if isinstance(spec, Mapping) and spec.get('classes'):  # which says what they are
+            continue
         known.append((f"{option}'s config", teacher_classes(spec)))
         known.append((f"{option}'s checkpoint {path}", dataset_meta(content).get('classes')))
     for option, spec in described_sources(config):

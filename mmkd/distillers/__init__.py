@@ -6,6 +6,7 @@ from mmkd.distillers.base import Distiller, FeatureDistiller
 from mmkd.distillers.collection import Distillers
 from mmkd.distillers.generic.at import AT
 from mmkd.distillers.generic.cwd import CWD
+from mmkd.distillers.generic.kd import KD
 from mmkd.distillers.generic.mgd import MGD
 from mmkd.distillers.generic.pkd import PKD
 from mmkd.distillers.levels import LevelPair, LevelPairs
@@ -13,7 +14,6 @@ from mmkd.distillers.segmentation.cirkd import CIRKD
 from mmkd.distillers.segmentation.dakd import DAKD
 from mmkd.distillers.segmentation.dist import DIST
 from mmkd.distillers.segmentation.ifvd import IFVD
-from mmkd.distillers.segmentation.kd import KD
 from mmkd.distillers.segmentation.skd import SKD
 
 __all__ = [

@@ -37,6 +37,10 @@ class Distiller(nn.Module):
     several_teachers: bool = False
     """True for a method that learns from several at once: it is then given a dict of name to taps as ``teacher``, where
     its entry in the config names a list, and ``teacher_layers`` may be a dict as well."""
+    maps_classes: bool = False
+    """True for a method that compares classes by ``teacher.classes``, where those of the teacher are not the student's."""
+    any_scale: bool = False
+    """True for a method that compares maps of one size alone, whatever the size of the image that a teacher saw."""
     renamed: Mapping[str, str] = {}
     """Options of 0.1 and what they are called now."""
 
@@ -93,6 +97,7 @@ class FeatureDistiller(Distiller):
     """
 
     renamed = {'weight': 'loss_weight'}
+    any_scale = True
     same_channels = True
     """False for a method that compares relations within each network: then both may have any number of channels."""
 

@@ -9,6 +9,7 @@ from torch import nn
 
 from mmkd.distillers.levels import LevelPairs
 from mmkd.distillers.schedule import Weight
+from mmkd.distillers.several import Several
 from mmkd.errors import ConfigError
 from mmkd.registry import DISTILLERS, build
 from mmkd.sources.source import Source
@@ -20,8 +21,8 @@ class Distillers(nn.ModuleDict):
 
     Args:
         specs: Name to config dict, as in a config file, or to a distiller. Beside a method's own options a dict may have
-            ``teacher``, the name of the source it learns from or a list of names, and ``learner``, that of the source that
-            learns instead of the student.
+            ``teacher``, the name of the source it learns from or a list of names, ``combine``, how much it learns from each
+            of these (:class:`mmkd.distillers.several.Several`), and ``learner``, the source that learns instead of the student.
 
     Attributes:
         iteration: The training step, counted from 0: that of mmengine's Runner, or without one that of the calls of
@@ -45,9 +46,16 @@ class Distillers(nn.ModuleDict):
                     f'nn.ModuleDict; choose another'
                 )
             options = dict(spec) if isinstance(spec, Mapping) else {}
-            self._named[name] = options.pop('teacher', None)
+            named = self._named[name] = options.pop('teacher', None)
             self.learner_of[name] = options.pop('learner', None)
+            combine = options.pop('combine', None)
             made = spec if isinstance(spec, nn.Module) else build(DISTILLERS, f'distillers.{name}', options or spec)
+            if not isinstance(spec, nn.Module) and not getattr(made, 'several_teachers', False):
+                made = _several(name, made, options, named, combine)
+            elif combine is not None:
+                raise ConfigError(
+                    f'distillers.{name}: combine={combine!r}: {type(made).__name__} combines by itself; leave it out'
+                )
             for attribute in ('student_layers', 'teacher_layers'):
                 if not hasattr(made, attribute):
                     raise ConfigError(f'distillers.{name}: {type(made).__name__} has no attribute {attribute!r}')
@@ -66,6 +74,7 @@ class Distillers(nn.ModuleDict):
             ConfigError: for a name that no source has, or none where there are several.
         """
         self._with_gradient = {name for name, source in sources.items() if source.has_gradient}
+        self._views = {name: (source.classes, source.scale) for name, source in sources.items()}
         for name, distiller in self.items():
             named, several = self._named[name], self._learns_from_several(name)
             if named is None:
@@ -114,6 +123,8 @@ class Distillers(nn.ModuleDict):
                     network, teachers if several else teachers[self.teacher_of[name][0]]
                 )
                 self._find_layers(distiller, network, teachers)
+                for each in self.teacher_of[name]:
+                    _check_view(distiller, sources[each], each)
             except ConfigError as error:
                 raise ConfigError(f'distillers.{name}: {error}') from None
 
@@ -205,6 +216,8 @@ class Distillers(nn.ModuleDict):
             each: taps_of(each).detach() if each in self._with_gradient else taps_of(each)
             for each in self.teacher_of[name]
         }
+        for each, taps in teachers.items():
+            taps.classes, taps.scale = self._views[each]
         several = self._learns_from_several(name)
         return taps_of(learner) if learner else student, teachers if several else teachers[self.teacher_of[name][0]]
 
@@ -254,6 +267,50 @@ class Distillers(nn.ModuleDict):
                 f"learnt; a loss's key starts with 'loss'"
             )
         return {f'{name}.{key}': value for key, value in losses.items()}
+
+
+def _several(name: str, made: nn.Module, options: Mapping, named: Any, combine: Any) -> nn.Module:
+    """A method for one teacher, or where several are named one of its kind for each.
+
+    Raises:
+        ConfigError: for a combination without several teachers, or one that cannot be.
+    """
+    if isinstance(named, str) or named is None:
+        if combine is not None:
+            raise ConfigError(
+                f"distillers.{name}: combine={combine!r}: there is one teacher; name several, such as teacher=['a', 'b']"
+            )
+        return made
+    if not named or not all(isinstance(each, str) for each in named) or len(set(named)) < len(named):
+        raise ConfigError(f'distillers.{name}: teacher={named!r}: expected a name, or a list of names, each once')
+    methods = {each: build(DISTILLERS, f'distillers.{name}', options) for each in named[1:]}
+    try:
+        return Several({named[0]: made, **methods}, 'mean' if combine is None else combine)
+    except ConfigError as error:
+        raise ConfigError(f'distillers.{name}: {error}') from None
+
+
+def _check_view(distiller: Any, source: Source, name: str) -> None:
+    """Raise ConfigError if a method takes a teacher's classes or pixels for the student's, and they are not."""
+    kind = type(getattr(distiller, 'first', distiller)).__name__
+    if source.classes is not None and not getattr(distiller, 'maps_classes', False):
+        heads = [layer for layer in _names(distiller.teacher_layers, name) if _puts_out_classes(source.model, layer)]
+        if heads:
+            raise ConfigError(
+                f'{kind} reads {heads[0]!r} of a teacher with other classes, and does not know which are which; use KD for class '
+                f'logits, and this method for features'
+            )
+    if source.scale != 1 and not getattr(distiller, 'any_scale', False):
+        raise ConfigError(
+            f"{kind} needs a teacher that sees images of the size of the student's, found scale={source.scale}; use KD, or a "
+            f'method that compares maps, such as CWD'
+        )
+
+
+def _puts_out_classes(model: nn.Module, layer: str) -> bool:
+    """Whether a layer is a head, or a classifier of one."""
+    parts = layer.partition(':')[0].split('.')
+    return 'conv_seg' in parts or (parts[0].endswith('_head') and parts[0] not in ('decode_head', 'auxiliary_head'))
 
 
 def _names(layers: Any, of: str | None = None) -> tuple[str, ...]:

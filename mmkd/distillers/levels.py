@@ -236,7 +236,7 @@ def refuse_other_classes(student: Taps, student_layer: str, teacher: Taps, teach
     for taps, layer in ((student, student_layer), (teacher, teacher_layer)):
         heads.append(head_around(taps.model, layer))
         channels.append(getattr(taps[layer][0], 'shape', (0, 0))[1])
-    if None in heads:
+    if None in heads or teacher.classes is not None:  # which say what is compared
         return
     classes = [each.num_classes for each in heads]
     if classes[0] != classes[1]:

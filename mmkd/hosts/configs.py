@@ -69,6 +69,15 @@ def teachers(config: Config) -> Iterator[tuple[str, str | Mapping]]:
             yield option, spec
 
 
+def fill_in_class_names(config: Config) -> None:
+    """Give a student whose teachers have other classes the names of its own, those of the training data."""
+    mapped = any(isinstance(spec, Mapping) and spec.get('classes') for _, spec in described_sources(config))
+    loader = config.get('train_dataloader')
+    if mapped and 'class_names' not in config.model and loader:
+        option, dataset = next(datasets(loader.dataset, 'train_dataloader.dataset'))
+        config.model.class_names = class_names(dataset, option, config.get('default_scope'))
+
+
 def trained_models(config: Config) -> Iterator[tuple[str, Mapping]]:
     """The models that a training initializes, each with its option's name: the student, or a plain model, and peers."""
     yield ('model.student' if 'student' in config.model else 'model'), plain_model(config)

@@ -13,6 +13,8 @@ from mmkd.errors import ConfigError
 from mmkd.taps import Taps
 
 Found = TypeVar('Found')
+SIZES = ('img_shape', 'pad_shape', 'batch_input_shape')
+"""What of a sample's meta data is in pixels of the input."""
 
 
 class CannotRun(ConfigError):
@@ -151,6 +153,22 @@ def empty_sample(size: tuple[int, int]) -> BaseDataElement:
     sample.gt_instances = InstanceData(bboxes=torch.zeros(0, 4), labels=torch.zeros(0, dtype=torch.long))
     sample.proposals = InstanceData(bboxes=torch.tensor([[0.0, 0.0, size[1], size[0]]] * 2))
     return sample
+
+
+def scaled(size: Sequence[int], scale: float) -> tuple[int, int]:
+    """Height and width of an image at another scale, whole pixels."""
+    return round(size[0] * scale), round(size[1] * scale)
+
+
+def scaled_samples(data_samples: list | None, scale: float) -> list | None:
+    """What a model asks of images at another scale: the samples with other sizes, their objects as they are."""
+    if scale == 1 or not data_samples:
+        return data_samples
+    found = []
+    for sample in data_samples:
+        sizes = {key: scaled(sample.metainfo[key], scale) for key in SIZES if key in sample.metainfo}
+        found.append(sample.new(metainfo={**sample.metainfo, **sizes}))
+    return found
 
 
 def _random_state(device: torch.device) -> torch.Tensor:

@@ -2,14 +2,16 @@
 
 import functools
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from mmengine.model import BaseModel
 from torch import nn
 
+from mmkd.classes import ClassMap
 from mmkd.errors import ConfigError
+from mmkd.hosts.configs import SINGLE
 from mmkd.registry import SOURCES, build
 from mmkd.taps import Taps
 from mmkd.values import is_whole
@@ -28,6 +30,7 @@ class Source:
         layers: What any distiller reads of it; set by :func:`mmkd.distill`.
         calls: How often a forward pass calls each of these layers, where that is always the same; set alike.
         size: Height and width of an image that the model runs over; set alike.
+        classes: Which of the student's classes the model's are, where they are not the same; set by :meth:`name_classes`.
         kept: What is trained or stored with the student, as ``sources.<name>.*``; None for a frozen teacher.
         name: What it is called in the config, for errors; set by :func:`build_sources`.
 
@@ -37,6 +40,9 @@ class Source:
 
     model: BaseModel
     kept: 'Kept | None' = None
+    classes: ClassMap | None = None
+    scale: float = 1.0
+    """The size of the images that the model sees, relative to the student's."""
     has_gradient: bool = False
     """Whether its taps carry gradients, which those who learn from it must not follow."""
 
@@ -53,6 +59,13 @@ class Source:
     def due(self, iteration: int) -> bool:
         """Whether it is read in a step at all."""
         return self.begin <= iteration < self.end and (iteration - self.begin) % self.interval == 0
+
+    def name_classes(self, student: Sequence[str] | None) -> None:
+        """Learn the names of the student's classes, in the order of its head; None where they are not known.
+
+        Raises:
+            ConfigError: for a map of classes that cannot be.
+        """
 
     def follow(self, preprocessor: nn.Module) -> None:
         """From now on the inputs are batches that this data preprocessor, the student's, has normalized."""
@@ -150,9 +163,8 @@ def build_sources(teacher: object, student: nn.Module) -> dict[str, Source]:
     Raises:
         ConfigError: for a name that cannot be logged, a source that does not exist, or an option that it does not have.
     """
-    single = {'config', 'type', 'checkpoint', 'dtype'}
     specs: Mapping[str, Any] = {'teacher': teacher}
-    several = isinstance(teacher, Mapping) and not single & set(teacher)
+    several = isinstance(teacher, Mapping) and not SINGLE & set(teacher)
     if isinstance(teacher, Mapping) and several:
         specs = teacher
     if not specs:

@@ -1,21 +1,24 @@
 """The teacher: a frozen model, built, loaded, fed with its own normalization and run as far as its taps reach."""
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 
 import torch
+import torch.nn.functional as F
 from mmengine.logging import print_log
 from torch import nn
 
+from mmkd.classes import class_map
 from mmkd.errors import ConfigError
-from mmkd.fold import accelerate
-from mmkd.hosts.configs import build_model, read_teacher
-from mmkd.hosts.running import run
+from mmkd.fold import accelerate, compile_parts
+from mmkd.hosts.configs import build_model, read_teacher, teacher_classes
+from mmkd.hosts.running import run, scaled, scaled_samples
 from mmkd.normalize import Renormalize
 from mmkd.registry import SOURCES
 from mmkd.sources.source import Source
 from mmkd.taps import Taps
+from mmkd.values import is_number
 from mmkd.weights import NO_WEIGHTS, load_weights
 
 
@@ -32,6 +35,11 @@ class Teacher(Source):
         checkpoint: File or URL of its weights. Default None: those of the metafile. No weights at all are an error as
             soon as they are needed, by :meth:`load`.
         dtype: ``'float16'`` or ``'bfloat16'`` to run it under autocast; None leaves that to the caller.
+        classes: Which of its classes the student's are, by name or index, ``dict(car='vehicle')``, where they are not the
+            same ones in the same order; the student's others learn nothing from it. None: they are the same.
+        scale: Of its images, relative to the student's: 2.0 for twice the height and width, bilinear. Levels of both networks
+            belong together where their maps are of one size. Default 1.
+        compile: Whether ``torch.compile`` speeds it up. Its first steps then take a minute or more. Default False.
         interval: See :class:`mmkd.sources.source.Source`, as ``begin`` and ``end``.
         begin: Default 0.
         end: Default None.
@@ -45,6 +53,9 @@ class Teacher(Source):
         config: str | Mapping | nn.Module,
         checkpoint: str | None = None,
         dtype: str | None = None,
+        classes: Mapping | None = None,
+        scale: float = 1.0,
+        compile: bool = False,
         interval: int = 1,
         begin: int = 0,
         end: int | None = None,
@@ -52,11 +63,16 @@ class Teacher(Source):
         super().__init__(interval, begin, end)
         if dtype not in (None, 'float16', 'bfloat16'):
             raise ConfigError(f"dtype={dtype!r}: expected 'float16', 'bfloat16' or None")
+        if not (is_number(scale) and 0.1 <= scale <= 10):
+            raise ConfigError(f'scale={scale!r}: expected a number from 0.1 to 10, of the size of the images')
         self.loaded = self._has_weights = False
+        self._classes, self._named_by = classes, None
+        self.scale, self.compiled = float(scale), compile
         if isinstance(config, nn.Module):
             model, self._has_weights = copy.deepcopy(config), checkpoint is None
         else:
             read = read_teacher(dict(config=config, checkpoint=checkpoint))
+            self._named_by = config if isinstance(config, str) else None
             checkpoint = read.checkpoint
             model = build_model(read.model, read.scope, 'config')
         model.eval()  # of some models it returns None
@@ -65,6 +81,11 @@ class Teacher(Source):
         self.dtype = getattr(torch, dtype) if dtype else None
         self._channels_last = False
         self._renormalize: Renormalize | None = None
+
+    def name_classes(self, student: Sequence[str] | None) -> None:
+        if self._classes is not None:
+            names = teacher_classes(self._named_by) if self._named_by else None
+            self.classes = class_map(self._classes, student, names)
 
     def __deepcopy__(self, memo: dict) -> 'Teacher':
         return self  # an averaged copy of the student (EMA) learns from the same teacher
@@ -87,17 +108,21 @@ class Teacher(Source):
                 f'{self.name}: its weights are not loaded yet; call init_weights() of the student, or load() of the '
                 f'teacher, before training'
             )
-        inputs = self.renormalized(inputs, data_samples)
+        inputs = self.seen(inputs, data_samples)
         if self._channels_last:
             inputs = inputs.contiguous(memory_format=torch.channels_last)
         autocast = torch.autocast(inputs.device.type, self.dtype) if self.dtype else nullcontext()
         with autocast, Taps(self.model, self.layers, self.calls, images=len(inputs)) as taps:
-            run(self.model, self.layers, inputs, data_samples)
+            run(self.model, self.layers, inputs, scaled_samples(data_samples, self.scale))
         return taps
 
-    def renormalized(self, inputs: torch.Tensor, data_samples: list | None) -> torch.Tensor:
-        """A batch that is normalized for the student as the teacher would have normalized it."""
-        return inputs if self._renormalize is None else self._renormalize(inputs, data_samples)
+    def seen(self, inputs: torch.Tensor, data_samples: list | None) -> torch.Tensor:
+        """A batch that is normalized for the student as the teacher sees it: of its normalization and scale."""
+        if self._renormalize is not None:
+            inputs = self._renormalize(inputs, data_samples)
+        if self.scale != 1:
+            inputs = F.interpolate(inputs, scaled(inputs.shape[2:], self.scale), mode='bilinear', align_corners=False)
+        return inputs
 
     def read(self, student: nn.Module, inputs: torch.Tensor, data_samples: list | None) -> tuple[Taps, dict]:
         return self(inputs, data_samples), {}
@@ -129,7 +154,9 @@ class Teacher(Source):
         self._accelerate(device, 'its weights are taken as they are')
 
     def _accelerate(self, device: torch.device | str, weights: str) -> None:
-        folded, self._channels_last = accelerate(self.model, self.layers, self.size)
+        folded, self._channels_last = accelerate(self.model, self.layers, scaled(self.size, self.scale))
+        if self.compiled:
+            compile_parts(self.model, self.layers)
         self.loaded = True
         self.apply(lambda tensor: tensor.to(device))
         layout = '' if self._channels_last else ', in the layout of NCHW as channels_last would change its outputs'

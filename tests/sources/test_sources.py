@@ -114,7 +114,19 @@ def test_a_method_learns_from_several_teachers_at_once(teacher_options, tmp_path
     [
         (dict(CWD_NECK), r"distillers.cwd: there are several teachers, a, b; name one, as in teacher='a'"),
         (dict(CWD_NECK, teacher='c'), "distillers.cwd: teacher='c': there is none; there are a, b"),
-        (dict(CWD_NECK, teacher=['a', 'b']), 'CWD learns from one teacher'),
+        (dict(CWD_NECK, teacher=['a', 'a']), 'expected a name, or a list of names, each once'),
+        (dict(CWD_NECK, teacher='a', combine='mean'), "combine='mean': there is one teacher"),
+        (
+            dict(CWD_NECK, teacher=['a', 'b'], combine='entropy'),
+            "combine='entropy': weighs class logits, which CWD does not",
+        ),
+        (
+            dict(CWD_NECK, teacher=['a', 'b'], combine='best'),
+            "combine='best': expected one of mean, entropy, labels, drop",
+        ),
+        (dict(CWD_NECK, teacher=['a', 'b'], combine=dict(a=1.0)), 'expected a weight for each of its teachers, a, b'),
+        (dict(CWD_NECK, teacher=['a', 'b'], combine=dict(type='drop', p=2)), 'combine: p=2: expected a probability'),
+        (dict(type='KD', teacher=['a', 'b'], combine='labels'), "combine='labels': takes a segmentor"),
         (dict(CWD_NECK, teacher='a', learner='b'), "learner='b' is not trained; a Peer is"),
     ],
 )

@@ -185,6 +185,7 @@ class FGD(Distiller):
     """
 
     renamed = {'temperature': 'tau'}
+    any_scale = True
 
     def __init__(
         self,

@@ -12,10 +12,10 @@ from torch import nn
 
 from mmkd.adapters import ConvAdapter
 from mmkd.distillers.base import Distiller
+from mmkd.distillers.generic.kd import pixel_divergence
 from mmkd.distillers.levels import LevelPairs
 from mmkd.distillers.memory import ClassMemory
 from mmkd.distillers.schedule import Weight
-from mmkd.distillers.segmentation.kd import pixel_divergence
 from mmkd.errors import ConfigError
 from mmkd.hosts.segmentation.heads import decode_head, feature_layer
 from mmkd.hosts.segmentation.labels import class_masks

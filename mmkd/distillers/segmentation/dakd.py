@@ -15,9 +15,9 @@ from torch import nn
 from mmkd.data.domains import split_domains
 from mmkd.distillers.base import Distiller
 from mmkd.distillers.critic import with_constant_weights
+from mmkd.distillers.generic.kd import REDUCTIONS, pixel_divergence
 from mmkd.distillers.levels import LevelPairs, maps
 from mmkd.distillers.schedule import Weight
-from mmkd.distillers.segmentation.kd import REDUCTIONS, pixel_divergence
 from mmkd.errors import ConfigError
 from mmkd.hosts.segmentation import heads
 from mmkd.hosts.segmentation.labels import ground_truth, pixels_of, resize_labels

@@ -12,9 +12,9 @@ from torch import nn
 
 from mmkd.distillers.base import Distiller
 from mmkd.distillers.critic import MODES, Critic, critic_loss, deception_loss, enlarge
+from mmkd.distillers.generic.kd import REDUCTIONS, pixel_divergence
 from mmkd.distillers.levels import maps, require_gradient
 from mmkd.distillers.schedule import Weight
-from mmkd.distillers.segmentation.kd import REDUCTIONS, pixel_divergence
 from mmkd.errors import ConfigError
 from mmkd.hosts.segmentation import heads
 from mmkd.hosts.segmentation.labels import labeled
@@ -82,7 +82,7 @@ class SKD(Distiller):
     """Pixel-wise, pair-wise and holistic distillation; ``docs/methods/skd.md``.
 
     ============= ===================================================================================================
-    loss_pixel    ``pixel_weight`` times :func:`mmkd.distillers.segmentation.kd.pixel_divergence`, ignored pixels left out
+    loss_pixel    ``pixel_weight`` times :func:`mmkd.distillers.generic.kd.pixel_divergence`, ignored pixels left out
     loss_pair     ``pair_weight`` times :func:`pair_wise_loss` of the :func:`pool_nodes` of the features
     loss_holistic ``-holistic_weight * mean D(student's logits)``: the student deceives a critic D
     loss_critic   ``critic_weight`` times :func:`mmkd.distillers.critic.critic_loss`

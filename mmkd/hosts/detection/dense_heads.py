@@ -26,6 +26,7 @@ from mmdet.models.task_modules.coders import DeltaXYWHBBoxCoder
 from mmdet.models.task_modules.prior_generators import anchor_inside_flags
 from torch import nn
 
+from mmkd.classes import ClassMap
 from mmkd.errors import ConfigError
 from mmkd.hosts.detection.assigners import atss, max_iou_assigned
 from mmkd.hosts.detection.boxes import decode_deltas
@@ -115,7 +116,11 @@ class DenseHead:
 
 
 def check_same_slots(
-    student: tuple[DenseHead, tuple], teacher: tuple[DenseHead, tuple], method: str, boxes: bool = True
+    student: tuple[DenseHead, tuple],
+    teacher: tuple[DenseHead, tuple],
+    method: str,
+    boxes: bool = True,
+    classes: ClassMap | None = None,
 ) -> None:
     """Raise ConfigError unless two heads have the same classes and the same slots, so that they can be compared slot by slot.
 
@@ -124,19 +129,25 @@ def check_same_slots(
         teacher: The teacher's head and its outputs for the same image.
         method: Who compares them, for the error.
         boxes: Whether boxes are compared as well, which takes one unit.
+        classes: Which classes are compared, where they are not all the same.
     """
     (s, s_outputs), (t, t_outputs) = student, teacher
-    if s.classes != t.classes:
+    if classes is not None:
+        classes.check(s.classes, t.classes)
+    elif s.classes != t.classes:
         raise ConfigError(
             f'the heads predict {s.classes} (student) and {t.classes} (teacher) classes, and {method} compares them class by '
-            f'class; use a teacher that was trained on the same classes'
+            f'class; use a teacher that was trained on the same classes, or KD and the classes of the teacher'
         )
     if boxes and s.unit != t.unit:
         raise ConfigError(f'the heads predict boxes in different units: {s.unit} (student), {t.unit} (teacher)')
-    shapes = [[tuple(level.shape) for level in head.class_logits(outputs)] for head, outputs in (student, teacher)]
+    shapes = [
+        [(*level.shape[:2], *level.shape[3:]) for level in head.class_logits(outputs)]
+        for head, outputs in (student, teacher)
+    ]
     if shapes[0] != shapes[1]:
         raise ConfigError(
-            f'the heads have different slots (image, anchors, classes, height, width per level): {shapes[0]} (student), '
+            f'the heads have different slots (image, anchors, height, width per level): {shapes[0]} (student), '
             f'{shapes[1]} (teacher); {method} needs the same strides and the same number of anchors'
         )
     if s.unit == t.unit and not torch.equal(s.priors(s_outputs), t.priors(t_outputs)):

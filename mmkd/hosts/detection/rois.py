@@ -7,6 +7,7 @@ import torch
 from mmdet.models.roi_heads.bbox_heads import BBoxHead
 from torch import nn
 
+from mmkd.classes import ClassMap
 from mmkd.errors import ConfigError
 from mmkd.hosts.detection.dense_heads import DenseHead
 from mmkd.taps import INPUT, Taps
@@ -131,7 +132,11 @@ def check_same_regions(student: tuple[RoIHead, nn.Module], teacher: tuple[RoIHea
 
 
 def check_same_predictions(
-    student: tuple[RoIHead, nn.Module], teacher: tuple[RoIHead, nn.Module], method: str, boxes: bool = True
+    student: tuple[RoIHead, nn.Module],
+    teacher: tuple[RoIHead, nn.Module],
+    method: str,
+    boxes: bool = True,
+    classes: ClassMap | None = None,
 ) -> None:
     """Raise ConfigError unless two detectors' box heads predict the same classes, and deltas in one unit.
 
@@ -140,6 +145,7 @@ def check_same_predictions(
         teacher: The teacher's, and the teacher.
         method: Who compares them, for the error.
         boxes: Whether deltas are compared as well as classes.
+        classes: Which classes are compared, where they are not all the same.
     """
     said = []
     for (roi_head, model), whose in ((student, 'student'), (teacher, 'teacher')):
@@ -153,7 +159,9 @@ def check_same_predictions(
         said.append([head.num_classes])
         if boxes:
             said[-1] += [head.reg_class_agnostic, tuple(head.bbox_coder.stds)]
-    if said[0] != said[1]:
+    if classes is not None:
+        classes.check(said[0][0], said[1][0])
+    elif said[0] != said[1]:
         what = '(classes, class-agnostic boxes, stds of deltas)' if boxes else 'classes'
         raise ConfigError(
             f'{student[0].bbox_head!r} differs in {what}: {tuple(said[0])} (student), {tuple(said[1])} (teacher); {method} '

@@ -6,9 +6,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from mmkd.distillers.levels import LevelPairs, maps, require_gradient
+from mmkd.distillers.levels import Layer, LevelPairs, maps, require_gradient
 from mmkd.errors import ConfigError
-from mmkd.hosts.segmentation.heads import classifiers, decode_head
+from mmkd.hosts.class_logits import ClassLogits, LogitsReader
+from mmkd.hosts.segmentation.heads import classifiers, decode_head, logits_layer
+from mmkd.hosts.segmentation.labels import ground_truth, labeled, labels_at
 from mmkd.taps import Taps
 
 
@@ -56,3 +58,58 @@ def compared_logits(
         (resize_logits(s, size, student.model), resize_logits(t, size, teacher.model))
         for s, t in zip(own, others, strict=True)
     ]
+
+
+class PixelLogits(LogitsReader):
+    """Those of a segmentor's decode head, (B, K, H, W).
+
+    Args:
+        layer: The student's layers; None for the decode head's classifier.
+        teacher_layer: The teacher's; None for as the student's.
+        label_size: Whether both are first resized to the size of the labels.
+        use_labels: Whether pixels whose label is ignored do not count.
+    """
+
+    has_labels = True
+
+    def __init__(
+        self,
+        layer: Layer | Sequence[Layer] | None,
+        teacher_layer: Layer | Sequence[Layer] | None,
+        label_size: bool = False,
+        use_labels: bool = True,
+    ):
+        super().__init__()
+        self.levels = LevelPairs(layer or logits_layer, teacher_layer)
+        self.label_size, self.use_labels = label_size, use_labels
+
+    def prepare(self, student: nn.Module, teacher: nn.Module) -> None:
+        self.levels.prepare(student, teacher)
+        self.student_layers, self.teacher_layers = self.levels.student_layers, self.levels.teacher_layers
+
+    def setup(self, student: Taps, teacher: Taps) -> None:
+        if teacher.classes is None:
+            for layer, other in zip(self.student_layers, self.teacher_layers):
+                require_class_logits(student, layer, teacher, other)
+        else:
+            teacher.classes.check(decode_head(student.model).num_classes, decode_head(teacher.model).num_classes)
+            if len(teacher.classes.student) < 2:
+                raise ConfigError(
+                    'classes: a single class, of which a softmax over classes is always 1; name two or more'
+                )
+            self.levels.same_channels = False
+        self.levels.setup(student, teacher)
+
+    def forward(self, student: Taps, teacher: Taps, data_samples: list | None) -> list[ClassLogits]:
+        size = ground_truth(data_samples).shape[1:] if self.label_size else None
+        found = []
+        for s, t in compared_logits(self.levels, student, teacher, size):
+            valid = labeled(student.model, data_samples, s.shape[2:]) if self.use_labels else None
+            if teacher.classes is not None:
+                s, t = teacher.classes.of_student(s), teacher.classes.of_teacher(t)
+            found.append(ClassLogits(s, t.detach(), False, valid, teacher.classes))
+        return found
+
+    def labels(self, logits: ClassLogits, student: Taps, data_samples: list | None) -> torch.Tensor:
+        labels = labels_at(student.model, data_samples, logits.student.shape[2:])
+        return labels.masked_fill(labels == decode_head(student.model).ignore_index, -1)

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from mmengine.optim import build_optim_wrapper
 
 from mmkd.distill import distill
-from mmkd.distillers.segmentation.kd import pixel_divergence
+from mmkd.distillers.generic.kd import pixel_divergence
 from mmkd.distillers.segmentation.skd import SKD, pair_wise_loss, pool_nodes, same_size
 from mmkd.errors import ConfigError
 from mmkd.hosts.running import probe

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from mmkd.distill import distill
-from mmkd.distillers.segmentation.kd import KD, REDUCTIONS, pixel_divergence
+from mmkd.distillers.generic.kd import KD, REDUCTIONS, pixel_divergence
 from mmkd.errors import ConfigError
 from mmkd.hosts.running import probe
 from mmkd.taps import Taps
@@ -170,7 +170,7 @@ def test_ignored_pixels_are_left_out_unless_labels_are_not_used(reduction, tmp_p
     assert 0 < valid.sum() < valid.numel()
     expected = plain_loops(student[layer][0].double(), teacher[layer][0].double(), 2.0, reduction, valid)
     assert loss.item() == pytest.approx(3 * expected, rel=1e-4)
-    model.distillers.kd.use_labels = False
+    model.distillers.kd.reader.use_labels = False
     found = model.distillers.kd(student, teacher, None)['loss']
     torch.testing.assert_close(found, 3 * pixel_divergence(student[layer][0], teacher[layer][0], 2.0, reduction))
     assert abs(found.item() - loss.item()) > 1e-3
