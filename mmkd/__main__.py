@@ -12,6 +12,8 @@ COMMANDS = {
     'export': 'write the plain student: checkpoint and config',
     'inspect': 'show what a config distills: layers, pairs, costs, schedules',
     'check': 'check teachers, classes, losses and memory before training, with pictures',
+    'chain': 'train configs one after the other, each taught by those before',
+    'pseudo_label': 'write what a model predicts for images as labels',
     'compare': 'train the configs of a folder, several seeds each, and compare them',
     'report': 'report on a training that ended: curves, classes, pictures',
     'benchmark': 'time and memory of a training step',

@@ -5,21 +5,22 @@
 """
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from mmengine.model import BaseModel
 from torch import nn
 
-from mmkd.distillers.collection import Distillers, idle_loss
+from mmkd.distillers.collection import Distillers, idle_loss, weighted
+from mmkd.distillers.schedule import Weight
 from mmkd.errors import ConfigError
 from mmkd.hosts.configs import build_model, read_model
-from mmkd.hosts.running import at_first_size, probe, scaled, sizes_to_probe
+from mmkd.hosts.running import at_first_size, probe, run, scaled, sizes_to_probe, without_labels
 from mmkd.inherit import check_inheritance, inherit_weights, parts_by_teacher
 from mmkd.registry import MODELS
 from mmkd.sources import Own, Source, Sources, build_sources
-from mmkd.taps import Taps, find_layer
+from mmkd.taps import Taps, find_layer, join
 
 
 class Distilled(BaseModel if TYPE_CHECKING else object):  # type: ignore[misc]
@@ -28,6 +29,7 @@ class Distilled(BaseModel if TYPE_CHECKING else object):  # type: ignore[misc]
     distillers: Distillers
     sources: Sources
     _inherit: dict[str, Sequence[str]]
+    _task_weight: Callable[[int], float]
 
     def forward(self, inputs, data_samples=None, mode: str = 'tensor'):
         # Not `loss` or `train_step`: DDP calls `forward` alone, and synchronizes what is computed in it.
@@ -41,10 +43,29 @@ class Distilled(BaseModel if TYPE_CHECKING else object):  # type: ignore[misc]
                 losses.update({f'{name}.{key}': value for key, value in own.items()})
             else:
                 losses.update(idle_loss(name, source.kept))
-        with Taps(self, self.distillers.student_layers, images=len(inputs)) as student:
-            losses.update(super().forward(inputs, data_samples, mode))
+        student, own = self._learn(inputs, data_samples, self._task_weight(iteration))
+        losses.update(own)
         losses.update(self.distillers(student, knowledge, data_samples))
         return losses
+
+    def _learn(self, inputs: torch.Tensor, data_samples: list, weight: float) -> tuple[Taps, dict]:
+        """The student's taps of all images, and its own losses of those that have labels; of none with a weight of 0."""
+        without = range(len(inputs)) if weight == 0 else without_labels(self, data_samples)
+        if not without:
+            with Taps(self, self.distillers.student_layers, images=len(inputs)) as taps:
+                return taps, weighted(super().forward(inputs, data_samples, 'loss'), weight)
+        labeled = [index for index in range(len(inputs)) if index not in without]
+        losses = {} if labeled else idle_loss('task', self)
+        parts = []
+        for indices in filter(None, (labeled, list(without))):
+            images, samples = _pick(inputs, indices), [data_samples[index] for index in indices]
+            with Taps(self, self.distillers.student_layers, images=len(indices)) as taps:
+                if indices is labeled:
+                    losses = weighted(super().forward(images, samples, 'loss'), weight)
+                else:
+                    run(self, self.distillers.student_layers, images, samples, trains=True)
+            parts.append((indices, taps))
+        return join(parts), losses
 
     def init_weights(self) -> None:
         """Initialize the student, unless it was given as a built model, and load what it learns from.
@@ -59,7 +80,7 @@ class Distilled(BaseModel if TYPE_CHECKING else object):  # type: ignore[misc]
 
     def plain(self) -> BaseModel:
         """The student as the plain model again, in place: without distillers and without what it learnt from."""
-        del self.distillers, self.sources, self._inherit
+        del self.distillers, self.sources, self._inherit, self._task_weight
         self.__class__ = type(self).__mro__[2]
         return self
 
@@ -75,6 +96,7 @@ def distill(
     data_preprocessor: Mapping | None = None,
     inherit: Sequence[str] | Mapping[str, Sequence[str]] = (),
     class_names: Sequence[str] | None = None,
+    task_weight: float | Mapping = 1.0,
 ) -> BaseModel:
     """Build a student that learns from others; in a config, ``model = dict(type='mmkd.Distill', ...)``.
 
@@ -91,6 +113,9 @@ def distill(
             "inheriting strategy"); ``init_weights`` copies them. With several teachers ``dict(large=['neck'])``.
         class_names: The names of the student's classes, for a teacher with other ``classes``. mmkd's commands fill in those
             of the training data.
+        task_weight: Of the student's own losses, a number or a schedule (:class:`mmkd.distillers.schedule.Weight`). Default
+            1. In a step in which it is 0 no label is read, and the student is run no further than the distillers need; where
+            it is always 0, heads that no distiller reads are not trained.
 
     Returns:
         The student, in place where it was given as a model. Its ``state_dict`` holds the plain model's keys and, where a
@@ -120,7 +145,11 @@ def distill(
     parts = parts_by_teacher(inherit, sources)
     for name, each in parts.items():
         check_inheritance(model, sources[name].model, each)
+    weight = Weight(task_weight, 'task_weight')
+    if not weight.scheduled and weight() == 0:
+        _freeze_unread_heads(model, collection)
     model.__class__ = distilled_class(model.__class__)
+    model._task_weight = weight.at
     model._inherit = parts
     model.distillers = collection.to(device)
     model.sources = Sources(sources)
@@ -189,6 +218,18 @@ def _connect(model: BaseModel, sources: Mapping[str, Source], distillers: Distil
     for name, source in sources.items():
         of_learner = distillers.layers('training_layers', name, distillers.learnt_by(name))
         source.layers = tuple(dict.fromkeys(source.layers + of_learner))
+
+
+def _freeze_unread_heads(model: nn.Module, distillers: Distillers) -> None:
+    """Nothing trains them without labels; an optimizer would still shrink them by its weight decay."""
+    for name, part in model.named_children():
+        if name.endswith('_head') and not any(layer.startswith(name) for layer in distillers.student_layers):
+            part.requires_grad_(False)
+
+
+def _pick(inputs: torch.Tensor, indices: Sequence[int]) -> torch.Tensor:
+    # a list as an index would wait for the device
+    return torch.stack([inputs[index] for index in indices])
 
 
 @functools.cache

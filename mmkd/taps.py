@@ -1,7 +1,7 @@
 """Read what named layers of a model took in and put out during one forward pass."""
 
 import copy
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -160,6 +160,51 @@ class Taps(Mapping):
 
     def __len__(self) -> int:
         return len(self._modules)
+
+
+def join(parts: Sequence[tuple[Sequence[int], Taps]]) -> Taps:
+    """The taps of a batch, of parts of which a forward pass each was run.
+
+    Args:
+        parts: Which images of the batch a pass was over, and its taps.
+
+    Raises:
+        ConfigError: on reading a layer that puts out something else than a row for each image, which cannot be put in order.
+    """
+    if len(parts) == 1:
+        return parts[0][1]
+    order = [index for indices, _ in parts for index in indices]
+    place = [order.index(index) for index in range(len(order))]
+    joined = copy.copy(parts[0][1])
+    joined.images, joined._read = len(order), {}
+    joined._records = {}
+    for layer in joined._modules:
+        records = [taps._records[layer] for _, taps in parts]
+        if len({len(each) for each in records}) > 1:
+            continue  # called in a loss alone, or as often as there are objects: never called, says who reads it
+        calls = []
+        for each in zip(*records, strict=True):
+            value = _join([value for value, _ in each], [len(indices) for indices, _ in parts], place, layer)
+            calls.append((value, [pair for _, versions in each for pair in versions]))
+        joined._records[layer] = calls
+    return joined
+
+
+def _join(values: Sequence[Any], images: Sequence[int], place: Sequence[int], layer: str) -> Any:
+    first = values[0]
+    if isinstance(first, torch.Tensor):
+        if [len(each) if each.dim() else 0 for each in values] != list(images):
+            raise ConfigError(
+                f'layer {layer!r} puts out other rows than the images of a batch, which cannot be told apart where some images '
+                f'have no labels; tap a layer that puts out a map of each image'
+            )
+        rows = [row for each in values for row in each.unbind(0)]
+        return torch.stack([rows[index] for index in place])
+    if isinstance(first, (tuple, list)):
+        return tuple(_join(each, images, place, layer) for each in zip(*values, strict=True))
+    if isinstance(first, dict):
+        return {key: _join([each[key] for each in values], images, place, layer) for key in first}
+    return first
 
 
 def tensors(value: Any) -> Iterable[torch.Tensor]:

@@ -29,6 +29,7 @@ def check_data(config: Config, parts: Sequence[str]) -> list[str]:
     for part in parts:
         found = list(part_datasets(config, part))
         for option, dataset in found:
+            _check_unlabelled(option, dataset)
             warnings += _check_dataset(option, dataset, scope, part == 'train')
         for option, metric in _metrics(config, part):
             path = metric.get('ann_file')
@@ -64,6 +65,19 @@ def _metrics(config: Config, part: str) -> Iterator[tuple[str, Mapping]]:
     for name, each in [(option, found), *numbered(option, found)]:
         if isinstance(each, Mapping):
             yield name, each
+
+
+def _check_unlabelled(option: str, dataset: Mapping) -> None:
+    """Raise ConfigError if images without labels would reach the student as images without objects."""
+    steps = [(type_name(step), step) for step in dataset.get('pipeline') or () if isinstance(step, Mapping)]
+    packs = [(name, step) for name, step in steps if name.startswith('Pack')]
+    if 'Unlabelled' in [name for name, _ in steps] and packs:
+        name, step = packs[-1]
+        if 'domain' not in (step.get('meta_keys') or ()):
+            raise ConfigError(
+                f'{option}.pipeline: mmkd.Unlabelled marks images as such in their meta data, which {name} leaves out; write '
+                f"dict(type='{name}', meta_keys=(..., 'domain')) with those that it has"
+            )
 
 
 def _check_dataset(option: str, dataset: Mapping, scope: str | None, trains: bool) -> list[str]:

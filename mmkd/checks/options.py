@@ -16,6 +16,7 @@ from mmkd.hosts.datasets import type_name
 from mmkd.registry import SOURCES, resolve
 from mmkd.values import is_number, is_whole
 
+ENDLESS = ('DomainSampler', 'InfiniteSampler')
 MULTIPLIERS = ('lr_mult', 'decay_mult')
 
 
@@ -92,6 +93,13 @@ def _check_training(config: Config) -> None:
     training = _part(config, 'train_cfg')
     if not training.get('type') and 'by_epoch' not in training:
         raise ConfigError("train_cfg: it has no type, such as 'IterBasedTrainLoop' or 'EpochBasedTrainLoop'")
+    sampler = _part(config, 'train_dataloader').get('sampler') or {}
+    by_epoch = training.get('by_epoch', type_name(training) == 'EpochBasedTrainLoop')
+    if by_epoch and type_name(sampler) in ENDLESS:
+        raise ConfigError(
+            f'train_dataloader.sampler: {type_name(sampler)} has no end, and train_cfg counts epochs, of which the first would '
+            f"not end; train_cfg=dict(type='IterBasedTrainLoop', max_iters=..., val_interval=...)"
+        )
     for option, least in (('max_iters', 1), ('max_epochs', 1), ('val_interval', 1), ('val_begin', 0)):
         if option in training:
             _count(f'train_cfg.{option}', training[option], least)

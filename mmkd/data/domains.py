@@ -1,10 +1,11 @@
-"""Training on two domains at once: labelled images of a source, unlabelled ones of a target.
+"""Training on labelled and unlabelled images at once, of one domain or of two: a source and a target.
 
-In a config: a ``ConcatDataset`` of both, ``mmkd.DomainSampler`` as its sampler, and ``mmkd.Unlabelled`` in the target's
-pipeline; see ``configs/dakd_deeplabv3.py``. No ``custom_imports`` line is needed.
+In a config: a ``ConcatDataset`` of both, ``mmkd.DomainSampler`` as its sampler, and ``mmkd.Unlabelled`` in the unlabelled
+ones' pipeline; see ``configs/dakd_deeplabv3.py``. No ``custom_imports`` line is needed.
 """
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 from mmengine.dataset import InfiniteSampler
@@ -13,20 +14,23 @@ from torch.utils.data import ConcatDataset, Sampler
 
 from mmkd.errors import ConfigError
 from mmkd.registry import DATA_SAMPLERS, TRANSFORMS
+from mmkd.values import is_whole
 
 TARGET = 'target'
 
 
 @TRANSFORMS.register_module()
 class Unlabelled:
-    """Makes an image one of the unlabelled target domain; stands where ``LoadAnnotations`` stands in a pipeline.
+    """Makes an image an unlabelled one; stands where ``LoadAnnotations`` stands in a pipeline.
 
-    Every pixel gets the label that losses ignore, and no label file is read, nor needs to exist. The image's ``domain``
-    becomes ``'target'``, which the pipeline's last transform has to hand on:
-    ``dict(type='PackSegInputs', meta_keys=(..., 'domain'))``. ``RandomCrop`` needs no ``cat_max_ratio`` after it, which
-    would look for classes ten times in vain.
+    No label is read, nor needs to exist. The image's ``domain`` becomes ``'target'``, which the pipeline's last transform has
+    to hand on: ``dict(type='PackSegInputs', meta_keys=(..., 'domain'))``, or ``PackDetInputs`` alike.
 
-    mmseg's ``CrossEntropyLoss`` divides by ignored pixels as well: the student's heads need
+    **Detection** (mmdet's data sets): it has no boxes, and none of the student's own losses, so that its objects are no
+    background; it is learnt from by distillation alone.
+
+    **Segmentation**: every pixel gets the label that losses ignore. ``RandomCrop`` needs no ``cat_max_ratio`` after it, which
+    would look for classes ten times in vain. mmseg's ``CrossEntropyLoss`` divides by ignored pixels as well: the heads need
     ``loss_decode=dict(avg_non_ignore=True)``, lest half a batch of target images halves the source's loss.
 
     Args:
@@ -42,9 +46,16 @@ class Unlabelled:
         self.ignore_index = ignore_index
 
     def __call__(self, results: dict) -> dict:
-        results['gt_seg_map'] = np.full(results['img'].shape[:2], self.ignore_index, np.uint8)
-        results.setdefault('seg_fields', []).append('gt_seg_map')
         results['domain'] = TARGET
+        if 'instances' in results:  # mmdet's
+            from mmdet.structures.bbox import HorizontalBoxes  # segmentation needs no mmdet
+
+            results['gt_bboxes'] = HorizontalBoxes(np.zeros((0, 4), np.float32))
+            results['gt_bboxes_labels'] = np.zeros(0, np.int64)
+            results['gt_ignore_flags'] = np.zeros(0, bool)
+        else:
+            results['gt_seg_map'] = np.full(results['img'].shape[:2], self.ignore_index, np.uint8)
+            results.setdefault('seg_fields', []).append('gt_seg_map')
         return results
 
     def __repr__(self) -> str:
@@ -53,19 +64,21 @@ class Unlabelled:
 
 @DATA_SAMPLERS.register_module()
 class DomainSampler(Sampler):
-    """Indices of one image of each domain in turn, without an end: source, target, source, target, ...
+    """Indices of images of each domain in turn, without an end: source, target, source, target, ...
 
-    A batch of even size is half source and half target, whatever the numbers of images. Each domain has an order of its
+    With one of each, a batch of even size is half source and half target, whatever the numbers of images; with
+    ``ratio=[1, 4]`` a batch of five has four of the target. Each domain has an order of its
     own and starts again when it is used up; of each, every process takes other images, as with mmengine's
     ``InfiniteSampler``. (Sampling the alternation itself so would give one process the source and the next the target.)
 
     Args:
         dataset: A ``ConcatDataset`` of the domains; the data loader fills it in.
+        ratio: How many images of each domain come in turn. Default None: one of each.
         shuffle: Whether each domain is in random order, a new one each time. Default True.
         seed: The same on all processes. Default None: a random one.
 
     Raises:
-        ConfigError: if the dataset is no ``ConcatDataset``, or one of its parts is empty.
+        ConfigError: if the dataset is no ``ConcatDataset``, one of its parts is empty, or the ratio is not of as many.
 
     Example:
         >>> train_dataloader = dict(
@@ -74,7 +87,13 @@ class DomainSampler(Sampler):
         ...     dataset=dict(type='ConcatDataset', datasets=[source, target]))
     """
 
-    def __init__(self, dataset: ConcatDataset, shuffle: bool = True, seed: int | None = None):
+    def __init__(
+        self,
+        dataset: ConcatDataset,
+        ratio: Sequence[int] | None = None,
+        shuffle: bool = True,
+        seed: int | None = None,
+    ):
         if not isinstance(dataset, ConcatDataset):
             raise ConfigError(
                 f'DomainSampler: dataset is a {type(dataset).__name__}; expected '
@@ -85,23 +104,34 @@ class DomainSampler(Sampler):
             raise ConfigError(
                 f'DomainSampler: the domains have {self.sizes} images; one has none, check its data_prefix'
             )
+        self.ratio = [1] * len(self.sizes) if ratio is None else list(ratio)
+        if len(self.ratio) != len(self.sizes) or not all(is_whole(each) and each >= 1 for each in self.ratio):
+            raise ConfigError(
+                f'DomainSampler: ratio={ratio!r}: expected a positive whole number for each of the {len(self.sizes)} domains'
+            )
         self.dataset = dataset
         self.shuffle = shuffle
         self.seed = sync_random_seed() if seed is None else seed
 
     def __iter__(self) -> Iterator[int]:
         domains = [
-            InfiniteSampler(domain, self.shuffle, self.seed + index)
+            iter(InfiniteSampler(domain, self.shuffle, self.seed + index))
             for index, domain in enumerate(self.dataset.datasets)
         ]
         starts = [sum(self.sizes[:index]) for index in range(len(self.sizes))]
-        for indices in zip(*domains):
-            for start, index in zip(starts, indices):
-                yield start + index
+        while True:
+            for start, domain, number in zip(starts, domains, self.ratio):
+                for _ in range(number):
+                    yield start + next(domain)
 
     def __len__(self) -> int:
         """The number of images of all domains."""
         return sum(self.sizes)
+
+
+def is_unlabelled(sample: Any) -> bool:
+    """Whether a data sample is of an image without labels, as :class:`Unlabelled` marks it."""
+    return sample.metainfo.get('domain') == TARGET
 
 
 def split_domains(data_samples: Sequence | None) -> tuple[list[int], list[int]]:
@@ -110,9 +140,9 @@ def split_domains(data_samples: Sequence | None) -> tuple[list[int], list[int]]:
     Raises:
         ConfigError: if there are none of one of the two.
     """
-    domains = [sample.metainfo.get('domain') for sample in data_samples or []]
-    source = [index for index, domain in enumerate(domains) if domain != TARGET]
-    target = [index for index, domain in enumerate(domains) if domain == TARGET]
+    unlabelled = [is_unlabelled(sample) for sample in data_samples or []]
+    source = [index for index, each in enumerate(unlabelled) if not each]
+    target = [index for index, each in enumerate(unlabelled) if each]
     if not source or not target:
         raise ConfigError(
             f'a batch has {len(source)} source and {len(target)} target images, and some of both are needed on each GPU: use '

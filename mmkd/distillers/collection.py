@@ -326,6 +326,17 @@ def idle_loss(name: str, module: nn.Module | None) -> dict[str, torch.Tensor]:
     return {f'{name}.loss': torch.stack([0 * each.sum() for each in trained]).sum()} if trained else {}
 
 
+def weighted(losses: dict[str, Any], weight: float) -> dict[str, Any]:
+    """A model's losses times a weight; statistics stay as they are."""
+    if weight == 1:
+        return losses
+
+    def times(value: Any) -> Any:
+        return [weight * each for each in value] if isinstance(value, (list, tuple)) else weight * value
+
+    return {key: times(value) if 'loss' in key else value for key, value in losses.items()}
+
+
 def _nothing(learner: Any, teacher: Any) -> None:
     """What a distiller that knows nothing of mmkd has to prepare or set up."""
 

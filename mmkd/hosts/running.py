@@ -9,6 +9,7 @@ from mmengine.model import BaseModel
 from mmengine.structures import BaseDataElement, InstanceData
 from torch import nn
 
+from mmkd.data.domains import is_unlabelled
 from mmkd.errors import ConfigError
 from mmkd.taps import Taps
 
@@ -153,6 +154,16 @@ def empty_sample(size: tuple[int, int]) -> BaseDataElement:
     sample.gt_instances = InstanceData(bboxes=torch.zeros(0, 4), labels=torch.zeros(0, dtype=torch.long))
     sample.proposals = InstanceData(bboxes=torch.tensor([[0.0, 0.0, size[1], size[0]]] * 2))
     return sample
+
+
+def without_labels(model: nn.Module, data_samples: list | None) -> list[int]:
+    """Which images of a batch a model's own loss must not see, as they have no labels.
+
+    A segmentor's may, as each of their pixels has the label that it ignores.
+    """
+    if hasattr(model, 'decode_head'):
+        return []
+    return [index for index, sample in enumerate(data_samples or ()) if is_unlabelled(sample)]
 
 
 def scaled(size: Sequence[int], scale: float) -> tuple[int, int]:

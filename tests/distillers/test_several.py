@@ -74,7 +74,9 @@ def test_features_have_an_adapter_for_each_teacher():
     teachers = {name: dict(config=models.build(each, seed=1)) for name, each in networks.items()}
     distillers = dict(it=dict(type='CWD', layer='neck', teacher=['a', 'b']))
     model = mmkd.distill(models.build(detectors.retinanet(), seed=0), teachers, distillers)
-    shapes = [tuple(each.shape[:2]) for name, each in model.distillers.named_parameters() if name.endswith('conv.weight')]
+    shapes = [
+        tuple(each.shape[:2]) for name, each in model.distillers.named_parameters() if name.endswith('conv.weight')
+    ]
     assert shapes == [(24, 16)] * 3 + [(20, 16)] * 3
     for source in model.sources.values():
         source.load()

@@ -7,6 +7,9 @@ import torch
 from mmdet.structures.bbox import get_box_tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from mmkd.data.domains import is_unlabelled
+from mmkd.errors import ConfigError
+
 
 class GroundTruth(NamedTuple):
     """The objects of a batch, padded to the largest number in an image, at least 1."""
@@ -18,7 +21,16 @@ class GroundTruth(NamedTuple):
 
 
 def ground_truth(data_samples: Sequence) -> GroundTruth:
-    """The annotated objects of a batch of mmdet's data samples."""
+    """The annotated objects of a batch of mmdet's data samples.
+
+    Raises:
+        ConfigError: if an image has no labels.
+    """
+    if any(is_unlabelled(sample) for sample in data_samples):
+        raise ConfigError(
+            'a batch has images without labels, and this method reads the ground truth; use one that does not, such as CWD, PKD, '
+            'GID or KD'
+        )
     boxes = [get_box_tensor(sample.gt_instances.bboxes) for sample in data_samples]
     most = max(1, *(len(each) for each in boxes))
     # a first row that is as long as the longest makes all so
