@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from mmengine.config import Config
+from mmengine.config import Config, ConfigDict
 from mmengine.device import get_device
 from mmengine.registry import MODELS, init_default_scope
 from mmengine.runner import Runner
@@ -155,7 +155,7 @@ class PseudoLabels:
                 height=height,
                 width=width,
                 boxes=[[round(value, 2) for value in box] for box in found.bboxes.tolist()],
-                scores=[round(value, 4) for value in found.scores.tolist()],
+                scores=[round(value, 6) for value in found.scores.tolist()],
                 labels=found.labels.tolist(),
             )
             with self.kept.open('a') as file:
@@ -263,31 +263,37 @@ def _pipeline(config: Config, detects: bool, augment: bool) -> tuple[list, Mappi
     if not augment:
         return steps, None
     merged = config.get('tta_model') or (
-        dict(type='DetTTAModel', tta_cfg=dict(nms=dict(type='nms', iou_threshold=0.5), max_per_img=100))
+        ConfigDict(type='DetTTAModel', tta_cfg=dict(nms=dict(type='nms', iou_threshold=0.5), max_per_img=100))
         if detects
-        else dict(type='SegTTAModel')
+        else ConfigDict(type='SegTTAModel')
     )
     if config.get('tta_pipeline'):
         return copy.deepcopy(config.tta_pipeline), merged
-    resize = next((step for step in steps if type_name(step) == 'Resize' and 'scale' in step), None)
-    if resize is None:
-        raise ConfigError(
-            '--augment: the test pipeline has no Resize with a scale to vary; give the config a tta_pipeline'
-        )
-    at = steps.index(resize)
-    sizes = [dict(resize, scale=tuple(round(side * scale) for side in resize['scale'])) for scale in SCALES]
+    at = next((i for i, step in enumerate(steps) if type_name(step) == 'Resize'), None)
+    if at is None:  # behind what loads the image
+        sizes = [dict(type='Resize', scale_factor=scale, keep_ratio=True) for scale in SCALES]
+        before, after = steps[:1], steps[1:]
+    else:
+        sizes = [_resized(steps[at], scale) for scale in SCALES]
+        before, after = steps[:at], steps[at + 1 :]
     flips = [dict(type='RandomFlip', prob=prob) for prob in (0.0, 1.0)]
-    return [
-        *steps[:at],
-        dict(type='TestTimeAug', transforms=[sizes, flips, *[[step] for step in steps[at + 1 :]]]),
-    ], merged
+    return [*before, dict(type='TestTimeAug', transforms=[sizes, flips, *[[step] for step in after]])], merged
+
+
+def _resized(step: Mapping, scale: float) -> dict:
+    """A pipeline's ``Resize`` to another scale than it has."""
+    key = 'scale' if step.get('scale') else 'scale_factor'
+    value = step[key]
+    if isinstance(value, (tuple, list)):
+        return {**step, key: tuple(round(side * scale) if key == 'scale' else side * scale for side in value)}
+    return {**step, key: value * scale}
 
 
 META = ('img_id', 'img_path', 'ori_shape', 'img_shape', 'pad_shape', 'scale_factor', 'flip', 'flip_direction')
 
 
 def _augmented(model: nn.Module, spec: Mapping) -> nn.Module:
-    merging = MODELS.build(dict(spec, module=model))
+    merging = MODELS.build(ConfigDict(spec, module=model))
     if hasattr(model, 'decode_head'):  # mmseg's own keeps the merged classes alone, and not how sure they are
         merging.merge_preds = _merge_logits
     return merging.to(get_device()).eval()
