@@ -340,7 +340,11 @@ def test_a_sharded_segmentor(tmp_path):
         ),
         (
             dict(runner_type='FlexibleRunner', strategy=dict(type='DeepSpeedStrategy')),
-            r'^strategy=DeepSpeedStrategy: deepspeed is not installed',
+            r'^strategy=DeepSpeedStrategy: deepspeed is not installed; pip install deepspeed==',
+        ),
+        (
+            dict(runner_type='FlexibleRunner', strategy=dict(type='DeepSpeedStrategy', zero_optimization=dict(stage=3))),
+            r"^strategy.zero_optimization.stage=3: .* take stage 1 or 2, or strategy=dict\(type='mmkd.ShardedStrategy'\)",
         ),
         (
             dict(activation_checkpointing=['backbone.layer1', 'bbox_head']),

@@ -168,8 +168,8 @@ def check_engine(config: Config) -> None:
             "strategy=FSDPStrategy: torch's first FSDP needs an accelerator, and none was found; "
             "strategy=dict(type='mmkd.ShardedStrategy') shards on a CPU as well"
         )
-    if strategy == 'DeepSpeedStrategy' and importlib.util.find_spec('deepspeed') is None:
-        raise ConfigError('strategy=DeepSpeedStrategy: deepspeed is not installed; pip install deepspeed')
+    if strategy == 'DeepSpeedStrategy':
+        _check_deepspeed(config)
     averages = [
         option
         for option, spec in described_sources(config)
@@ -197,6 +197,23 @@ def check_engine(config: Config) -> None:
                 f'{named}: batch norm is synchronized between GPUs alone, and none was found; use BN, or one process, in which '
                 f'mmengine does'
             )
+
+
+def _check_deepspeed(config: Config) -> None:
+    """Raise ConfigError unless DeepSpeed can train a distilled student, which was tried with its release 0.16.9."""
+    zero = (config.strategy.get('zero_optimization') or {}).get('stage', 0)
+    if zero == 3:
+        raise ConfigError(
+            "strategy.zero_optimization.stage=3: DeepSpeed's hooks fail on what a student's parts put out; take stage 1 or 2, or "
+            "strategy=dict(type='mmkd.ShardedStrategy'), which shards weights as well"
+        )
+    if importlib.util.find_spec('deepspeed') is None:
+        raise ConfigError('strategy=DeepSpeedStrategy: deepspeed is not installed; pip install deepspeed==0.16.9')
+    if importlib.util.find_spec('deepspeed.runtime.fp16.onebit') is None:
+        raise ConfigError(
+            "strategy=DeepSpeedStrategy: this deepspeed has no 1-bit Adam any more, which mmengine's strategy imports; pip install "
+            'deepspeed==0.16.9'
+        )
 
 
 def _synchronized(node: Any) -> Iterator[str]:

@@ -80,7 +80,9 @@ class StopOnSignal(Hook):
         loop = runner.train_loop
         last_of_epoch = isinstance(loop, EpochBasedTrainLoop) and (runner.iter + 1) % len(loop.dataloader) == 0
         # what an epoch ends with, and accumulated gradients, no checkpoint of an iteration holds
-        whole = not last_of_epoch and runner.iter + 1 < loop.max_iters and runner.optim_wrapper.should_update()
+        # DeepSpeed counts itself what it accumulates
+        updated = getattr(runner.optim_wrapper, 'should_update', lambda: True)()
+        whole = not last_of_epoch and runner.iter + 1 < loop.max_iters and updated
         if self._agreed() and whole:
             self._stop(runner)
 
