@@ -1,0 +1,11 @@
+# no teacher: the decode head teaches the auxiliary head, and the last stage of the backbone the one before it
+_base_ = 'pspnet_auxiliary_student.py'
+model = dict(
+    _delete_=True,
+    type='mmkd.Distill',
+    student=_base_.model,
+    teacher=dict(own=dict(type='Own')),
+    distillers=dict(
+        kd=dict(
+            type='KD', layer='auxiliary_head.conv_seg', teacher_layer='decode_head.conv_seg', tau=3.0, loss_weight=0.3),
+        at=dict(type='AT', layer='backbone.layer3', teacher_layer='backbone.layer4', loss_weight=60.0)))

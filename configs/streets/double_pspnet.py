@@ -1,0 +1,9 @@
+# the teacher sees the images at twice their size
+_base_ = 'pspnet_student.py'
+model = dict(
+    _delete_=True,
+    type='mmkd.Distill',
+    student=_base_.model,
+    teacher=dict(
+        config='mmkd::streets/pspnet_teacher.py', checkpoint='work_dirs/pspnet_teacher/iter_1500.pth', scale=2.0),
+    distillers=dict(kd=dict(type='KD')))
