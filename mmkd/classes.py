@@ -58,7 +58,7 @@ def class_map(
     pairs: dict[int, int] = {}
     learners: dict[int, object] = {}
     for own, other in classes.items():
-        index, of = _index(own, student, option, 'student'), _index(other, teacher, option, 'teacher')
+        index, of = index_of(own, student, option, 'student'), index_of(other, teacher, option, 'teacher')
         if index in pairs:
             raise ConfigError(f'{option}: class {own!r} of the student is named twice')
         if of in learners:
@@ -71,7 +71,12 @@ def class_map(
     return ClassMap(tuple(order), tuple(pairs[each] for each in order))
 
 
-def _index(name: object, names: Sequence[str] | None, option: str, whose: str) -> int:
+def index_of(name: object, names: Sequence[str] | None, option: str, whose: str) -> int:
+    """A class's index, by its name or its index.
+
+    Raises:
+        ConfigError: for what is neither, and for a name that is not there.
+    """
     if is_whole(name) and name >= 0:
         return name
     if not isinstance(name, str):

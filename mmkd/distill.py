@@ -16,6 +16,7 @@ from mmkd.distillers.collection import Distillers, idle_loss, weighted
 from mmkd.distillers.schedule import Weight
 from mmkd.errors import ConfigError
 from mmkd.hosts.configs import build_model, read_model
+from mmkd.hosts.partial_labels import labelled_classes
 from mmkd.hosts.running import at_first_size, probe, run, scaled, sizes_to_probe, without_labels
 from mmkd.inherit import check_inheritance, inherit_weights, parts_by_teacher
 from mmkd.registry import MODELS
@@ -30,6 +31,7 @@ class Distilled(BaseModel if TYPE_CHECKING else object):  # type: ignore[misc]
     sources: Sources
     _inherit: dict[str, Sequence[str]]
     _task_weight: Callable[[int], float]
+    _class_names: Sequence[str] | None
 
     def forward(self, inputs, data_samples=None, mode: str = 'tensor'):
         # Not `loss` or `train_step`: DDP calls `forward` alone, and synchronizes what is computed in it.
@@ -52,20 +54,27 @@ class Distilled(BaseModel if TYPE_CHECKING else object):  # type: ignore[misc]
         """The student's taps of all images, and its own losses of those that have labels; of none with a weight of 0."""
         without = range(len(inputs)) if weight == 0 else without_labels(self, data_samples)
         if not without:
-            with Taps(self, self.distillers.student_layers, images=len(inputs)) as taps:
-                return taps, weighted(super().forward(inputs, data_samples, 'loss'), weight)
+            return self._task(inputs, data_samples, weight)
         labeled = [index for index in range(len(inputs)) if index not in without]
         losses = {} if labeled else idle_loss('task', self)
         parts = []
         for indices in filter(None, (labeled, list(without))):
             images, samples = _pick(inputs, indices), [data_samples[index] for index in indices]
-            with Taps(self, self.distillers.student_layers, images=len(indices)) as taps:
-                if indices is labeled:
-                    losses = weighted(super().forward(images, samples, 'loss'), weight)
-                else:
+            if indices is labeled:
+                taps, losses = self._task(images, samples, weight)
+            else:
+                with Taps(self, self.distillers.student_layers, images=len(indices)) as taps:
                     run(self, self.distillers.student_layers, images, samples, trains=True)
             parts.append((indices, taps))
         return join(parts), losses
+
+    def _task(self, inputs: torch.Tensor, data_samples: list, weight: float) -> tuple[Taps, dict]:
+        # the taps' hooks come first, and read what heads say of all classes
+        with (
+            Taps(self, self.distillers.student_layers, images=len(inputs)) as taps,
+            labelled_classes(self, data_samples, self._class_names),
+        ):
+            return taps, weighted(super().forward(inputs, data_samples, 'loss'), weight)
 
     def init_weights(self) -> None:
         """Initialize the student, unless it was given as a built model, and load what it learns from.
@@ -80,7 +89,7 @@ class Distilled(BaseModel if TYPE_CHECKING else object):  # type: ignore[misc]
 
     def plain(self) -> BaseModel:
         """The student as the plain model again, in place: without distillers and without what it learnt from."""
-        del self.distillers, self.sources, self._inherit, self._task_weight
+        del self.distillers, self.sources, self._inherit, self._task_weight, self._class_names
         self.__class__ = type(self).__mro__[2]
         return self
 
@@ -111,8 +120,8 @@ def distill(
         data_preprocessor: Given by mmengine's Runner where a config has one at its top level; for the student.
         inherit: The student's parts that start from the teacher's weights, such as ``['neck', 'bbox_head']`` (the
             "inheriting strategy"); ``init_weights`` copies them. With several teachers ``dict(large=['neck'])``.
-        class_names: The names of the student's classes, for a teacher with other ``classes``. mmkd's commands fill in those
-            of the training data.
+        class_names: The names of the student's classes, for a teacher with other ``classes``, and for images that are labelled
+            for some alone. mmkd's commands fill in those of the training data.
         task_weight: Of the student's own losses, a number or a schedule (:class:`mmkd.distillers.schedule.Weight`). Default
             1. In a step in which it is 0 no label is read, and the student is run no further than the distillers need; where
             it is always 0, heads that no distiller reads are not trained.
@@ -149,7 +158,7 @@ def distill(
     if not weight.scheduled and weight() == 0:
         _freeze_unread_heads(model, collection)
     model.__class__ = distilled_class(model.__class__)
-    model._task_weight = weight.at
+    model._task_weight, model._class_names = weight.at, class_names
     model._inherit = parts
     model.distillers = collection.to(device)
     model.sources = Sources(sources)

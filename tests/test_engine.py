@@ -343,7 +343,9 @@ def test_a_sharded_segmentor(tmp_path):
             r'^strategy=DeepSpeedStrategy: deepspeed is not installed; pip install deepspeed==',
         ),
         (
-            dict(runner_type='FlexibleRunner', strategy=dict(type='DeepSpeedStrategy', zero_optimization=dict(stage=3))),
+            dict(
+                runner_type='FlexibleRunner', strategy=dict(type='DeepSpeedStrategy', zero_optimization=dict(stage=3))
+            ),
             r"^strategy.zero_optimization.stage=3: .* take stage 1 or 2, or strategy=dict\(type='mmkd.ShardedStrategy'\)",
         ),
         (

@@ -67,17 +67,22 @@ def _metrics(config: Config, part: str) -> Iterator[tuple[str, Mapping]]:
             yield name, each
 
 
+MARKS = {'Unlabelled': 'domain', 'LabelledFor': 'labelled_for'}
+"""Transforms that mark an image, and the meta data that has the mark."""
+
+
 def _check_unlabelled(option: str, dataset: Mapping) -> None:
     """Raise ConfigError if images without labels would reach the student as images without objects."""
     steps = [(type_name(step), step) for step in dataset.get('pipeline') or () if isinstance(step, Mapping)]
     packs = [(name, step) for name, step in steps if name.startswith('Pack')]
-    if 'Unlabelled' in [name for name, _ in steps] and packs:
-        name, step = packs[-1]
-        if 'domain' not in (step.get('meta_keys') or ()):
-            raise ConfigError(
-                f'{option}.pipeline: mmkd.Unlabelled marks images as such in their meta data, which {name} leaves out; write '
-                f"dict(type='{name}', meta_keys=(..., 'domain')) with those that it has"
-            )
+    for mark, key in MARKS.items():
+        if mark in [name for name, _ in steps] and packs:
+            name, step = packs[-1]
+            if key not in (step.get('meta_keys') or ()):
+                raise ConfigError(
+                    f'{option}.pipeline: mmkd.{mark} marks images as such in their meta data, which {name} leaves out; write '
+                    f"dict(type='{name}', meta_keys=(..., '{key}')) with those that it has"
+                )
 
 
 def _check_dataset(option: str, dataset: Mapping, scope: str | None, trains: bool) -> list[str]:

@@ -62,6 +62,35 @@ class Unlabelled:
         return f'{type(self).__name__}(ignore_index={self.ignore_index})'
 
 
+@TRANSFORMS.register_module()
+class LabelledFor:
+    """Says that an image is labelled for some classes alone; stands behind ``LoadAnnotations`` in a pipeline.
+
+    The student's own losses then say nothing of the others there: their objects are no background, and teachers can supply them
+    (see :mod:`mmkd.hosts.partial_labels`). The pipeline's last transform has to hand it on:
+    ``dict(type='PackDetInputs', meta_keys=(..., 'labelled_for'))``. A two-stage detector's RPN knows no classes, and takes
+    unlabelled objects for background all the same.
+
+    Args:
+        classes: Their names, or indices.
+
+    Raises:
+        ConfigError: for none.
+    """
+
+    def __init__(self, classes: Sequence[str | int]):
+        if isinstance(classes, str) or not classes:
+            raise ConfigError(f"classes={classes!r}: expected a list of classes, such as ('car', 'person')")
+        self.classes = tuple(classes)
+
+    def __call__(self, results: dict) -> dict:
+        results['labelled_for'] = self.classes
+        return results
+
+    def __repr__(self) -> str:
+        return f'{type(self).__name__}(classes={self.classes})'
+
+
 @DATA_SAMPLERS.register_module()
 class DomainSampler(Sampler):
     """Indices of images of each domain in turn, without an end: source, target, source, target, ...

@@ -70,11 +70,15 @@ def teachers(config: Config) -> Iterator[tuple[str, str | Mapping]]:
 
 
 def fill_in_class_names(config: Config) -> None:
-    """Give a student whose teachers have other classes the names of its own, those of the training data."""
-    mapped = any(isinstance(spec, Mapping) and spec.get('classes') for _, spec in described_sources(config))
+    """Give a distilled student the names of its classes, those of the training data, where something names them."""
     loader = config.get('train_dataloader')
-    if mapped and 'class_names' not in config.model and loader:
-        option, dataset = next(datasets(loader.dataset, 'train_dataloader.dataset'))
+    if not loader or 'student' not in config.model or 'class_names' in config.model:
+        return
+    parts = list(datasets(loader.dataset, 'train_dataloader.dataset'))
+    mapped = any(isinstance(spec, Mapping) and spec.get('classes') for _, spec in described_sources(config))
+    steps = [step for _, dataset in parts for step in dataset.get('pipeline') or () if isinstance(step, Mapping)]
+    if mapped or any(type_name(step) == 'LabelledFor' for step in steps):
+        option, dataset = parts[0]
         config.model.class_names = class_names(dataset, option, config.get('default_scope'))
 
 

@@ -211,8 +211,8 @@ def _check_deepspeed(config: Config) -> None:
         raise ConfigError('strategy=DeepSpeedStrategy: deepspeed is not installed; pip install deepspeed==0.16.9')
     if importlib.util.find_spec('deepspeed.runtime.fp16.onebit') is None:
         raise ConfigError(
-            "strategy=DeepSpeedStrategy: this deepspeed has no 1-bit Adam any more, which mmengine's strategy imports; pip install "
-            'deepspeed==0.16.9'
+            "strategy=DeepSpeedStrategy: this deepspeed has no 1-bit Adam any more, which mmengine's strategy imports; "
+            'pip install deepspeed==0.16.9'
         )
 
 

@@ -85,6 +85,11 @@ class RegionLogits(LogitsReader):
 
     def prepare(self, student: nn.Module, teacher: nn.Module) -> None:
         self.roi_head.check(student)
+        if isinstance(getattr(getattr(teacher, self.roi_head.name, None), 'bbox_head', None), nn.ModuleList):
+            raise ConfigError(
+                f'{self.roi_head.name!r} of the teacher ({type(teacher).__name__}) is a cascade, whose stages KD does not tell '
+                f'apart; use Mimic with cls_weight and teacher_stage'
+            )
         self.teacher_head = self.roi_head.of_teacher(teacher)
         if getattr(student.get_submodule(self.roi_head.bbox_head), 'custom_cls_channels', False):
             raise ConfigError(f'{self.roi_head.bbox_head!r}: its channels are no classes; a softmax head is needed')

@@ -33,6 +33,26 @@ METHODS = {
         dict(type='CWD', layer='bbox_head.gfl_cls', loss_weight=5),
         {'padding': 'the softmax is over all positions, as published'},
     ),
+    'KD RetinaNet': (
+        'retinanet',
+        'retinanet',
+        dict(type='KD'),
+        {'padding': 'slots of the padding count, as mmdet trains them'},
+    ),
+    'KD FCOS': ('fcos', 'fcos', dict(type='KD'), {'padding': 'slots of the padding count, as mmdet trains them'}),
+    'KD GFL': ('gfl', 'gfl', dict(type='KD', tau=2.0), {'padding': 'slots of the padding count, as mmdet trains them'}),
+    'KD RPN': (
+        'faster_rcnn',
+        'faster_rcnn',
+        dict(type='KD', layer='rpn_head'),
+        {'bf16': NO_NMS, 'padding': 'slots of the padding count, as mmdet trains them'},
+    ),
+    'KD Faster R-CNN': (
+        'faster_rcnn',
+        'faster_rcnn',
+        dict(type='KD', loss_weight=100.0),
+        {'batch': SAMPLED, 'bf16': NO_NMS, 'padding': SAMPLED},
+    ),
     'GID RetinaNet': ('retinanet', 'retinanet', dict(type='GID'), {'bf16': SELECTED, 'padding': SELECTED}),
     'GID FCOS': ('fcos', 'fcos', dict(type='GID'), {'bf16': SELECTED, 'padding': SELECTED}),
     # boxes of random weights are as large as the image, and NMS would leave one

@@ -5,11 +5,11 @@ import torch
 import torch.nn.functional as F
 
 from mmkd.distill import distill
-from mmkd.distillers.generic.kd import KD, REDUCTIONS, pixel_divergence
+from mmkd.distillers.generic.kd import KD, REDUCTIONS, binary_divergence, pixel_divergence
 from mmkd.errors import ConfigError
 from mmkd.hosts.running import probe
 from mmkd.taps import Taps
-from mmkd.testing import models, segmentors
+from mmkd.testing import detectors, models, segmentors
 from mmkd.testing.batches import random_batch
 from mmkd.testing.closed_form import closed_form_inputs
 
@@ -135,6 +135,54 @@ def test_the_gradient_is_that_of_a_soft_cross_entropy_and_the_teacher_has_none()
     expected = (student.softmax(1) - teacher.softmax(1)).detach() / 48
     torch.testing.assert_close(student.grad, expected)
     assert teacher.grad is None
+
+
+def sigmoid(value, tau=1.0):
+    return 1 / (1 + math.exp(-value / tau))
+
+
+@pytest.mark.parametrize('tau', [0.5, 1.0, 4.0])
+@pytest.mark.parametrize('weighted', [False, True])
+def test_sigmoid_scores_as_plain_loops(tau, weighted):
+    student, teacher = 2 * torch.randn(2, 2, 3, 7, dtype=torch.float64)
+    weights = torch.rand(2, 3, 7, dtype=torch.float64) if weighted else None
+    total, objects = 0.0, 0.0
+    for b in range(2):
+        for a in range(7):
+            objects += max(sigmoid(value) for value in teacher[b, :, a].tolist())
+            for c in range(3):
+                p, q = (sigmoid(each[b, c, a].item(), tau) for each in (teacher, student))
+                each = p * math.log(p / q) + (1 - p) * math.log((1 - p) / (1 - q))
+                total += each * (weights[b, c, a].item() if weighted else 1)
+    expected = tau**2 * total / max(objects, 1)
+    assert binary_divergence(student, teacher, tau, weights).item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_sigmoid_scores_of_nothing_but_background():
+    """The divisor does not go below one object."""
+    student, teacher = torch.zeros(1, 2, 3, requires_grad=True), torch.full((1, 2, 3), -20.0)
+    loss = binary_divergence(student, teacher)
+    assert loss.item() == pytest.approx(6 * math.log(2), rel=1e-5)
+    loss.backward()
+    torch.testing.assert_close(student.grad, torch.full((1, 2, 3), 0.5))
+
+
+def test_sigmoid_scores_are_finite_and_zero_for_equal_ones():
+    student = torch.tensor([[[300.0, -300.0, 0.0]]], requires_grad=True)
+    assert binary_divergence(student, student.detach()).item() == 0
+    loss = binary_divergence(student, -student.detach())
+    loss.backward()
+    assert torch.isfinite(loss)
+    assert torch.isfinite(student.grad).all()
+
+
+def test_positions_have_weights_of_their_own():
+    student, teacher = torch.randn(2, 2, 5, 3, 4)
+    weights = torch.rand(2, 3, 4)
+    valid = torch.rand(2, 3, 4) < 0.5
+    found = pixel_divergence(student, teacher, reduction='sum', valid=valid, weights=weights)
+    log_s, log_t = student.log_softmax(1), teacher.log_softmax(1)
+    torch.testing.assert_close(found, ((log_t.exp() * (log_t - log_s)).sum(1) * weights * valid).sum())
 
 
 # --- as a distiller
@@ -270,3 +318,57 @@ def test_layers_that_cannot_be_compared_are_errors(student, teacher, options, me
 def test_options_out_of_range_are_errors(options):
     with pytest.raises(ConfigError, match=next(iter(options)).removeprefix('loss_')):
         KD(**options)
+
+
+@pytest.mark.parametrize('make', [detectors.retinanet, detectors.fcos, detectors.gfl])
+def test_a_dense_head_by_hand(make, tmp_path):
+    model = pair(tmp_path, make(), make(), tau=2.0, loss_weight=3.0)
+    data = model.data_preprocessor(random_batch(model, (2, 3, 64, 96)), True)
+    found = model(**data, mode='loss')['kd.loss']
+    with torch.no_grad():
+        own, other = (
+            network.bbox_head(network.extract_feat(data['inputs']))[0]
+            for network in (model, model.sources['teacher'].model)
+        )
+    slots = [
+        torch.cat([each.unflatten(1, (-1, 3)).transpose(1, 2).flatten(2) for each in levels], 2)
+        for levels in (own, other)
+    ]
+    torch.testing.assert_close(found, 3 * binary_divergence(*slots, 2.0))
+
+
+def test_regions_by_hand(tmp_path):
+    """The teacher's second stage is run over the student's own regions."""
+    model = pair(tmp_path, detectors.faster_rcnn(), detectors.faster_rcnn())
+    data = model.data_preprocessor(random_batch(model, (2, 3, 64, 96)), True)
+    with Taps(model, ['roi_head.bbox_roi_extractor:input', 'roi_head.bbox_head']) as taps:
+        found = model(**data, mode='loss')['kd.loss']
+    teacher = model.sources['teacher'].model
+    with torch.no_grad():
+        features = teacher.extract_feat(data['inputs'])
+        rois = taps['roi_head.bbox_roi_extractor:input'][1]
+        extractor = teacher.roi_head.bbox_roi_extractor
+        levels = [level.contiguous() for level in features[: extractor.num_inputs]]
+        logits = teacher.roi_head.bbox_head(extractor(levels, rois))[0]
+    torch.testing.assert_close(found, pixel_divergence(taps['roi_head.bbox_head'][0], logits), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ('student', 'teacher', 'options', 'message'),
+    [
+        (
+            detectors.retinanet(),
+            detectors.retinanet(classes=4),
+            {},
+            'the heads predict 3 .student. and 4 .teacher. classes',
+        ),
+        (detectors.retinanet(), detectors.fcos(), {}, 'the heads have different slots'),
+        (detectors.retinanet(), detectors.faster_rcnn(), {}, "'bbox_head': FasterRCNN has no such module"),
+        (detectors.faster_rcnn(), detectors.retinanet(), {}, "RetinaNet. has no 'roi_head' with boxes"),
+        (detectors.faster_rcnn(), detectors.faster_rcnn(classes=5), {}, "'roi_head.bbox_head' differs in classes"),
+        (detectors.retinanet(), detectors.retinanet(), dict(layer=['bbox_head']), 'of a detector one head is compared'),
+    ],
+)
+def test_detectors_that_cannot_be_compared_are_errors(student, teacher, options, message):
+    with pytest.raises(ConfigError, match=message):
+        distill(models.build(student), models.build(teacher), dict(kd=dict(type='KD', **options)))
