@@ -11,7 +11,7 @@ import argparse
 from pathlib import Path
 
 from mmkd import cli
-from mmkd.data.pseudo_labels import PseudoLabels
+from mmkd.data.pseudo_labels import PseudoLabels, boxes_per_image
 
 
 def main() -> None:
@@ -36,12 +36,13 @@ def main() -> None:
     cli.add_common_options(parser)
     args = parser.parse_args()
     with cli.clear_errors(args.debug):
+        per_image = boxes_per_image(args.like) if args.like else None
         labels = PseudoLabels(cli.read_config(args), args.checkpoint, args.images, args.out, args.score, args.augment)
         if args.like and not labels.detects:
             parser.error('--like counts boxes; a segmentor has none')
         labels(args.batch_size)
         if labels.detects:
-            found = labels.write(args.like)
+            found = labels.write(per_image)
             print(f'{args.out}: {found["boxes"]} boxes of at least {found["score"]:.3g} in {found["images"]} images')
         else:
             print(f'{args.out}: label maps of {len(labels.images)} images')

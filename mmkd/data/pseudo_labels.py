@@ -179,18 +179,17 @@ class PseudoLabels:
         for line in self.kept.read_text().splitlines()[1:]:
             yield json.loads(line)
 
-    def write(self, like: str | Path | None = None) -> dict[str, float]:
+    def write(self, per_image: float | None = None) -> dict[str, float]:
         """Write the COCO file of a detector, once all images are labelled.
 
         Args:
-            like: A COCO file of labelled images; the threshold then is the one that leaves as many boxes for each image as it
-                has, in place of ``score``.
+            per_image: How many boxes to keep for each image, on average, in place of ``score``.
 
         Returns:
             The threshold, and how many images and boxes there are.
         """
         lines = list(self.lines())
-        score = self.score if like is None else threshold_like([line['scores'] for line in lines], like)
+        score = self.score if per_image is None else threshold_like([line['scores'] for line in lines], per_image)
         images, annotations = [], []
         for number, line in enumerate(lines, 1):
             images.append({'id': number, **{key: line[key] for key in ('file_name', 'height', 'width')}})
@@ -217,23 +216,28 @@ class PseudoLabels:
         return dict(score=score, images=len(images), boxes=len(annotations))
 
 
-def threshold_like(scores: Sequence[Sequence[float]], labelled: str | Path) -> float:
-    """The score that leaves as many boxes for each image as a labelled COCO file has.
-
-    Args:
-        scores: Of each image's boxes.
-        labelled: The COCO file.
+def boxes_per_image(labelled: str | Path) -> float:
+    """How many boxes an image of a labelled COCO file has, on average.
 
     Raises:
-        ConfigError: if it has no images.
+        ConfigError: if it is none, or has no images.
     """
     try:
         found = json.loads(Path(labelled).read_text())
-        per_image = len(found['annotations']) / len(found['images'])
+        return len(found['annotations']) / len(found['images'])
     except (OSError, ValueError, KeyError, TypeError, ZeroDivisionError) as error:
         raise ConfigError(
             f'--like {labelled}: is no COCO file with images ({type(error).__name__}: {error})'
         ) from error
+
+
+def threshold_like(scores: Sequence[Sequence[float]], per_image: float) -> float:
+    """The score that leaves so many boxes for each image, on average.
+
+    Args:
+        scores: Of each image's boxes.
+        per_image: How many.
+    """
     ranked = sorted((each for image in scores for each in image), reverse=True)
     wanted = round(per_image * len(scores))
     if not ranked or wanted <= 0:

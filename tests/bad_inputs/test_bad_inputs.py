@@ -11,6 +11,7 @@ import of_coco_data
 import of_command_line
 import of_config_files
 import of_distillers
+import of_schemes
 import of_segmentation_data
 import of_students
 import of_teachers
@@ -31,6 +32,7 @@ TABLES = {
     'config file': of_config_files.CASES,
     'student': of_students.CASES,
     'teacher': of_teachers.CASES,
+    'schemes': of_schemes.CASES,
     'distillers': of_distillers.CASES,
     'adapters and schedules': of_adapters_and_schedules.CASES,
     'training': of_training.CASES,

@@ -12,7 +12,7 @@ from pycocotools.coco import COCO
 from tool import tool
 
 from mmkd.data import shapes
-from mmkd.data.pseudo_labels import PseudoLabels, threshold_like
+from mmkd.data.pseudo_labels import PseudoLabels, boxes_per_image, threshold_like
 from mmkd.errors import ConfigError
 from mmkd.testing import detectors, models, segmentors
 from mmkd.testing.runs import shapes_config, streets_config
@@ -102,13 +102,14 @@ def test_the_threshold_leaves_as_many_boxes_as_there_are_labelled(tmp_path):
     path = tmp_path / 'labelled.json'
     path.write_text(json.dumps(dict(images=[1, 2], annotations=[1, 2, 3])))
     scores = [[0.9, 0.5], [0.8, 0.4], [0.7], [0.6, 0.3]]  # 4 images: 6 boxes
-    threshold = threshold_like(scores, path)
+    assert boxes_per_image(path) == 1.5
+    threshold = threshold_like(scores, 1.5)
     assert sum(each >= threshold for image in scores for each in image) == 6
-    assert threshold_like([[], []], path) == 1.0
+    assert threshold_like([[], []], 1.5) == 1.0
     for text in ('{}', 'nothing', json.dumps(dict(images=[], annotations=[]))):
         path.write_text(text)
         with pytest.raises(ConfigError, match='is no COCO file with images'):
-            threshold_like(scores, path)
+            boxes_per_image(path)
 
 
 def test_mirrored_and_scaled_images_are_merged(detector, tmp_path):

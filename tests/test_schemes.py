@@ -1,0 +1,169 @@
+"""Each scheme through the real Runner: two processes end alike, and a resumed training ends as if it never stopped."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tool import tool, train_together
+
+from mmkd.testing import detectors, models, segmentors
+from mmkd.testing.runs import shapes_config, streets_config
+
+pytestmark = [pytest.mark.slow, pytest.mark.long]
+CWD = dict(type='CWD', layer='neck')
+
+
+def distilled(folder: Path, student: dict, teachers: dict, **options) -> dict:
+    """A student of teachers with other weights each: name to config, and to options of the source."""
+    named = {}
+    for seed, (name, (config, given)) in enumerate(teachers.items(), 1):
+        checkpoint = models.save_weights(config, folder / f'{name}.pth', seed=seed)
+        named[name] = dict(config=config, checkpoint=checkpoint, **given)
+    return dict(type='mmkd.Distill', student=student, teacher=named, **options)
+
+
+def detector(folder, teachers, distillers, **options):
+    return shapes_config(
+        folder,
+        distilled(folder, detectors.retinanet(classes=6), teachers, distillers=distillers, **options),
+        iterations=6,
+        batch=2,
+    )
+
+
+def segmentor(folder, teachers, distillers, **options):
+    student = segmentors.pspnet()
+    return streets_config(
+        folder, distilled(folder, student, teachers, distillers=distillers, **options), iterations=6, batch=2
+    )
+
+
+def wide(classes=6):
+    return detectors.retinanet(classes=classes, channels=24, base=12)
+
+
+def several(combine, type='KD'):
+    def make(folder):
+        entry = dict(type=type, teacher=['a', 'b'], combine=combine)
+        if type == 'CWD':
+            entry['layer'] = 'neck'
+        return detector(folder, dict(a=(wide(), {}), b=(detectors.retinanet(classes=6), {})), dict(it=entry))
+
+    return make
+
+
+def labels(folder):
+    entry = dict(type='KD', teacher=['a', 'b'], combine='labels')
+    return segmentor(folder, dict(a=(segmentors.pspnet(24), {}), b=(segmentors.pspnet(), {})), dict(it=entry))
+
+
+def specialists(folder):
+    """Whose images are labelled for the classes of one of them alone, in the first process; of both in the second."""
+    teachers = dict(
+        a=(wide(3), dict(classes=dict(circle=0, square=2))), b=(wide(2), dict(classes=dict(star=1, ring=0)))
+    )
+    config = detector(folder, teachers, dict(it=dict(type='KD', teacher=['a', 'b'], combine='entropy')))
+    dataset = config.train_dataloader.dataset
+    pack = dict(type='PackDetInputs', meta_keys=('img_path', 'img_shape', 'ori_shape', 'labelled_for'))
+    dataset.pipeline = [*dataset.pipeline[:-1], dict(type='mmkd.LabelledFor', classes=('circle', 'square')), pack]
+    return config
+
+
+def scaled(folder):
+    return detector(
+        folder,
+        dict(a=(wide(), dict(scale=1.5))),
+        dict(it=dict(type='KD'), cwd=dict(type='CWD', layer='backbone.layer4')),
+    )
+
+
+def unlabelled(folder, ratio=(1, 1), **options):
+    config = detector(folder, dict(a=(wide(), {})), dict(it=CWD, kd=dict(type='KD')), **options)
+    images = folder / 'unlabelled'
+    images.mkdir()
+    rng = np.random.default_rng(0)
+    for index in range(6):
+        Image.fromarray(rng.integers(0, 255, (96, 96, 3), dtype=np.uint8)).save(images / f'{index}.png')
+    labelled = config.train_dataloader.dataset
+    pack = dict(type='PackDetInputs', meta_keys=('img_path', 'img_shape', 'ori_shape', 'domain'))
+    pipeline = [labelled.pipeline[0], dict(type='mmkd.Unlabelled'), *labelled.pipeline[2:-1], pack]
+    other = dict(
+        type='mmkd.Images',
+        like='CocoDataset',
+        metainfo=labelled.metainfo,
+        data_prefix=dict(img_path=str(images)),
+        pipeline=pipeline,
+    )
+    config.train_dataloader.dataset = dict(type='ConcatDataset', datasets=[labelled, other])
+    config.train_dataloader.sampler = dict(type='mmkd.DomainSampler', ratio=list(ratio))
+    return config
+
+
+def now_and_then(folder):
+    """Of each process some batches have labelled images alone, some unlabelled ones alone, some both."""
+    config = unlabelled(folder, (1, 2))
+    config.train_dataloader.batch_size = 1
+    return config
+
+
+def without_the_task(folder):
+    return detector(folder, dict(a=(wide(), {})), dict(it=CWD), task_weight=0)
+
+
+def task_from_step_3(folder):
+    weight = dict(type='constant', value=1.0, begin=3)
+    return unlabelled(folder, task_weight=weight)
+
+
+SCHEMES = {
+    'mean': several('mean', 'CWD'),
+    'entropy': several('entropy'),
+    'drop': several(dict(type='drop', p=0.5)),
+    'schedules': several(dict(a=1.0, b=dict(type='linear', start=1.0, value=0.0, end=4))),
+    'labels': labels,
+    'specialists': specialists,
+    'scale': scaled,
+    'unlabelled': unlabelled,
+    'now and then': now_and_then,
+    'without the task': without_the_task,
+    'task from step 3': task_from_step_3,
+}
+
+
+@pytest.mark.parametrize('scheme', SCHEMES)
+def test_both_processes_end_alike(scheme, tmp_path):
+    config = SCHEMES[scheme](tmp_path)
+    config.custom_hooks = [dict(type='mmkd.testing.runs.SaveEachRank')]
+    path = tmp_path / 'two.py'
+    config.dump(path)
+    assert 'find_unused_parameters' not in path.read_text()
+    train_together(path, 2, '--work-dir', tmp_path / 'two')
+    first, second = (torch.load(tmp_path / 'two' / f'rank{rank}.pth') for rank in range(2))
+    before = torch.load(tmp_path / 'two' / 'rank0_before.pth')
+    assert any(not torch.equal(value, before[name]) for name, value in first.items())
+    for name, value in first.items():
+        assert torch.isfinite(value).all(), name
+        if 'running_' not in name:  # of batch norms: each process has seen other images
+            assert torch.equal(value, second[name]), name
+
+
+@pytest.mark.parametrize('scheme', SCHEMES)
+def test_a_resumed_training_ends_bit_for_bit_as_if_it_never_stopped(scheme, tmp_path):
+    config = SCHEMES[scheme](tmp_path)
+    config.default_hooks.checkpoint.interval = 3
+    path, whole, stopped = tmp_path / 'config.py', tmp_path / 'whole', tmp_path / 'stopped'
+    config.dump(path)
+    tool('train', path, '--work-dir', whole)
+    stopped.mkdir()
+    (stopped / 'iter_3.pth').write_bytes((whole / 'iter_3.pth').read_bytes())
+    (stopped / 'last_checkpoint').write_text(str(stopped / 'iter_3.pth'))
+    tool('train', path, '--work-dir', stopped, '--resume')
+    found, expected = (
+        torch.load(folder / 'iter_6.pth', map_location='cpu', weights_only=True)['state_dict']
+        for folder in (stopped, whole)
+    )
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert torch.equal(found[name], value), name
