@@ -21,7 +21,7 @@ COMMANDS = {
 
 
 def main() -> None:
-    listed = '\n'.join(f'  {name:12}{purpose}' for name, purpose in COMMANDS.items())
+    listed = '\n'.join(f'  {name:14}{purpose}' for name, purpose in COMMANDS.items())
     parser = argparse.ArgumentParser(
         prog='mmkd',
         description='Knowledge distillation for mmdet and mmsegmentation.',

@@ -74,7 +74,8 @@ class Distilled(BaseModel if TYPE_CHECKING else object):  # type: ignore[misc]
             Taps(self, self.distillers.student_layers, images=len(inputs)) as taps,
             labelled_classes(self, data_samples, self._class_names),
         ):
-            return taps, weighted(super().forward(inputs, data_samples, 'loss'), weight)
+            losses = super().forward(inputs, data_samples, 'loss')
+        return taps, weighted(losses, weight)
 
     def init_weights(self) -> None:
         """Initialize the student, unless it was given as a built model, and load what it learns from.

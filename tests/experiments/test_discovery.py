@@ -19,6 +19,9 @@ def edit(path, old, new):
     path.write_text(text.replace(old, new))
 
 
+ALONE = ('byot_pspnet', 'dml_pspnet', 'mean_teacher_pspnet')  # without a frozen teacher
+
+
 @pytest.mark.parametrize('suite', SUITES)
 def test_every_config_with_distillers_is_found_with_its_student_and_teacher(suite):
     folder = SUITES[suite].configs
@@ -27,9 +30,11 @@ def test_every_config_with_distillers_is_found_with_its_student_and_teacher(suit
     assert set(methods) == {name for name in files if not name.endswith(('_student', '_teacher'))}
     for name, method in methods.items():
         family = next(each for each in ('faster_rcnn', 'retinanet', 'fcos', 'gfl', 'pspnet') if name.endswith(each))
-        assert method.student == f'{"pspnet_dusk" if name == "dakd_pspnet" else family}_student'
-        (teacher,) = re.findall(r"config='mmkd::\w+/(\w+)\.py'", (folder / f'{name}.py').read_text())
-        assert method.teachers == {'model.teacher': teacher}
+        students = {'dakd_pspnet': 'pspnet_dusk', 'byot_pspnet': 'pspnet_auxiliary'}
+        assert method.student == f'{students.get(name, family)}_student'
+        named = re.findall(r"config='mmkd::\w+/(\w+_teacher)\.py'", (folder / f'{name}.py').read_text())
+        assert list(method.teachers.values()) == named
+        assert len(named) == {'specialists_retinanet': 2}.get(name, 0 if name in ALONE else 1)
         assert method.given == {}
 
 

@@ -212,6 +212,7 @@ class Noisy(dict):
     def __init__(self, taps, noise, samples):
         super().__init__()
         self.model, self.calls, self.images = taps.model, taps.calls, taps.images
+        self.classes, self.scale = taps.classes, taps.scale
         labelled = torch.cat([sample.gt_sem_seg.data for sample in samples])[:, None] != 255
         random = torch.Generator().manual_seed(0)
         for layer in taps:
