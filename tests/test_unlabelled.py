@@ -5,6 +5,7 @@ import copy
 import numpy as np
 import pytest
 import torch
+from mmengine.config import Config
 from mmengine.registry import DATASETS, DefaultScope
 from PIL import Image
 from tool import tool, train_together
@@ -13,6 +14,7 @@ import mmkd
 from mmkd.data import streets
 from mmkd.data.images import Images
 from mmkd.errors import ConfigError
+from mmkd.hosts.plain import plain_config
 from mmkd.testing import detectors, models, segmentors
 from mmkd.testing.batches import random_batch
 from mmkd.testing.runs import distilled, shapes_config, streets_config
@@ -264,6 +266,20 @@ def semi_supervised(tmp_path, folder, **options):
     path = tmp_path / 'semi.py'
     config.dump(path)
     return path
+
+
+def test_the_plain_config_has_the_labelled_images_alone(folder, tmp_path):
+    config = Config.fromfile(semi_supervised(tmp_path, folder, task_weight=0.5, class_names=('a',)))
+    labelled = config.train_dataloader.dataset.datasets[0]
+    marked = dict(type='mmkd.LabelledFor', classes=('circle',))
+    pack = dict(labelled.pipeline[-1], meta_keys=('img_path', 'labelled_for'))
+    labelled.pipeline = [*labelled.pipeline[:-1], marked, pack]
+    plain, left = plain_config(config, [])
+    assert left == []
+    assert 'mmkd' not in plain.pretty_text
+    assert plain.train_dataloader.dataset.type == 'CocoDataset'
+    assert plain.train_dataloader.dataset.pipeline[-1].meta_keys == ('img_path',)
+    assert plain.model == config.model.student
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ from mmengine.registry import Registry
 from mmengine.runner import Runner
 
 from mmkd.hosts.configs import plain_model
-from mmkd.hosts.datasets import class_names, dataset_class, datasets
+from mmkd.hosts.datasets import class_names, dataset_class, datasets, type_name
 from mmkd.registry import ADAPTERS, DISTILLERS, SOURCES
 
 STOCK = sorted(inspect.signature(Runner.__init__).parameters) + ['tta_model', 'tta_pipeline']
@@ -58,6 +58,10 @@ def data_meta(config: Config) -> dict:
     return {key: value for key, value in meta.items() if value is not None}
 
 
+MARKS = {'domain', 'labelled_for'}
+"""What mmkd's transforms add to an image's meta data."""
+
+
 def _kind(spec: object) -> str:
     """Module and name of a config's ``type``, as a dotted path, or its name alone."""
     kind = spec.get('type', '') if isinstance(spec, Mapping) else ''
@@ -83,13 +87,14 @@ def _mentions_mmkd(value: object) -> bool:
 
 
 def _keep_labelled(loader: dict, endless: bool) -> None:
-    """Of several domains, keep the data sets that have labels, with a stock sampler."""
-    labelled = _labelled(loader.dataset)
-    if labelled is not loader.dataset:
-        loader.dataset = labelled
-        for each in _parts(labelled):
-            if 'domain' in (each.get('meta_keys') or ()):
-                each['meta_keys'] = tuple(key for key in each['meta_keys'] if key != 'domain')
+    """Of several domains, keep the data sets that have labels, with a stock sampler; and no marks of partial labels."""
+    for each in list(_parts(loader.dataset)):
+        if each.get('pipeline'):
+            each['pipeline'] = [step for step in each['pipeline'] if type_name(step) != 'LabelledFor']
+    loader.dataset = _labelled(loader.dataset)
+    for each in _parts(loader.dataset):
+        if MARKS & set(each.get('meta_keys') or ()):
+            each['meta_keys'] = tuple(key for key in each['meta_keys'] if key not in MARKS)
     if _of_mmkd(loader.get('sampler')):
         loader.sampler = dict(type='InfiniteSampler' if endless else 'DefaultSampler', shuffle=True)
 
