@@ -82,6 +82,37 @@ def test_images_that_are_labelled_for_all_are_as_ever(head):
         torch.testing.assert_close(found[key], value)
 
 
+@pytest.mark.parametrize('head', HEADS)
+def test_the_loss_is_that_of_a_head_that_never_says_the_others(head):
+    make, layer, rows = HEADS[head]
+    model = build(make)
+    known = (0, 2)
+    data = batch(model, (known, known))
+    model.get_submodule(layer).bias.data.zero_()  # dense heads begin with next to no probability of any class
+    found = losses(model, data)
+    for sample in data['data_samples']:
+        sample.set_metainfo(dict(labelled_for=None))
+    assert abs(total(losses(model, data)) - total(found)) > 1e-4
+    classifiers = [model.get_submodule(layer)]
+    if head == 'pspnet':
+        classifiers.append(model.auxiliary_head.conv_seg)
+    number = rows - (head == 'faster_rcnn')
+    for classifier in classifiers:
+        for parameter, value in ((classifier.weight, 0.0), (classifier.bias, -1e4)):
+            by_class = parameter.data.unflatten(0, (-1, rows))
+            for c in set(range(number)) - set(known):
+                by_class[:, c] = value
+    expected = losses(model, data)
+    for key in task(found):
+        if 'acc' not in key:
+            torch.testing.assert_close(found[key], expected[key], rtol=1e-4, atol=1e-6)
+
+
+def total(found):
+    named = (value for key, value in task(found).items() if 'loss_cls' in key or 'loss_ce' in key)
+    return sum(float(sum(value) if isinstance(value, list) else value) for value in named)
+
+
 @pytest.mark.parametrize('head', ['retinanet', 'faster_rcnn', 'pspnet'])
 def test_each_image_has_its_own(head):
     make, layer, rows = HEADS[head]
