@@ -32,6 +32,7 @@ class Distilled(BaseModel if TYPE_CHECKING else object):  # type: ignore[misc]
     _inherit: dict[str, Sequence[str]]
     _task_weight: Callable[[int], float]
     _class_names: Sequence[str] | None
+    _frozen: list[str]
 
     def forward(self, inputs, data_samples=None, mode: str = 'tensor'):
         # Not `loss` or `train_step`: DDP calls `forward` alone, and synchronizes what is computed in it.
@@ -90,7 +91,9 @@ class Distilled(BaseModel if TYPE_CHECKING else object):  # type: ignore[misc]
 
     def plain(self) -> BaseModel:
         """The student as the plain model again, in place: without distillers and without what it learnt from."""
-        del self.distillers, self.sources, self._inherit, self._task_weight, self._class_names
+        for name in self._frozen:  # without the task, which nobody leaves out any more
+            self.get_parameter(name).requires_grad_(True)
+        del self.distillers, self.sources, self._inherit, self._task_weight, self._class_names, self._frozen
         self.__class__ = type(self).__mro__[2]
         return self
 
@@ -155,11 +158,14 @@ def distill(
     parts = parts_by_teacher(inherit, sources)
     for name, each in parts.items():
         check_inheritance(model, sources[name].model, each)
-    weight = Weight(task_weight, 'task_weight')
+        heads = [part for part in each if part.partition('.')[0] not in ('backbone', 'neck')]
+        if heads and sources[name].classes is not None:
+            raise ConfigError(f'inherit: {heads[0]!r} of a teacher with other classes; inherit backbone and neck alone')
+    weight, frozen = Weight(task_weight, 'task_weight'), []
     if not weight.scheduled and weight() == 0:
-        _freeze_unread_heads(model, collection)
+        frozen = _freeze_unread(model, collection)
     model.__class__ = distilled_class(model.__class__)
-    model._task_weight, model._class_names = weight.at, class_names
+    model._task_weight, model._class_names, model._frozen = weight.at, class_names, frozen
     model._inherit = parts
     model.distillers = collection.to(device)
     model.sources = Sources(sources)
@@ -230,11 +236,18 @@ def _connect(model: BaseModel, sources: Mapping[str, Source], distillers: Distil
         source.layers = tuple(dict.fromkeys(source.layers + of_learner))
 
 
-def _freeze_unread_heads(model: nn.Module, distillers: Distillers) -> None:
-    """Nothing trains them without labels; an optimizer would still shrink them by its weight decay."""
+def _freeze_unread(model: nn.Module, distillers: Distillers) -> list[str]:
+    """Freeze heads, and the neck, that no distiller reads: nothing trains them without labels, and an optimizer would still
+    shrink them by its weight decay. The names of what was trained before."""
+    read = {layer.partition(':')[0].partition('.')[0] for layer in distillers.student_layers}
+    frozen = []
     for name, part in model.named_children():
-        if name.endswith('_head') and not any(layer.startswith(name) for layer in distillers.student_layers):
-            part.requires_grad_(False)
+        unread = name not in read if name.endswith('_head') else name == 'neck' and read <= {'backbone'}
+        for parameter, value in part.named_parameters() if unread else ():
+            if value.requires_grad:
+                frozen.append(f'{name}.{parameter}')
+                value.requires_grad_(False)
+    return frozen
 
 
 def _pick(inputs: torch.Tensor, indices: Sequence[int]) -> torch.Tensor:

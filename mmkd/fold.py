@@ -72,7 +72,6 @@ def accelerate(model: nn.Module, layers: Sequence[str], size: tuple[int, int]) -
     return folded, _lay_out_channels_last(model, first.called, taps, layers, size)
 
 
-@torch.no_grad()
 def compile_parts(model: nn.Module, layers: Sequence[str]) -> None:
     """``torch.compile`` a model's backbone and neck, as far as they are run for ``layers``.
 
@@ -93,6 +92,7 @@ def compile_parts(model: nn.Module, layers: Sequence[str]) -> None:
         part.forward = torch.compile(type(part).forward.__get__(part))
 
 
+@torch.no_grad()
 def fold_batch_norm(model: nn.Module, layers: Sequence[str] = (), size: tuple[int, int] = (256, 256)) -> int:
     """Fold each batch norm of a frozen model into the convolution whose output it takes.
 

@@ -145,3 +145,19 @@ def test_methods_that_would_compare_other_classes_are_refused(entry, message):
     with pytest.raises(ConfigError, match=message):
         mmkd.distill(models.build(detectors.retinanet()), teacher, dict(it=entry))
     mmkd.distill(models.build(detectors.retinanet()), teacher, dict(it=dict(type='CWD', layer='neck')))
+
+
+def test_a_method_that_runs_the_teachers_head_by_itself_is_refused():
+    teacher = dict(config=models.build(detectors.faster_rcnn()), classes={0: 1, 1: 0, 2: 2})
+    with pytest.raises(ConfigError, match='Mimic compares classes, and those of its teacher are others'):
+        mmkd.distill(models.build(detectors.faster_rcnn()), teacher, dict(it=dict(type='Mimic', cls_weight=1.0)))
+    mmkd.distill(models.build(detectors.faster_rcnn()), teacher, dict(it=dict(type='Mimic')))
+    mmkd.distill(models.build(detectors.faster_rcnn()), teacher, dict(it=dict(type='GID', head='rpn_head')))
+
+
+def test_a_head_of_other_classes_is_not_inherited():
+    teacher = dict(config=models.build(detectors.retinanet()), classes={0: 1, 1: 0, 2: 2})
+    entry = dict(it=dict(type='CWD', layer='neck'))
+    with pytest.raises(ConfigError, match="inherit: 'bbox_head' of a teacher with other classes"):
+        mmkd.distill(models.build(detectors.retinanet()), teacher, entry, inherit=['neck', 'bbox_head'])
+    mmkd.distill(models.build(detectors.retinanet()), teacher, entry, inherit=['neck'])

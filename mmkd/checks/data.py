@@ -76,8 +76,8 @@ def _check_unlabelled(option: str, dataset: Mapping) -> None:
     steps = [(type_name(step), step) for step in dataset.get('pipeline') or () if isinstance(step, Mapping)]
     packs = [(name, step) for name, step in steps if name.startswith('Pack')]
     for mark, key in MARKS.items():
-        if mark in [name for name, _ in steps] and packs:
-            name, step = packs[-1]
+        if mark in [name for name, _ in steps]:
+            name, step = packs[-1] if packs else ('the pipeline around it', {})
             if key not in (step.get('meta_keys') or ()):
                 raise ConfigError(
                     f'{option}.pipeline: mmkd.{mark} marks images as such in their meta data, which {name} leaves out; write '

@@ -12,7 +12,7 @@ from mmengine.dist import get_world_size
 
 from mmkd.errors import ConfigError, nearest
 from mmkd.hosts.configs import described_sources, numbered
-from mmkd.hosts.datasets import type_name
+from mmkd.hosts.datasets import datasets, type_name
 from mmkd.registry import SOURCES, resolve
 from mmkd.values import is_number, is_whole
 
@@ -100,9 +100,31 @@ def _check_training(config: Config) -> None:
             f'train_dataloader.sampler: {type_name(sampler)} has no end, and train_cfg counts epochs, of which the first would '
             f"not end; train_cfg=dict(type='IterBasedTrainLoop', max_iters=..., val_interval=...)"
         )
+    _check_turns(config)
     for option, least in (('max_iters', 1), ('max_epochs', 1), ('val_interval', 1), ('val_begin', 0)):
         if option in training:
             _count(f'train_cfg.{option}', training[option], least)
+
+
+def _check_turns(config: Config) -> None:
+    """Check that all processes have batches of one kind, where some images have no labels: they wait for each other.
+
+    A detector's images without labels pass it by themselves, and a process that has none of a kind would be a pass behind, and
+    the sums over processes that are in its loss.
+    """
+    loader = _part(config, 'train_dataloader')
+    parts = list(datasets(loader.get('dataset') or {}, 'train_dataloader.dataset'))
+    marked = [any(type_name(step) == 'Unlabelled' for step in dataset.get('pipeline') or ()) for _, dataset in parts]
+    if get_world_size() == 1 or not any(marked) or all(marked) or config.get('default_scope') == 'mmseg':
+        return
+    sampler = loader.get('sampler') or {}
+    turn = sum(sampler.get('ratio') or [1] * len(parts))
+    if type_name(sampler) != 'DomainSampler' or loader.get('batch_sampler') or loader.get('batch_size', 1) % turn:
+        raise ConfigError(
+            f'train_dataloader: images with and without labels on several processes: each batch has to have as many of both; '
+            f"set sampler=dict(type='mmkd.DomainSampler'), batch_sampler=None and a batch_size that {turn} (the sum of its "
+            f'ratio) divides'
+        )
 
 
 def _check_loader(config: Config, part: str) -> None:

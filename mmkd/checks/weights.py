@@ -43,7 +43,13 @@ def check_teachers(config: Config) -> list[tuple[str, Sequence[str] | None]]:
         if teacher.checkpoint is None:
             raise ConfigError(f'{option}: no checkpoint for {type_name(teacher.model)}; {NO_WEIGHTS}')
         path, content = _read_named(config, teacher.checkpoint)
-        if isinstance(spec, Mapping) and spec.get('classes'):  # which says what they are
+        if isinstance(spec, Mapping) and spec.get('classes'):  # which says what they are, by the names of its config
+            names, found = teacher_classes(spec), dataset_meta(content).get('classes')
+            if names and found and tuple(names) != tuple(found):
+                raise ConfigError(
+                    f'{option}: its config has the classes {", ".join(names)}, and its checkpoint {path} {", ".join(found)}; '
+                    f'give the config it was trained with'
+                )
             continue
         known.append((f"{option}'s config", teacher_classes(spec)))
         known.append((f"{option}'s checkpoint {path}", dataset_meta(content).get('classes')))

@@ -4,6 +4,7 @@ Radosavovic et al., "Data Distillation: Towards Omni-Supervised Learning", CVPR 
 """
 
 import copy
+import inspect
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,7 +26,8 @@ from mmkd.checks.data import part_datasets
 from mmkd.data.images import Images
 from mmkd.errors import ConfigError
 from mmkd.hosts.configs import build_model, plain_model
-from mmkd.hosts.datasets import class_names, type_name
+from mmkd.hosts.datasets import class_names, dataset_class, type_name
+from mmkd.hosts.segmentation.heads import decode_head
 from mmkd.weights import dataset_meta, fetch, load_weights, read_file
 
 SCALES = (0.75, 1.0, 1.25)
@@ -75,6 +77,14 @@ class PseudoLabels:
         self.classes = dataset_meta(read_file(fetch(checkpoint, 'checkpoint'), 'checkpoint')).get(
             'classes'
         ) or _classes(config)
+        if not self.detects and not hasattr(decode_head(self.model), 'conv_seg'):
+            kind = type(decode_head(self.model)).__name__
+            raise ConfigError(
+                f'{kind}: how sure it is of a pixel is not known; a head that classifies by conv_seg is needed'
+            )
+        # such data sets read 0 as ignored, and 1 as the first class
+        self.threshold = 0.5 if self.detects else getattr(decode_head(self.model), 'threshold', None) or 0.5
+        self.first = int(not self.detects and _reduces_zero_label(config))
         if self.detects and self.classes is None:
             raise ConfigError(
                 'the names of the classes are not known: the config has no test data, and the checkpoint none'
@@ -82,6 +92,10 @@ class PseudoLabels:
         pipeline, tta = _pipeline(config, self.detects, augment)
         self.images = Images(dict(img_path=str(images)), pipeline=pipeline)
         self.root = Path(images)
+        self._names = [self._name(self.images.get_data_info(index)['img_path']) for index in range(len(self.images))]
+        if len(set(self._names)) < len(self._names):
+            twice = next(name for name in self._names if self._names.count(name) > 1)
+            raise ConfigError(f'{images}: two images would have the label map {twice}.png; give them other names')
         self.model = self.model.to(get_device()).eval()
         if tta is not None:
             self.model = _augmented(self.model, tta)
@@ -124,8 +138,7 @@ class PseudoLabels:
     def __call__(self, batch: int = 1, workers: int = 2) -> None:
         """Label what is not labelled yet."""
         done = self.begin()
-        names = [self._name(self.images.get_data_info(index)['img_path']) for index in range(len(self.images))]
-        left = [index for index, name in enumerate(names) if name not in done]
+        left = [index for index, name in enumerate(self._names) if name not in done]
         loader = Runner.build_dataloader(
             dict(
                 batch_size=batch,
@@ -164,10 +177,10 @@ class PseudoLabels:
         logits = sample.seg_logits.data.float()
         if logits.shape[0] == 1:
             probability = logits[0].sigmoid()
-            surest, labels = torch.maximum(probability, 1 - probability), (probability > 0.5).long()
+            surest, labels = torch.maximum(probability, 1 - probability), (probability > self.threshold).long()
         else:
             surest, labels = logits.softmax(0).max(0)
-        labels = labels.masked_fill(surest < self.score, IGNORED).cpu().numpy().astype(np.uint8)
+        labels = (labels + self.first).masked_fill(surest < self.score, IGNORED).cpu().numpy().astype(np.uint8)
         path = self.out / f'{name}.png'
         path.parent.mkdir(parents=True, exist_ok=True)
         torn = path.with_suffix('.torn')
@@ -245,6 +258,17 @@ def threshold_like(scores: Sequence[Sequence[float]], per_image: float) -> float
     return ranked[min(wanted, len(ranked)) - 1]
 
 
+def _reduces_zero_label(config: Config) -> bool:
+    """Whether the data that the model was made for count their classes from 1 in label maps, as ADE20K does."""
+    for part in ('test', 'val', 'train'):
+        for _, dataset in part_datasets(config, part):
+            kind = dataset_class(dataset, config.get('default_scope'))
+            default = inspect.signature(kind).parameters.get('reduce_zero_label') if kind else None
+            given = dataset.get('reduce_zero_label', default.default if default else False)
+            return given is True
+    return False
+
+
 def _classes(config: Config) -> tuple[str, ...] | None:
     for part in ('test', 'val', 'train'):
         option, dataset = next(part_datasets(config, part), ('', {}))
@@ -272,7 +296,7 @@ def _pipeline(config: Config, detects: bool, augment: bool) -> tuple[list, Mappi
         else ConfigDict(type='SegTTAModel')
     )
     if config.get('tta_pipeline'):
-        return copy.deepcopy(config.tta_pipeline), merged
+        return _without_labels(config.tta_pipeline), merged
     at = next((i for i, step in enumerate(steps) if type_name(step) == 'Resize'), None)
     if at is None:  # behind what loads the image
         sizes = [dict(type='Resize', scale_factor=scale, keep_ratio=True) for scale in SCALES]
@@ -282,6 +306,19 @@ def _pipeline(config: Config, detects: bool, augment: bool) -> tuple[list, Mappi
         before, after = steps[:at], steps[at + 1 :]
     flips = [dict(type='RandomFlip', prob=prob) for prob in (0.0, 1.0)]
     return [*before, dict(type='TestTimeAug', transforms=[sizes, flips, *[[step] for step in after]])], merged
+
+
+def _without_labels(pipeline: Sequence[Mapping]) -> list:
+    """A pipeline with augmentation, without what loads labels, and with the meta data that are needed here."""
+    steps = copy.deepcopy(list(pipeline))
+    for step in steps:
+        branches = step.get('transforms', ())
+        if type_name(step) == 'TestTimeAug':
+            kept = [[each for each in branch if 'Annotations' not in type_name(each)] for branch in branches]
+            step['transforms'] = [branch for branch in kept if branch]
+            for each in step['transforms'][-1]:
+                each['meta_keys'] = tuple(dict.fromkeys((*META, *(each.get('meta_keys') or ()))))
+    return [step for step in steps if 'Annotations' not in type_name(step)]
 
 
 def _resized(step: Mapping, scale: float) -> dict:

@@ -98,6 +98,8 @@ class Distillers(nn.ModuleDict):
                     f'distillers.{name}: teacher_layers names {", ".join(sorted(unknown))}; its teachers are '
                     f'{", ".join(self.teacher_of[name])}'
                 )
+            if isinstance(distiller, Several):
+                self._read_together(name, sources)
             learner = self.learner_of[name]
             wanted = [
                 *(('teacher', each) for each in self.teacher_of[name]),
@@ -110,6 +112,19 @@ class Distillers(nn.ModuleDict):
                     )
             if learner and not (sources[learner].has_gradient and sources[learner].kept is not None):
                 raise ConfigError(f'distillers.{name}: learner={learner!r} is not trained; a Peer is')
+
+    def _read_together(self, name: str, sources: Mapping[str, Source]) -> None:
+        """Raise ConfigError unless all teachers of an entry are read in the same steps, without which it learns nothing."""
+        steps = {
+            each: (sources[each].interval, sources[each].begin, sources[each].end)
+            for each in self.teacher_of[name]
+            if each in sources
+        }
+        if len(set(steps.values())) > 1:
+            raise ConfigError(
+                f'distillers.{name}: its teachers {", ".join(steps)} have other interval, begin or end, and it learns from '
+                f'all at once; make them equal, or give each an entry of its own'
+            )
 
     def prepare(self, student: nn.Module, sources: Mapping[str, Source]) -> None:
         """Let each distiller name its layers and refuse networks that it cannot read, before any of them is run."""
@@ -192,6 +207,8 @@ class Distillers(nn.ModuleDict):
 
     def active(self, name: str) -> bool:
         """Whether a distiller's loss can be anything but 0 in this step."""
+        if isinstance(self[name], Several):
+            return self[name].active()
         weights = self._weights[name]
         always = bool(getattr(self[name], 'unweighted', False))
         return always or not weights or any(weight() for weight in weights)
@@ -292,8 +309,13 @@ def _several(name: str, made: nn.Module, options: Mapping, named: Any, combine: 
 
 def _check_view(distiller: Any, source: Source, name: str) -> None:
     """Raise ConfigError if a method takes a teacher's classes or pixels for the student's, and they are not."""
-    kind = type(getattr(distiller, 'first', distiller)).__name__
+    method = getattr(distiller, 'first', distiller)
+    kind = type(method).__name__
     if source.classes is not None and not getattr(distiller, 'maps_classes', False):
+        if getattr(method, 'compares_classes', False):
+            raise ConfigError(
+                f'{kind} compares classes, and those of its teacher are others; use KD for class logits, and this one for features'
+            )
         heads = [layer for layer in _names(distiller.teacher_layers, name) if _puts_out_classes(source.model, layer)]
         if heads:
             raise ConfigError(
@@ -310,7 +332,7 @@ def _check_view(distiller: Any, source: Source, name: str) -> None:
 def _puts_out_classes(model: nn.Module, layer: str) -> bool:
     """Whether a layer is a head, or a classifier of one."""
     parts = layer.partition(':')[0].split('.')
-    return 'conv_seg' in parts or (parts[0].endswith('_head') and parts[0] not in ('decode_head', 'auxiliary_head'))
+    return 'conv_seg' in parts or parts[0] in ('bbox_head', 'roi_head')
 
 
 def _names(layers: Any, of: str | None = None) -> tuple[str, ...]:
@@ -347,10 +369,10 @@ def _iteration_of_runner() -> int | None:
 
 def _refuse_the_same(distiller: Any, learner: Taps, teachers: Taps | dict[str, Taps]) -> None:
     """Raise ConfigError if a network would learn a layer from that layer."""
-    for teacher in teachers.values() if isinstance(teachers, dict) else [teachers]:
+    for name, teacher in (teachers if isinstance(teachers, dict) else {'': teachers}).items():
         if teacher.model is not learner.model:
             continue
-        pairs = zip(distiller.student_layers, distiller.teacher_layers)
+        pairs = zip(_names(distiller.student_layers), _names(distiller.teacher_layers, name))
         same = [s for s, t in pairs if s == t]
         if same:
             raise ConfigError(

@@ -93,6 +93,12 @@ class Several(Distiller):
         """The method that learns from the first teacher; the others are of its kind."""
         return next(iter(self.methods.values()))
 
+    def active(self) -> bool:
+        """Whether the loss can be anything but 0 in this step."""
+        own = [each() for each in self.methods.modules() if isinstance(each, Weight)]
+        shares = [each() for each in self.weights.values()]
+        return (self.unweighted or not own or any(own)) and (not shares or any(shares))
+
     def _read_layers(self) -> None:
         self.student_layers, self.training_layers = (
             tuple(
@@ -116,6 +122,14 @@ class Several(Distiller):
         for name, method in self.methods.items():
             if hasattr(method, 'setup'):
                 method.setup(student, teacher[name])
+        if self.kind in ('entropy', 'labels'):
+            shapes = {name: method.reader.positions(student, teacher[name]) for name, method in self.methods.items()}
+            if len(set(map(str, shapes.values()))) > 1:
+                raise ConfigError(
+                    f'combine={self.kind!r}: weighs teachers at each position, and theirs differ: '
+                    f'{", ".join(f"{name} {each}" for name, each in shapes.items())} (sizes of maps, or levels that are compared); '
+                    f"choose 'mean', or label_size=True of segmentors"
+                )
 
     def forward(self, student: Taps, teacher: Mapping[str, Taps], data_samples: list | None) -> dict[str, torch.Tensor]:
         if self.kind in ('entropy', 'labels'):
@@ -183,7 +197,12 @@ def entropy_weights(logits: Sequence[ClassLogits]) -> list[torch.Tensor]:
         nothing = torch.zeros_like(entropy[:, 0])
         entropies.append(torch.stack([columns.get(c, nothing) for c in range(number)], 1))
         present.append([float(c in columns) for c in range(number)])
-    counts = torch.tensor(present).sum(0).reshape(1, -1, *[1] * (entropies[0].dim() - 2)).to(entropies[0].device)
+    counts = (
+        torch.tensor(present)
+        .sum(0)
+        .reshape(1, -1, *[1] * (entropies[0].dim() - 2))
+        .to(entropies[0].device, non_blocking=True)
+    )
     weights = _less_is_more(torch.stack(entropies), counts.expand_as(entropies[0]))
     return [torch.stack([weight[:, c] for c in classes], 1) for weight, classes in zip(weights, known, strict=True)]
 

@@ -40,6 +40,10 @@ class LogitsReader(nn.Module):
         """Refuse networks whose classes or positions are not the same."""
         raise NotImplementedError(f'{type(self).__name__} has no setup')
 
+    def positions(self, student: Taps, teacher: Taps) -> list[tuple[int, ...]]:
+        """For each layer the shape of its positions for one image, which are those of another teacher where it is equal."""
+        return []
+
     def forward(self, student: Taps, teacher: Taps, data_samples: list | None) -> list[ClassLogits]:
         """Those of a step, an entry for each layer."""
         raise NotImplementedError(f'{type(self).__name__} has no forward')

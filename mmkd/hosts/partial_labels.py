@@ -54,9 +54,15 @@ def _hooks(model: nn.Module, known: Sequence, names: Sequence[str] | None, devic
         return torch.tensor(rows).to(device, non_blocking=True)
 
     if hasattr(model, 'decode_head'):
-        for name, module in model.named_modules():
-            if '_head.' in name and name.endswith('.conv_seg'):
-                yield module, _of_pixels(mask(module.out_channels))
+        for part in ('decode_head', 'auxiliary_head'):
+            heads = getattr(model, part, None)
+            for head in heads if isinstance(heads, nn.ModuleList) else [heads] if heads is not None else ():
+                if not hasattr(head, 'conv_seg'):
+                    raise ConfigError(
+                        f'LabelledFor: {part} is a {type(head).__name__}, in which classes cannot be left out; a head that '
+                        f'classifies by conv_seg is needed'
+                    )
+                yield head.conv_seg, _of_pixels(mask(head.conv_seg.out_channels))
     elif hasattr(model, 'roi_head'):
         yield from _of_regions(model, mask)
     else:

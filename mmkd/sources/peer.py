@@ -6,7 +6,9 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import nn
 
+from mmkd.errors import ConfigError
 from mmkd.hosts.configs import build_model, read_teacher
+from mmkd.hosts.running import without_labels
 from mmkd.normalize import Renormalize
 from mmkd.registry import SOURCES
 from mmkd.sources.source import Kept, Source
@@ -74,6 +76,13 @@ class Peer(Source):
             self._renormalize.apply(function)
 
     def read(self, student: nn.Module, inputs: torch.Tensor, data_samples: list | None) -> tuple[Taps, dict]:
+        if without_labels(self.model, data_samples) or any(
+            sample.metainfo.get('labelled_for') is not None for sample in data_samples or ()
+        ):
+            raise ConfigError(
+                f'{self.name}: a batch has images without labels, or with labels for some classes alone, of which a peer would '
+                f'learn the rest as background; train it on labelled images'
+            )
         if self._renormalize is not None:
             inputs = self._renormalize(inputs, data_samples)
         with Taps(self.model, self.layers, images=len(inputs)) as taps:

@@ -179,3 +179,34 @@ def test_a_method_that_was_built_learns_from_one():
     made = mmkd.distillers.CWD('neck')
     with pytest.raises(ConfigError, match='there are several teachers, a, b'):
         mmkd.distill(model, dict(a=copy.deepcopy(model), b=copy.deepcopy(model)), dict(it=made))
+
+
+def test_teachers_that_are_read_in_other_steps_are_refused():
+    teachers = {name: dict(config=models.build(detectors.retinanet(), seed=1)) for name in 'ab'}
+    teachers['b']['interval'] = 2
+    with pytest.raises(ConfigError, match='its teachers a, b have other interval, begin or end'):
+        mmkd.distill(models.build(detectors.retinanet()), teachers, dict(it=entry('ab')))
+
+
+def test_teachers_of_other_positions_cannot_be_weighed_there():
+    for make in (detectors.retinanet, segmentors.pspnet):
+        teachers = {name: dict(config=models.build(make(), seed=1)) for name in 'ab'}
+        teachers['b']['scale'] = 2.0
+        with pytest.raises(ConfigError, match="combine='entropy': weighs teachers at each position, and theirs differ"):
+            mmkd.distill(models.build(make()), teachers, dict(it=entry('ab', combine='entropy')))
+        mmkd.distill(models.build(make()), teachers, dict(it=entry('ab')))
+
+
+def test_nothing_is_computed_where_all_weights_are_0():
+    off = dict(type='constant', value=0.0)
+    for combine, weight in ((dict(a=off, b=off), 1.0), (dict(a=1.0, b=1.0), off)):
+        model = build(segmentors.pspnet, 'ab', entry('ab', combine=combine, loss_weight=weight))
+        assert not model.distillers.wants('a')
+        assert losses(model) == {}
+
+
+def test_one_of_several_is_not_compared_with_itself():
+    teacher = dict(config=models.build(detectors.retinanet(), seed=1))
+    distillers = dict(it=dict(type='AT', layer='neck', teacher=['own', 't']))
+    with pytest.raises(ConfigError, match="layer 'neck' would be compared with itself"):
+        mmkd.distill(models.build(detectors.retinanet()), dict(own=dict(type='Own'), t=teacher), distillers)

@@ -172,3 +172,14 @@ def test_a_transform_for_no_classes(classes):
 
 def test_the_transform_marks_its_images():
     assert LabelledFor(('car', 3))({})['labelled_for'] == ('car', 3)
+
+
+def test_heads_without_a_classifier_of_pixels_are_refused():
+    from mmkd.hosts.partial_labels import labelled_classes
+
+    model = build(segmentors.pspnet)
+    data = batch(model, ((0, 1), None))
+    del model.decode_head.conv_seg
+    with pytest.raises(ConfigError, match='LabelledFor: decode_head is a PSPHead, in which classes cannot be left out'):
+        with labelled_classes(model, data['data_samples'], None):
+            pass

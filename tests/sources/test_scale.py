@@ -136,3 +136,11 @@ def test_a_compiled_teacher_says_the_same():
     data = batch(plain)
     torch.testing.assert_close(loss(compiled, data), loss(plain, data), rtol=1e-4, atol=1e-6)
     assert compiled.sources['teacher'].model.backbone.forward is not plain.sources['teacher'].model.backbone.forward
+
+
+def test_other_anchors_are_refused():
+    other = dict(bbox_head=dict(anchor_generator=dict(ratios=[3.0, 0.2, 9.0])))
+    with pytest.raises(
+        ConfigError, match=r'level 0 of the student and 1 of the teacher have different anchors for scale=2.0'
+    ):
+        build(detectors.retinanet, dict(type='KD'), teacher=lambda: detectors.retinanet(**other), scale=2.0)

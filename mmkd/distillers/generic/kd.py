@@ -68,9 +68,10 @@ def pixel_divergence(
     batch, classes = student.shape[:2]
     student = F.log_softmax(student / tau, dim=1)
     teacher = F.log_softmax(teacher.detach() / tau, dim=1)
-    each = F.kl_div(student, teacher, reduction='none', log_target=True).sum(1).reshape(batch, -1)
+    each = F.kl_div(student, teacher, reduction='none', log_target=True).sum(1)
+    each = each.flatten(1) if each.dim() > 1 else each[:, None]
     if weights is not None:
-        each = each * weights.reshape(batch, -1)
+        each = each * (weights.flatten(1) if weights.dim() > 1 else weights[:, None])
     if valid is None:
         count = torch.full((batch,), each.shape[1], device=each.device)
     else:

@@ -56,6 +56,19 @@ class SlotLogits(LogitsReader):
         elif s.classes != t.classes:
             raise ConfigError(f'the heads predict {s.classes} (student) and {t.classes} (teacher) classes; set classes')
 
+        if s.unit == t.unit:
+            sizes = [[level[0, :, 0].numel() for level in levels] for levels in (own, others)]
+            priors = s.priors(student[self.head]).split(sizes[0]), t.priors(teacher[self.teacher_head]).split(sizes[1])
+            for i, j in self.pairs:
+                if not torch.allclose(priors[0][i] * teacher.scale, priors[1][j], atol=1e-3):
+                    raise ConfigError(
+                        f'level {i} of the student and {j} of the teacher have different anchors for scale={teacher.scale}, and KD '
+                        f'compares them anchor by anchor; give both the same'
+                    )
+
+    def positions(self, student: Taps, teacher: Taps) -> list[tuple[int, ...]]:
+        return [tuple(i for i, _ in self.pairs)]
+
     def forward(self, student: Taps, teacher: Taps, data_samples: list | None) -> list[ClassLogits]:
         s, t = self._heads(student, teacher)
         levels = s.class_logits(student[self.head]), t.class_logits(teacher[self.teacher_head])

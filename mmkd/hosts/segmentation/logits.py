@@ -100,6 +100,11 @@ class PixelLogits(LogitsReader):
             self.levels.same_channels = False
         self.levels.setup(student, teacher)
 
+    def positions(self, student: Taps, teacher: Taps) -> list[tuple[int, ...]]:
+        if self.label_size:
+            return []
+        return [tuple(target.shape[2:]) for target in self.levels.unadapted(student, teacher)[1]]
+
     def forward(self, student: Taps, teacher: Taps, data_samples: list | None) -> list[ClassLogits]:
         size = ground_truth(data_samples).shape[1:] if self.label_size else None
         found = []

@@ -185,6 +185,13 @@ def test_positions_have_weights_of_their_own():
     torch.testing.assert_close(found, ((log_t.exp() * (log_t - log_s)).sum(1) * weights * valid).sum())
 
 
+def test_no_region_at_all_is_zero():
+    student = torch.zeros(0, 4, requires_grad=True)
+    loss = pixel_divergence(student, torch.zeros(0, 4))
+    assert loss.item() == 0
+    loss.backward()
+
+
 # --- as a distiller
 
 
