@@ -1,6 +1,6 @@
 # knows three of the six shapes
 _base_ = '_base_/retinanet.py'
-metainfo = dict(classes=('circle', 'ring', 'square'))
+metainfo = dict(classes=('circle', 'square', 'ring'))
 model = dict(bbox_head=dict(num_classes=3))
 train_dataloader = dict(dataset=dict(metainfo=metainfo))
 val_dataloader = dict(dataset=dict(metainfo=metainfo))

@@ -314,7 +314,7 @@ def _check_view(distiller: Any, source: Source, name: str) -> None:
     if source.classes is not None and not getattr(distiller, 'maps_classes', False):
         if getattr(method, 'compares_classes', False):
             raise ConfigError(
-                f'{kind} compares classes, and those of its teacher are others; use KD for class logits, and this one for features'
+                f'{kind} compares classes, and those of its teacher are others; use KD for class logits, {kind} for features'
             )
         heads = [layer for layer in _names(distiller.teacher_layers, name) if _puts_out_classes(source.model, layer)]
         if heads:

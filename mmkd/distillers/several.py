@@ -127,7 +127,7 @@ class Several(Distiller):
             if len(set(map(str, shapes.values()))) > 1:
                 raise ConfigError(
                     f'combine={self.kind!r}: weighs teachers at each position, and theirs differ: '
-                    f'{", ".join(f"{name} {each}" for name, each in shapes.items())} (sizes of maps, or levels that are compared); '
+                    f'{", ".join(f"{name} {each}" for name, each in shapes.items())} (sizes of maps, or compared levels); '
                     f"choose 'mean', or label_size=True of segmentors"
                 )
 

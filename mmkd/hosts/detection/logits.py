@@ -62,8 +62,8 @@ class SlotLogits(LogitsReader):
             for i, j in self.pairs:
                 if not torch.allclose(priors[0][i] * teacher.scale, priors[1][j], atol=1e-3):
                     raise ConfigError(
-                        f'level {i} of the student and {j} of the teacher have different anchors for scale={teacher.scale}, and KD '
-                        f'compares them anchor by anchor; give both the same'
+                        f'level {i} of the student and {j} of the teacher have different anchors for scale={teacher.scale}, and '
+                        f'KD compares them anchor by anchor; give both the same'
                     )
 
     def positions(self, student: Taps, teacher: Taps) -> list[tuple[int, ...]]:
