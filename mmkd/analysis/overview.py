@@ -17,7 +17,9 @@ from mmkd.analysis.layers import Survey, survey
 from mmkd.analysis.schedules import Curve
 from mmkd.checks import compare_batch_size
 from mmkd.distill import Distilled
+from mmkd.distillers.collection import names_of
 from mmkd.distillers.levels import LevelPairs
+from mmkd.distillers.several import Several
 from mmkd.errors import ConfigError
 from mmkd.sources import Own
 
@@ -162,7 +164,7 @@ def overview(config: Config, size: tuple[int, int] | None = None) -> Overview:
         notes += compare_batch_size(config)
     return Overview(
         tuple(networks),
-        {name: _method(name, model) for name in model.distillers},
+        {name: described(name, model) for name in model.distillers},
         image,
         _batch(config),
         tuple(curves),
@@ -193,15 +195,20 @@ def _network(
     )
 
 
-def _method(name: str, model: Distilled) -> tuple[str, ...]:
+def described(name: str, model: Distilled) -> tuple[str, ...]:
     """A distiller's class, from whom it learns, what it pairs, and what it trains."""
     distiller = model.distillers[name]
     learner = model.distillers.learner_of[name]
     teachers = ', '.join(model.distillers.teacher_of[name])
-    lines = [f'{type(distiller).__name__}: {learner or "student"} learns from {teachers}']
+    kind = type(distiller).__name__
+    if isinstance(distiller, Several):
+        kind = f'{type(distiller.first).__name__} of several teachers, {distiller.kind}'
+    lines = [f'{kind}: {learner or "student"} learns from {teachers}']
     pairs = [each.describe() for each in distiller.modules() if isinstance(each, LevelPairs)]
     if not pairs:
-        reads = [', '.join(map(str, layers)) for layers in (distiller.student_layers, distiller.teacher_layers)]
+        of_teachers = [names_of(distiller.teacher_layers, each) for each in model.distillers.teacher_of[name]]
+        read = names_of(distiller.student_layers), dict.fromkeys(layer for layers in of_teachers for layer in layers)
+        reads = [', '.join(layers) for layers in read]
         pairs = [f'reads {reads[0]}' if reads[0] == reads[1] else f'reads {reads[0]}; of the teacher {reads[1]}']
     trained = sum(each.numel() for each in distiller.parameters() if each.requires_grad)
     return (*lines, *pairs, *([f'{trained:,} parameters are trained beside the student'] if trained else []))

@@ -145,10 +145,10 @@ class Distillers(nn.ModuleDict):
 
     @staticmethod
     def _find_layers(distiller: Any, student: nn.Module, teachers: Mapping[str, nn.Module]) -> None:
-        for layer in _names(distiller.student_layers):
+        for layer in names_of(distiller.student_layers):
             find_layer(student, layer, 'student ')
         for name, model in teachers.items():
-            for layer in _names(distiller.teacher_layers, name):
+            for layer in names_of(distiller.teacher_layers, name):
                 find_layer(model, layer, 'teacher ')
 
     def layers(
@@ -159,7 +159,7 @@ class Distillers(nn.ModuleDict):
         for name, distiller in self.items():
             if not by(name):
                 continue
-            found.update(dict.fromkeys(_names(getattr(distiller, attribute, ()), of)))
+            found.update(dict.fromkeys(names_of(getattr(distiller, attribute, ()), of)))
         return tuple(found)
 
     def _learns_from_several(self, name: str) -> bool:
@@ -316,7 +316,7 @@ def _check_view(distiller: Any, source: Source, name: str) -> None:
             raise ConfigError(
                 f'{kind} compares classes, and those of its teacher are others; use KD for class logits, {kind} for features'
             )
-        heads = [layer for layer in _names(distiller.teacher_layers, name) if _puts_out_classes(source.model, layer)]
+        heads = [layer for layer in names_of(distiller.teacher_layers, name) if _puts_out_classes(source.model, layer)]
         if heads:
             raise ConfigError(
                 f'{kind} reads {heads[0]!r} of a teacher with other classes, and does not know which are which; use KD for class '
@@ -335,7 +335,7 @@ def _puts_out_classes(model: nn.Module, layer: str) -> bool:
     return 'conv_seg' in parts or parts[0] in ('bbox_head', 'roi_head')
 
 
-def _names(layers: Any, of: str | None = None) -> tuple[str, ...]:
+def names_of(layers: Any, of: str | None = None) -> tuple[str, ...]:
     """Layers as a tuple; of a dict those of one teacher."""
     if isinstance(layers, Mapping):
         layers = layers.get(of, ())
@@ -372,7 +372,7 @@ def _refuse_the_same(distiller: Any, learner: Taps, teachers: Taps | dict[str, T
     for name, teacher in (teachers if isinstance(teachers, dict) else {'': teachers}).items():
         if teacher.model is not learner.model:
             continue
-        pairs = zip(_names(distiller.student_layers), _names(distiller.teacher_layers, name))
+        pairs = zip(names_of(distiller.student_layers), names_of(distiller.teacher_layers, name))
         same = [s for s, t in pairs if s == t]
         if same:
             raise ConfigError(

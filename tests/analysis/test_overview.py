@@ -11,6 +11,7 @@ from torch import nn
 from mmkd import distill
 from mmkd.analysis.costs import cost, share_of_step, training_size
 from mmkd.analysis.layers import survey
+from mmkd.analysis.overview import described
 from mmkd.analysis.schedules import Curve, learning_rate, weights
 from mmkd.hosts.mmengine import CONFIG_ROOT
 from mmkd.testing import detectors, models, segmentors
@@ -131,3 +132,16 @@ def test_the_commands_filter_and_its_mistakes(tmp_path):
     said = tool('inspect', config, '--json', tmp_path / 'no' / 'seen.json', expect=1)
     assert said.splitlines()[-1].startswith('error: --json ')
     assert torch.is_grad_enabled()
+
+
+def test_one_method_of_several_teachers():
+    teachers = {name: dict(config=models.build(detectors.retinanet())) for name in 'ab'}
+    distillers = dict(
+        kd=dict(type='KD', teacher=['a', 'b'], combine='entropy'),
+        cwd=dict(type='CWD', layer='neck', teacher=['a', 'b']),
+    )
+    model = distill(models.build(detectors.retinanet()), teachers, distillers)
+    assert described('kd', model) == ('KD of several teachers, entropy: student learns from a, b', 'reads bbox_head')
+    first, *pairs = described('cwd', model)
+    assert first == 'CWD of several teachers, mean: student learns from a, b'
+    assert len(pairs) == 2
