@@ -1,9 +1,6 @@
 # knows the other three
-_base_ = '_base_/retinanet.py'
+_base_ = 'specialist_a_teacher.py'
 metainfo = dict(classes=('triangle', 'star', 'cross'))
-model = dict(bbox_head=dict(num_classes=3))
 train_dataloader = dict(dataset=dict(metainfo=metainfo))
 val_dataloader = dict(dataset=dict(metainfo=metainfo))
 test_dataloader = val_dataloader
-optim_wrapper = dict(optimizer=dict(lr=1.5e-3))
-train_cfg = dict(max_iters=1500, val_interval=500)
