@@ -1,8 +1,8 @@
 # make demo   set up, then train teacher and students on generated data and write a report
 # make demo-seg   the same for segmentation
 # make test   set up, then run the tests (make test-fast: those that take no longer than seconds) but for these:
-# make test-long   two steps of every config on COCO and Cityscapes, processes that are killed, what of the engine works, a dry run of
-#             make gpu
+# make test-long   two steps of every config on COCO and Cityscapes, processes that are killed, what of the engine works, each scheme in
+#             two processes and resumed, comparisons and chains of own configs, a dry run of make gpu
 # make test-kills   kill trainings twenty times (KILLS=20), at random moments, and compare what they end with
 # make test-cluster   set up, then run the tests on several nodes and under a real Slurm; what cannot run here says why
 # make gpu    set up, then everything that only a GPU can show, in about ten minutes; writes docs/gpu.md

@@ -70,6 +70,7 @@ def test_configs_that_are_no_chain(names, go_on, message, folder):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_chain_is_trained_and_goes_on(folder, monkeypatch, capsys):
     def chain(*arguments):
         monkeypatch.setattr(sys, 'argv', ['mmkd chain', *arguments])
@@ -86,6 +87,7 @@ def test_a_chain_is_trained_and_goes_on(folder, monkeypatch, capsys):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_stage_that_fails_ends_the_chain(folder, monkeypatch):
     config = Config.fromfile(folder / 'middle.py')
     config.model.distillers.cwd.layer = 'nek'

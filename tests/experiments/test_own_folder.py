@@ -9,7 +9,7 @@ from mmengine.config import Config
 from mmkd.testing import detectors, models, segmentors
 from mmkd.testing.runs import shapes_config, streets_config
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.long]
 
 
 @pytest.fixture(autouse=True)
