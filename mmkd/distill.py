@@ -87,7 +87,10 @@ class Distilled(BaseModel if TYPE_CHECKING else object):  # type: ignore[misc]
             super().init_weights()
         # after `init_weights`, which would overwrite what is inherited; before the teacher's batch norms are folded
         device = next(self.parameters()).device
-        self.sources.load(device, lambda name, model: inherit_weights(self, model, self._inherit.get(name, ())))
+        self.sources.load(device, self._inherit_from)
+
+    def _inherit_from(self, name: str, teacher: nn.Module) -> None:
+        inherit_weights(self, teacher, self._inherit.get(name, ()), self.sources[name].classes)
 
     def plain(self) -> BaseModel:
         """The student as the plain model again, in place: without distillers and without what it learnt from."""
@@ -124,6 +127,7 @@ def distill(
         data_preprocessor: Given by mmengine's Runner where a config has one at its top level; for the student.
         inherit: The student's parts that start from the teacher's weights, such as ``['neck', 'bbox_head']`` (the
             "inheriting strategy"); ``init_weights`` copies them. With several teachers ``dict(large=['neck'])``.
+            Of a teacher with other ``classes`` the rows of the shared ones are copied.
         class_names: The names of the student's classes, for a teacher with other ``classes``, and for images that are labelled
             for some alone. mmkd's commands fill in those of the training data.
         task_weight: Of the student's own losses, a number or a schedule (:class:`mmkd.distillers.schedule.Weight`). Default
@@ -157,10 +161,7 @@ def distill(
         _connect(model, sources, collection)
     parts = parts_by_teacher(inherit, sources)
     for name, each in parts.items():
-        check_inheritance(model, sources[name].model, each)
-        heads = [part for part in each if part.partition('.')[0] not in ('backbone', 'neck')]
-        if heads and sources[name].classes is not None:
-            raise ConfigError(f'inherit: {heads[0]!r} of a teacher with other classes; inherit backbone and neck alone')
+        check_inheritance(model, sources[name].model, each, sources[name].classes)
     weight, frozen = Weight(task_weight, 'task_weight'), []
     if not weight.scheduled and weight() == 0:
         frozen = _freeze_unread(model, collection)

@@ -1,5 +1,7 @@
 """A teacher of other classes than the student's."""
 
+import copy
+
 import pytest
 import torch
 
@@ -155,9 +157,48 @@ def test_a_method_that_runs_the_teachers_head_by_itself_is_refused():
     mmkd.distill(models.build(detectors.faster_rcnn()), teacher, dict(it=dict(type='GID', head='rpn_head')))
 
 
-def test_a_head_of_other_classes_is_not_inherited():
-    teacher = dict(config=models.build(detectors.retinanet()), classes={0: 1, 1: 0, 2: 2})
+def rows(tensor, classes, each, background):
+    """A classifier's rows by class: (groups, classes, rows of a class that stand together, ...)."""
+    return tensor[: len(tensor) - background].unflatten(0, (-1, classes, each))
+
+
+@pytest.mark.parametrize('kind', MAKERS)
+def test_of_an_inherited_classifier_the_rows_of_the_shared_classes_are_copied(kind):
+    """An old model of fewer classes starts a student of more; all else of the head is copied as it is."""
+    make, layer, number = MAKERS[kind]
+    part = layer.partition('.')[0]
+    teacher = models.build(make(classes=2), seed=1)
+    for value in teacher.get_submodule(part).parameters():
+        torch.nn.init.normal_(value)
+    student = models.build(make(), seed=0)
+    before = copy.deepcopy(student)
+    options = dict(tau=1.0) if kind != 'regions' else {}
+    model = mmkd.distill(
+        student, dict(config=teacher, classes={0: 1, 2: 0}), dict(it=dict(type='KD', **options)), inherit=[part]
+    )
+    model.init_weights()
+    extra = int(kind == 'regions')
+    for name, value in model.get_submodule(part).named_parameters():
+        source, own = teacher.get_parameter(f'{part}.{name}'), before.get_parameter(f'{part}.{name}')
+        if 'conv_seg' not in name and '_cls.' not in name and 'fc_reg' not in name:
+            assert torch.equal(value, source), name
+            continue
+        each = 4 if 'fc_reg' in name else 1
+        background = extra if 'fc_cls' in name else 0
+
+        assert torch.equal(rows(value, number, each, background)[:, 0], rows(source, 2, each, background)[:, 1]), name
+        assert torch.equal(rows(value, number, each, background)[:, 2], rows(source, 2, each, background)[:, 0]), name
+        assert torch.equal(rows(value, number, each, background)[:, 1], rows(own, number, each, background)[:, 1]), name
+        if background:
+            assert torch.equal(value[-1], source[-1])
+
+
+def test_a_classifier_of_another_form_is_not_inherited():
+    other = models.build(detectors.retinanet(classes=2, bbox_head=dict(anchor_generator=dict(ratios=[1.0]))))
     entry = dict(it=dict(type='CWD', layer='neck'))
-    with pytest.raises(ConfigError, match="inherit: 'bbox_head' of a teacher with other classes"):
-        mmkd.distill(models.build(detectors.retinanet()), teacher, entry, inherit=['neck', 'bbox_head'])
-    mmkd.distill(models.build(detectors.retinanet()), teacher, entry, inherit=['neck'])
+    with pytest.raises(
+        ConfigError, match=r'inherit: bbox_head.retina_cls.weight is \(9, 16, 3, 3\) in the student and \(2, '
+    ):
+        mmkd.distill(
+            models.build(detectors.retinanet()), dict(config=other, classes={0: 1}), entry, inherit=['bbox_head']
+        )
