@@ -103,8 +103,8 @@ def _shared(student: nn.Module, teacher: nn.Module, part: str, name: str, classe
     fits = [groups[0] * number * each + background == len(value) for value, number in zip((own, other), numbers)]
     if groups[0] != groups[1] or not all(fits) or own.shape[1:] != other.shape[1:]:
         raise ConfigError(
-            f'inherit: {part}.{name} is {tuple(own.shape)} in the student and {tuple(other.shape)} in the teacher, which is not as '
-            f'many rows for each of {numbers[0]} and {numbers[1]} classes; inherit other parts'
+            f'inherit: {part}.{name} is {tuple(own.shape)} in the student and {tuple(other.shape)} in the teacher, not as many '
+            f'rows for each of {numbers[0]} and {numbers[1]} classes; inherit other parts'
         )
     new = own.clone()
     rows, taken = new[: len(new) - background], other[: len(other) - background]
