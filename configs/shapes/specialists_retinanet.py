@@ -4,6 +4,7 @@ model = dict(
     _delete_=True,
     type='mmkd.Distill',
     student=_base_.model,
+    class_names=_base_.metainfo['classes'],
     teacher=dict(
         a=dict(
             config='mmkd::shapes/specialist_a_teacher.py',

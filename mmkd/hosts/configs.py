@@ -74,6 +74,8 @@ def fill_in_class_names(config: Config) -> None:
     loader = config.get('train_dataloader')
     if not loader or 'student' not in config.model or 'class_names' in config.model:
         return
+    if not isinstance(loader.get('dataset'), Mapping):  # which is checked, and said, later
+        return
     parts = list(datasets(loader.dataset, 'train_dataloader.dataset'))
     mapped = any(isinstance(spec, Mapping) and spec.get('classes') for _, spec in described_sources(config))
     steps = [step for _, dataset in parts for step in dataset.get('pipeline') or () if isinstance(step, Mapping)]
