@@ -72,11 +72,7 @@ def specialists(folder):
 
 
 def scaled(folder):
-    return detector(
-        folder,
-        dict(a=(wide(), dict(scale=1.5))),
-        dict(it=dict(type='KD'), cwd=dict(type='CWD', layer='backbone.layer4')),
-    )
+    return detector(folder, dict(a=(wide(), dict(scale=2.0))), dict(it=dict(type='KD'), cwd=CWD))
 
 
 def unlabelled(folder, ratio=(1, 1), **options):
