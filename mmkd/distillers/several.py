@@ -1,5 +1,6 @@
 """One method that learns from several teachers at once, and how much from each."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -185,7 +186,7 @@ def entropy_weights(logits: Sequence[ClassLogits]) -> list[torch.Tensor]:
         shares = []
         for each in logits:
             p = each.teacher.log_softmax(1)
-            shares.append(-(p.exp() * p).sum(1) / torch.tensor(float(each.teacher.shape[1])).log().item())
+            shares.append(-(p.exp() * p).sum(1) / math.log(each.teacher.shape[1]))
         return list(_less_is_more(torch.stack(shares), torch.ones_like(shares[0]) * len(shares)))
     known = [each.classes.student if each.classes else range(each.teacher.shape[1]) for each in logits]
     number = 1 + max(max(each) for each in known)
@@ -230,7 +231,7 @@ def label_weights(logits: Sequence[ClassLogits], labels: torch.Tensor) -> list[t
                 target = torch.where(labels == own, position, target)
         log_p = each.teacher.log_softmax(1)
         found = -log_p.gather(1, target.clamp(min=0)[:, None])[:, 0]
-        unknown = torch.tensor(float(each.teacher.shape[1])).log().item()  # as one that guesses
+        unknown = math.log(each.teacher.shape[1])  # as one that guesses
         entropies.append(found.where(target >= 0, unknown))
     stacked = torch.stack(entropies)
     if len(stacked) == 1:
