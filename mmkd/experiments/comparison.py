@@ -2,6 +2,7 @@
 
 import dataclasses
 import fcntl
+import itertools
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
@@ -15,7 +16,7 @@ from mmkd import checks
 from mmkd.errors import ConfigError
 from mmkd.experiments import suites
 from mmkd.experiments.configs import read, teachers_of
-from mmkd.experiments.discovery import Method, beside, discover
+from mmkd.experiments.discovery import Method, beside, discover, stages_before, teachers_there
 from mmkd.experiments.report import write_comparison
 from mmkd.experiments.runs import Run, train_all
 from mmkd.experiments.statistics import compare, ratio_of_medians, summary
@@ -37,13 +38,19 @@ class Comparison:
         self.suite = suite
         self.methods = list(methods)
         self.seeds = list(dict.fromkeys(seeds))
-        names = dict.fromkeys(name for method in methods for name in method.teachers.values())
+        self._taught_by: dict[str, list[str]] = {}
+        for method in methods:
+            for name in method.teachers.values():
+                self._add_teacher(name)
+        names = sorted(self._taught_by, key=self._stage)
         self.teachers = {name: Run(name, suite.config(name), folder / name) for name in names}
+        for name, run in self.teachers.items():  # an assistant is taught as well
+            run.options = self._teaching(name)
         self.runs: dict[str, dict[int, Run]] = {}
         for name in dict.fromkeys(method.student for method in methods):
             self.runs[name] = {seed: self._run(name, seed, folder) for seed in self.seeds}
         for method in methods:
-            options = self._taught(method)
+            options = self._teaching(method.name)
             self.runs[method.name] = {seed: self._run(method.name, seed, folder, options) for seed in self.seeds}
 
     def _run(self, name: str, seed: int, folder: Path, options: Mapping[str, object] = {}) -> Run:
@@ -51,14 +58,25 @@ class Comparison:
         run.options = {'randomness.seed': seed, 'train_cfg.val_interval': run.length, **options}
         return run
 
-    def _taught(self, method: Method) -> dict[str, object]:
-        """Where a method's teachers are, as changes to its config."""
+    def _add_teacher(self, name: str) -> None:
+        teachers, _ = teachers_there(read(self.suite.config(name)), self.suite.configs)
+        self._taught_by[name] = list(teachers.values())
+        for each in teachers.values():
+            self._add_teacher(each)
+
+    def _stage(self, teacher: str) -> int:
+        return stages_before(teacher, self.suite.configs)
+
+    def _teaching(self, name: str) -> dict[str, object]:
+        """Where the teachers of a config are, as changes to it."""
         changes: dict[str, object] = {}
-        for option, teacher in teachers_of(read(self.suite.config(method.name))).items():
-            if option in method.teachers:
-                changes[f'{option}.checkpoint'] = str(self.teachers[method.teachers[option]].checkpoint)
+        config = read(self.suite.config(name))
+        here, _ = teachers_there(config, self.suite.configs)
+        for option, teacher in teachers_of(config).items():
+            if option in here:
+                changes[f'{option}.checkpoint'] = str(self.teachers[here[option]].checkpoint)
                 if not teacher['config'].startswith('mmkd::'):
-                    changes[f'{option}.config'] = os.path.abspath(self.suite.config(method.teachers[option]))
+                    changes[f'{option}.config'] = os.path.abspath(self.suite.config(here[option]))
                 continue
             for key in ('config', 'checkpoint'):
                 if isinstance(teacher.get(key), str):
@@ -96,15 +114,26 @@ class Comparison:
         """Train what is not finished, ``jobs`` runs at a time; the failed ones, folder to error line."""
         cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
         threads = max(1, cores // jobs)
-        failed = train_all(list(self.teachers.values()), jobs, threads, self.score)
+        failed: dict[str, str] = {}
+        for _, names in itertools.groupby(self.teachers, self._stage):
+            failed |= self._train(
+                [(self.teachers[name], self._taught_by[name]) for name in names], failed, jobs, threads
+            )
+        taught_by = {method.name: list(method.teachers.values()) for method in self.methods}
+        queue = [(runs[seed], taught_by.get(name, [])) for seed in self.seeds for name, runs in self.runs.items()]
+        return failed | self._train(queue, failed, jobs, threads)
+
+    def _train(
+        self, queue: Sequence[tuple[Run, Sequence[str]]], failed: Mapping[str, str], jobs: int, threads: int
+    ) -> dict[str, str]:
+        """Train the runs whose teachers have not failed; the failed ones and those without a teacher, with why."""
         untaught = {}
-        for method in self.methods:
-            for teacher in (self.teachers[name] for name in method.teachers.values()):
+        for run, teachers in queue:
+            for teacher in (self.teachers[name] for name in teachers):
                 if str(teacher.folder) in failed:
-                    for run in self.runs[method.name].values():
-                        untaught[str(run.folder)] = f'{run.name} not trained: its teacher, {teacher.name}, failed'
-        ready = [run for run in self.queue() if str(run.folder) not in untaught]
-        return failed | train_all(ready, jobs, threads, self.score) | untaught
+                    untaught[str(run.folder)] = f'{run.name} not trained: its teacher, {teacher.name}, failed'
+        ready = [run for run, _ in queue if str(run.folder) not in untaught]
+        return train_all(ready, jobs, threads, self.score) | untaught
 
     def score(self, run: Run) -> float:
         """The score of a finished run.

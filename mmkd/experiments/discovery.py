@@ -20,7 +20,8 @@ class Method:
     Args:
         name: Of its file, without ``.py``.
         student: The config of its student alone.
-        teachers: Option, such as ``model.teacher``, to a config of the same folder, which is trained first.
+        teachers: Option, such as ``model.teacher``, to a config of the same folder, which is trained first; one that
+            distills as well is a teacher's assistant.
         given: Option to the name of a teacher from elsewhere, whose checkpoint is used as it is.
     """
 
@@ -64,15 +65,17 @@ def discover(folder: Path, only: Sequence[str] = ()) -> list[Method]:
     methods = [_method(name, distilled[name], plain, folder) for name in dict.fromkeys(only or distilled)]
     for method in methods:
         for option, teacher in method.teachers.items():
-            if teacher not in plain:
+            missing = [key for key in needed if not configs[teacher].get(key)]
+            if missing:
                 raise ConfigError(
-                    f'{method.name}: {option}.config is {teacher}, which distills itself or cannot be trained; train '
-                    f'it first, and put its config into another folder'
+                    f'{method.name}: {option}.config is {teacher}, which has no {missing[0]} to be trained'
                 )
+            stages_before(teacher, folder)
     return sorted(methods, key=lambda method: (method.student, method.name))
 
 
-def _method(name: str, config: Config, plain: Mapping[str, Config], folder: Path) -> Method:
+def teachers_there(config: Config, folder: Path) -> tuple[dict[str, str], dict[str, str]]:
+    """The frozen teachers of a config: option to the name of a config in ``folder``, and to that of one from elsewhere."""
     teachers, given = {}, {}
     for option, teacher in teachers_of(config).items():
         file = _file_of(teacher['config'], folder)
@@ -80,6 +83,30 @@ def _method(name: str, config: Config, plain: Mapping[str, Config], folder: Path
             teachers[option] = file.stem
         else:
             given[option] = teacher['config'] if isinstance(teacher['config'], str) else str(teacher['config']['type'])
+    return teachers, given
+
+
+def stages_before(name: str, folder: Path, learners: Sequence[str] = ()) -> int:
+    """How many trainings must have ended, one after the other, before that of a config in ``folder`` can begin.
+
+    Args:
+        name: The config's, without ``.py``.
+        folder: Where it lies.
+        learners: Those that wait for it.
+
+    Raises:
+        ConfigError: for a config that waits for itself.
+    """
+    if name in learners:
+        raise ConfigError(
+            f'{name}: it is taught by itself, {" <- ".join([*learners, name])}; one of them must come first'
+        )
+    teachers, _ = teachers_there(read(str(folder / f'{name}.py')), folder)
+    return max((1 + stages_before(each, folder, (*learners, name)) for each in teachers.values()), default=0)
+
+
+def _method(name: str, config: Config, plain: Mapping[str, Config], folder: Path) -> Method:
+    teachers, given = teachers_there(config, folder)
     student = plain_model(config)
     same = [each for each, other in plain.items() if plain_model(other) == student]
     alone = [each for each in same if plain[each].val_dataloader == config.val_dataloader]

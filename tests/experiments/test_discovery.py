@@ -6,7 +6,7 @@ import shutil
 import pytest
 
 from mmkd.errors import ConfigError
-from mmkd.experiments.comparison import suite_of
+from mmkd.experiments.comparison import Comparison, suite_of
 from mmkd.experiments.discovery import Method, discover
 from mmkd.experiments.suites import SUITES
 
@@ -155,10 +155,37 @@ def test_another_budget_or_score_than_the_student_alone(configs, change, message
         discover(configs)
 
 
-def test_a_teacher_that_distills_itself(configs):
+def test_a_teachers_assistant_is_trained_between_its_teacher_and_its_student(configs, tmp_path):
     text = (configs / 'gid_retinanet.py').read_text()
-    (configs / 'assistant.py').write_text(text.replace('retinanet_teacher.py', 'gid_retinanet.py'))
-    with pytest.raises(ConfigError, match='assistant: model.teacher.config is gid_retinanet, which distills itself'):
+    (configs / 'assisted.py').write_text(text.replace('retinanet_teacher.py', 'gid_retinanet.py'))
+    assert discover(configs, ['assisted']) == [
+        Method('assisted', 'retinanet_student', {'model.teacher': 'gid_retinanet'})
+    ]
+    suite, methods = suite_of(str(configs), ['assisted'])
+    comparison = Comparison(suite, methods, [0], tmp_path)
+    assert list(comparison.teachers) == ['retinanet_teacher', 'gid_retinanet']
+    for run, teacher in (
+        (comparison.teachers['gid_retinanet'], 'retinanet_teacher'),
+        (comparison.runs['assisted'][0], 'gid_retinanet'),
+    ):
+        assert run.read().model.teacher.checkpoint == str(comparison.teachers[teacher].checkpoint)
+
+
+def test_teachers_that_teach_each_other(configs):
+    text = (configs / 'gid_retinanet.py').read_text()
+    (configs / 'assisted.py').write_text(text.replace('retinanet_teacher.py', 'gid_retinanet.py'))
+    edit(configs / 'gid_retinanet.py', 'retinanet_teacher.py', 'assisted.py')
+    with pytest.raises(
+        ConfigError, match='gid_retinanet: it is taught by itself, gid_retinanet <- assisted <- gid_retin'
+    ):
+        discover(configs, ['assisted'])
+
+
+def test_a_teacher_that_cannot_be_trained(configs):
+    edit(configs / 'retinanet_teacher.py', 'train_cfg = ', 'train_cfg = None\nunused = ')
+    with pytest.raises(
+        ConfigError, match='gid_retinanet: model.teacher.config is retinanet_teacher, which has no train_cfg'
+    ):
         discover(configs)
 
 
