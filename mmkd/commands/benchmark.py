@@ -3,7 +3,8 @@
     mmkd benchmark configs/gid_retinanet.py --shape 2 3 256 320 --json gid_retinanet.json
 
 The weights are random: neither data nor checkpoints are needed. "Floor ratio" is the distilled step over the sum of the
-plain student's step and the teacher's forward pass as stock mmdet or mmseg runs it, as far as the same layers.
+plain student's step, the teachers' forward passes as stock mmdet or mmseg runs them, as far as the same layers, and the
+steps of peers, trained alone.
 """
 
 import argparse
@@ -40,8 +41,8 @@ def main() -> None:
     print(f'{"":16}{"ms":>10}{"(min)":>10}{"peak MiB":>12}')
     for name, of_step in found['steps'].items():
         print(f'{name:16}{of_step["median_ms"]:10.1f}{of_step["min_ms"]:10.1f}{of_step["peak_mib"]:12.1f}')
-    print(f'floor ratio      {found["floor_ratio"]:.3f}  (distilled / (plain student + stock teacher), median)')
-    print(f'memory ratio     {found["memory_ratio"]:.3f}  (distilled / (plain student + teacher weights))')
+    print(f'floor ratio      {found["floor_ratio"]:.3f}  (distilled / all of the others, median)')
+    print(f'memory ratio     {found["memory_ratio"]:.3f}  (distilled / (plain student + peers + teacher weights))')
     if args.json:
         about = {
             'config': args.config,

@@ -25,7 +25,9 @@ class Networks(NamedTuple):
     plain: nn.Module
     """The student alone."""
     stocks: dict[str, nn.Module]
-    """Each teacher as mmdet or mmseg builds it."""
+    """Each teacher as mmdet or mmseg builds it; an average of the student as well."""
+    peers: dict[str, nn.Module]
+    """Each model that is trained along, as mmdet or mmseg builds it."""
     distilled: nn.Module
     """The student with the plain one's weights, its teachers as mmkd runs them, and the distillers."""
     data: dict[str, list]
@@ -46,24 +48,29 @@ def networks(config: Config, shape: tuple[int, int, int, int], objects: int, dev
     # a copy, as mmseg changes what it builds from
     plain = MODELS.build(copy.deepcopy(config.model.student)).to(device)
     sources = build_sources(config.model.teacher, plain)
-    stocks = {name: each.model.to(device) for name, each in sources.items() if isinstance(each, Teacher)}
+    others = {name: each for name, each in sources.items() if each.model is not plain}
+    stocks = {name: each.model.to(device) for name, each in others.items() if not each.has_gradient}
+    peers = {name: each.model.to(device).train() for name, each in others.items() if each.has_gradient}
     distilled = MODELS.build(config.model).to(device)
     # the same weights: with others an RPN would propose other regions, of another cost
     distilled.load_state_dict(plain.state_dict(), strict=False)
-    for name in stocks:
-        distilled.sources[name].accept_current_weights(device)  # random ones, as all models here have
-    for model in (plain, *stocks.values(), distilled):
+    for source in distilled.sources.values():
+        if isinstance(source, Teacher):
+            source.accept_current_weights(device)  # random ones, as all models here have
+    kept = [source.model for source in distilled.sources.values() if source.has_gradient]
+    for model in (plain, *stocks.values(), *peers.values(), *kept, distilled):
         if getattr(model.data_preprocessor, 'size', None):  # mmseg pads to the size of the config's crops
             model.data_preprocessor.size = tuple(shape[2:])
-    return Networks(plain.train(), stocks, distilled.train(), random_batch(plain, shape, objects))
+    return Networks(plain.train(), stocks, peers, distilled.train(), random_batch(plain, shape, objects))
 
 
 def steps(of: Networks, amp: bool) -> dict[str, Step]:
-    """One step of each: the plain student's, the stock teacher's pass, the distilled student's."""
+    """One step of each: the plain student's, the stock teachers' pass, each plain peer's, the distilled student's."""
     teachers = [(stock, of.distilled.sources[name].layers) for name, stock in of.stocks.items()]
     return {
         'plain student': training_step(of.plain, of.data, amp),
         'stock teacher': teacher_pass(teachers, of.data, amp),
+        **{name: training_step(peer, of.data, amp) for name, peer in of.peers.items()},
         'distilled': training_step(of.distilled, of.data, amp),
     }
 
@@ -119,8 +126,8 @@ def measure(
 
     Returns:
         ``steps``: median and least time in ms and peak memory in MiB of each; ``rounds``; ``floor_ratio``, the median of the
-        distilled step over the sum of the other two; ``memory_ratio``, the distilled step's peak over the sum of the plain
-        student's and the teacher's weights.
+        distilled step over the sum of the others; ``memory_ratio``, the distilled step's peak over the sum of the plain
+        student's, the peers' and the teachers' weights.
     """
     for step in of_steps.values():
         for _ in range(warm_up):
@@ -132,12 +139,12 @@ def measure(
             times[name].append(timed(step, device))
         if seconds is not None and time.perf_counter() - start > seconds:
             break
-    # weights, gradients and momentum stay between steps
-    teachers = [of.distilled.sources[name].model for name in of.stocks]
+    teachers = [each.model for each in of.distilled.sources.values() if each.kept is None and each.model is not of.distilled]
     resident = {
-        'plain student': 3 * weights(of.plain),
+        'plain student': trained(of.plain),
         'stock teacher': weights(*of.stocks.values()),
-        'distilled': 3 * weights(of.distilled) + weights(*teachers),
+        **{name: trained(peer) for name, peer in of.peers.items()},
+        'distilled': trained(of.distilled) + weights(*teachers),
     }
     figures = {
         name: {
@@ -147,8 +154,9 @@ def measure(
         }
         for name, step in of_steps.items()
     }
-    floor = statistics.median(d / (p + s) for p, s, d in zip(*times.values(), strict=True))
-    memory = figures['distilled']['peak_mib'] / (figures['plain student']['peak_mib'] + resident['stock teacher'])
+    floor = statistics.median(each[-1] / sum(each[:-1]) for each in zip(*times.values(), strict=True))
+    beside = sum(figures[name]['peak_mib'] for name in ('plain student', *of.peers))
+    memory = figures['distilled']['peak_mib'] / (beside + resident['stock teacher'])
     rounds = len(times['distilled'])
     return {'steps': figures, 'rounds': rounds, 'floor_ratio': floor, 'memory_ratio': memory}
 
@@ -180,6 +188,11 @@ def peak_memory(step: Step, device: torch.device) -> float:
         now += event.nbytes()
         peak = max(peak, now)
     return peak / 2**20
+
+
+def trained(model: nn.Module) -> float:
+    """MiB that stay between the steps of a training: weights, and gradients and momentum of what is trained."""
+    return weights(model) + 2 * sum(each.nbytes for each in model.parameters() if each.requires_grad) / 2**20
 
 
 def weights(*models: nn.Module) -> float:
