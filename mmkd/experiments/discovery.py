@@ -34,8 +34,8 @@ class Method:
 def discover(folder: Path, only: Sequence[str] = ()) -> list[Method]:
     """The methods in a folder of configs: every config with ``model.distillers``; ``only`` restricts them by name.
 
-    A method's student alone is the config without distillers that has the same model and the same validation data; it
-    must have the same schedule, too. Its teachers are the configs that ``model.teacher.config`` names. Files that train
+    A method's student alone is the config without distillers that has the same model, the same validation data and the
+    same schedule. Its teachers are the configs that ``model.teacher.config`` names. Files that train
     nothing, such as bases, are passed over.
 
     Raises:
@@ -112,6 +112,7 @@ def _method(name: str, config: Config, plain: Mapping[str, Config], folder: Path
     alone = [each for each in same if plain[each].val_dataloader == config.val_dataloader]
     if len(alone) > 1:  # one of them may be its teacher: born again
         alone = [each for each in alone if each not in teachers.values()] or alone
+        alone = [each for each in alone if plain[each].train_cfg == config.train_cfg] or alone
     if not alone:
         why = f'; with another val_dataloader there is {", ".join(same)}' if same else ''
         raise ConfigError(

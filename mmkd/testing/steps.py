@@ -139,7 +139,9 @@ def measure(
             times[name].append(timed(step, device))
         if seconds is not None and time.perf_counter() - start > seconds:
             break
-    teachers = [each.model for each in of.distilled.sources.values() if each.kept is None and each.model is not of.distilled]
+    teachers = [
+        each.model for each in of.distilled.sources.values() if each.kept is None and each.model is not of.distilled
+    ]
     resident = {
         'plain student': trained(of.plain),
         'stock teacher': weights(*of.stocks.values()),

@@ -19,6 +19,12 @@ def edit(path, old, new):
     path.write_text(text.replace(old, new))
 
 
+STUDENTS = {
+    'dakd_pspnet': 'pspnet_dusk',
+    'byot_pspnet': 'pspnet_auxiliary',
+    'kd_pspnet_middle': 'pspnet_middle',
+    'kd_pspnet_long': 'pspnet_long',
+}
 ALONE = ('byot_pspnet', 'dml_pspnet', 'mean_teacher_pspnet')  # without a frozen teacher
 
 
@@ -29,10 +35,9 @@ def test_every_config_with_distillers_is_found_with_its_student_and_teacher(suit
     files = {path.stem for path in folder.glob('*.py')}
     assert set(methods) == {name for name in files if not name.endswith(('_student', '_teacher'))}
     for name, method in methods.items():
-        family = next(each for each in ('faster_rcnn', 'retinanet', 'fcos', 'gfl', 'pspnet') if name.endswith(each))
-        students = {'dakd_pspnet': 'pspnet_dusk', 'byot_pspnet': 'pspnet_auxiliary'}
-        assert method.student == f'{students.get(name, family)}_student'
-        named = re.findall(r"config='mmkd::\w+/(\w+_teacher)\.py'", (folder / f'{name}.py').read_text())
+        family = next(each for each in ('faster_rcnn', 'retinanet', 'fcos', 'gfl', 'pspnet') if f'_{each}' in name)
+        assert method.student == f'{STUDENTS.get(name, family)}_student'
+        named = re.findall(r"config='mmkd::\w+/(\w+_teacher|kd_\w+)\.py'", (folder / f'{name}.py').read_text())
         assert list(method.teachers.values()) == named
         assert len(named) == {'specialists_retinanet': 2}.get(name, 0 if name in ALONE else 1)
         assert method.given == {}

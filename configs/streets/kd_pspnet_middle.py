@@ -1,0 +1,8 @@
+# a teacher's assistant, of assistant_pspnet.py
+_base_ = 'pspnet_middle_student.py'
+model = dict(
+    _delete_=True,
+    type='mmkd.Distill',
+    student=_base_.model,
+    teacher=dict(config='mmkd::streets/pspnet_teacher.py', checkpoint='work_dirs/pspnet_teacher/iter_1500.pth'),
+    distillers=dict(kd=dict(type='KD')))
