@@ -57,7 +57,8 @@ def check_full_size(name, model):
     else:
         assert config.train_cfg.max_iters in (80000, 160000)
         assert config.auto_scale_lr.base_batch_size == 8
-        assert model.sources['teacher'].model.decode_head.num_classes == model.decode_head.num_classes == 19
+        networks = [model, *(source.model for source in model.sources.values())]
+        assert {each.decode_head.num_classes for each in networks} == {19}
     if name in ('gid_retinanet.py', 'cwd_retinanet.py'):  # nothing is trained beside the student
         assert not list(model.distillers.parameters())
 

@@ -14,6 +14,7 @@ from mmengine.model import BaseModel
 from mmengine.runner import Runner
 
 from mmkd.data import shapes, streets
+from mmkd.sources import Teacher
 from mmkd.testing import detectors, models, segmentors
 
 
@@ -207,7 +208,9 @@ def two_steps(config: Config, folder: str | Path) -> tuple[BaseModel, list[dict]
     config.work_dir = str(folder)
     config.experiment_name = config.visualizer.name = Path(folder).name  # mmengine keeps both by name
     runner = Runner.from_cfg(config)
-    runner.model.sources['teacher'].accept_current_weights()  # with random weights
+    for source in runner.model.sources.values():
+        if isinstance(source, Teacher):
+            source.accept_current_weights()  # random ones
     runner.train()
     (scalars,) = Path(folder).glob('*/vis_data/scalars.json')
     return runner.model, [json.loads(line) for line in scalars.read_text().splitlines()]

@@ -81,6 +81,11 @@ CASES = [
         r"mmkd.LabelledFor marks images .* meta_keys=\(..., 'labelled_for'\)",
     ),
     data(
+        'partial labels that the pipeline around would have to hand on',
+        "dict(type='mmkd.LabelledFor', classes=['circle'])",
+        r'mmkd.LabelledFor marks images .* which the pipeline around it leaves out',
+    ),
+    data(
         'labels for a class that is not there',
         "dict(type='mmkd.LabelledFor', classes=['circel']), "
         "dict(type='PackDetInputs', meta_keys=('img_shape', 'labelled_for'))",

@@ -179,3 +179,41 @@ def test_the_command_and_a_training_on_what_it_wrote(detector, tmp_path):
     config.dump(tmp_path / 'student.py')
     tool('train', tmp_path / 'student.py', '--work-dir', tmp_path / 'student')
     assert 'is there already' in tool('pseudo_label', path, checkpoint, images, out, expect=1)
+
+
+def test_augmentation_of_the_configs_own(detector, tmp_path):
+    """Its ``tta_pipeline``, without the labels that it loads and with the meta data that merging reads."""
+    path, checkpoint, images = detector
+    config = Config.fromfile(path)
+    flips = [dict(type='RandomFlip', prob=prob) for prob in (0.0, 1.0)]
+    packed = dict(type='PackDetInputs', meta_keys=('img_id', 'img_shape', 'flip', 'flip_direction'))
+    config.tta_pipeline = [
+        dict(type='LoadImageFromFile'),
+        dict(type='Resize', scale=(96, 96)),
+        dict(type='TestTimeAug', transforms=[flips, [dict(type='LoadAnnotations', with_bbox=True)], [packed]]),
+    ]
+    config.dump(path)
+    labels = label(detector, tmp_path / 'out.json', augment=True)
+    assert len(labels.images[0]['inputs']) == 2  # and not the six of scales and flips
+    assert all(line['boxes'] for line in labels.lines())
+
+
+def test_label_maps_of_data_whose_first_class_is_1(segmentor, tmp_path):
+    path, checkpoint, images = segmentor
+    plain = label(segmentor, tmp_path / 'plain', score=0.0)
+    config = Config.fromfile(path)
+    config.test_dataloader.dataset.reduce_zero_label = True
+    config.dump(path)
+    label(segmentor, tmp_path / 'reduced', score=0.0)
+    for written in sorted((tmp_path / 'plain').rglob('*.png')):
+        other = tmp_path / 'reduced' / written.relative_to(tmp_path / 'plain')
+        assert (np.array(Image.open(other)) == np.array(Image.open(written)) + 1).all()
+    assert plain.first == 0
+
+
+def test_two_images_of_one_label_map(segmentor, tmp_path):
+    images = segmentor[2]
+    first = sorted(images.rglob('*.png'))[0]
+    Image.open(first).save(first.with_suffix('.jpg'))
+    with pytest.raises(ConfigError, match=f'two images would have the label map .*{first.stem}.png'):
+        label(segmentor, tmp_path / 'out')

@@ -268,6 +268,14 @@ def mutual(tmp_path=None):
     )
 
 
+def test_a_peer_does_not_learn_what_is_not_labelled_as_background():
+    model = mutual()
+    data = model.data_preprocessor(random_batch(model, (2, 3, 64, 96)), True)
+    data['data_samples'][0].set_metainfo(dict(labelled_for=['road']))
+    with pytest.raises(ConfigError, match='peer: a batch has images .* with labels for some classes alone'):
+        model.train()(**data, mode='loss')
+
+
 def test_a_peer_is_trained_along():
     """Its own losses are logged; who learns gets the gradient, who is learnt from does not."""
     model = mutual()
