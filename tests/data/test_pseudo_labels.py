@@ -183,7 +183,7 @@ def test_the_command_and_a_training_on_what_it_wrote(detector, tmp_path):
 
 def test_augmentation_of_the_configs_own(detector, tmp_path):
     """Its ``tta_pipeline``, without the labels that it loads and with the meta data that merging reads."""
-    path, checkpoint, images = detector
+    path, *_ = detector
     config = Config.fromfile(path)
     flips = [dict(type='RandomFlip', prob=prob) for prob in (0.0, 1.0)]
     packed = dict(type='PackDetInputs', meta_keys=('img_id', 'img_shape', 'flip', 'flip_direction'))
@@ -199,7 +199,7 @@ def test_augmentation_of_the_configs_own(detector, tmp_path):
 
 
 def test_label_maps_of_data_whose_first_class_is_1(segmentor, tmp_path):
-    path, checkpoint, images = segmentor
+    path, *_ = segmentor
     plain = label(segmentor, tmp_path / 'plain', score=0.0)
     config = Config.fromfile(path)
     config.test_dataloader.dataset.reduce_zero_label = True
