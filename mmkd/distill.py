@@ -41,6 +41,8 @@ class Distilled(BaseModel if TYPE_CHECKING else object):  # type: ignore[misc]
         iteration = self.distillers.start_step(counts=self.training)
         knowledge, losses = {}, {}
         for name, source in self.sources.items():
+            if self.training:
+                source.start_step(self, iteration)
             if source.due(iteration) and self.distillers.wants(name):
                 knowledge[name], own = source.read(self, inputs, data_samples)
                 losses.update({f'{name}.{key}': value for key, value in own.items()})

@@ -378,7 +378,7 @@ def test_a_head_of_mmseg_cannot_be_a_part(tmp_path):
 def test_an_average_cannot_follow_a_sharded_student(tmp_path):
     config = shapes_config(tmp_path, of_all_sources(tmp_path, 'RetinaNet'))
     config.merge_from_dict(SHARDED)
-    with pytest.raises(ConfigError, match=r'^strategy=ShardedStrategy: model.teacher.mean averages the whole student'):
+    with pytest.raises(ConfigError, match=r'^strategy=ShardedStrategy: model.teacher.mean copies the whole student'):
         check_engine(config)
 
 

@@ -14,6 +14,8 @@ from mmkd.distillers.segmentation.cirkd import CIRKD
 from mmkd.distillers.segmentation.dakd import DAKD
 from mmkd.distillers.segmentation.dist import DIST
 from mmkd.distillers.segmentation.ifvd import IFVD
+from mmkd.distillers.segmentation.okddip import OKDDip
+from mmkd.distillers.segmentation.one import ONE
 from mmkd.distillers.segmentation.skd import SKD
 
 __all__ = [
@@ -25,6 +27,7 @@ __all__ = [
     'IFVD',
     'KD',
     'MGD',
+    'ONE',
     'PKD',
     'SKD',
     'Distiller',
@@ -32,6 +35,7 @@ __all__ = [
     'FeatureDistiller',
     'LevelPair',
     'LevelPairs',
+    'OKDDip',
 ]
 
 if find_spec('mmdet') is not None:  # segmentation needs no mmdet

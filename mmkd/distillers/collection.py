@@ -368,7 +368,10 @@ def _iteration_of_runner() -> int | None:
 
 
 def _refuse_the_same(distiller: Any, learner: Taps, teachers: Taps | dict[str, Taps]) -> None:
-    """Raise ConfigError if a network would learn a layer from that layer."""
+    """Raise ConfigError if a network would learn a layer from that layer, and not from others' as well."""
+    several = isinstance(teachers, dict) and any(taps.model is not learner.model for taps in teachers.values())
+    if several and getattr(distiller, 'one_target', False):
+        return
     for name, teacher in (teachers if isinstance(teachers, dict) else {'': teachers}).items():
         if teacher.model is not learner.model:
             continue

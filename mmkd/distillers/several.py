@@ -1,7 +1,7 @@
 """One method that learns from several teachers at once, and how much from each."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,8 +15,6 @@ from mmkd.errors import ConfigError
 from mmkd.hosts.class_logits import ClassLogits
 from mmkd.taps import Taps
 from mmkd.values import is_number
-
-COMBINATIONS = ('mean', 'entropy', 'labels', 'drop')
 
 
 class Several(Distiller):
@@ -37,9 +35,20 @@ class Several(Distiller):
     Weights of a position sum to 1, once. ``'entropy'`` and ``'labels'`` weigh each position apart, for methods that compare
     class logits (:class:`mmkd.distillers.KD`); of sigmoid scores each class of a position as well.
 
+    Or one target is made of the class logits of all, and learnt from once (KDCL). The learner may be one of them:
+
+    ============================ ==================================================================================
+    ``combine``                  the target
+    ============================ ==================================================================================
+    ``'best'``                   the logits of who knows a position's label best, :func:`best_logits`
+    ``'mean_logits'``            their mean
+    ``'min_logits'``             of each class the smallest, relative to the label's, :func:`min_logits`
+    ============================ ==================================================================================
+
     Kwon et al., "Adaptive Knowledge Distillation Based on Entropy", ICASSP 2020 (EBKD). Zhang et al., "Confidence-Aware
     Multi-Teacher Knowledge Distillation", ICASSP 2022, arXiv 2201.00007 (CA-MKD). Sariyildiz et al., "UNIC: Universal
-    Classification Models via Multi-teacher Distillation", ECCV 2024, arXiv 2408.05088 (dropping).
+    Classification Models via Multi-teacher Distillation", ECCV 2024, arXiv 2408.05088 (dropping). Guo et al., "Online Knowledge
+    Distillation via Collaborative Learning", CVPR 2020 (KDCL).
 
     Args:
         methods: By the name of a teacher the method that learns from it.
@@ -79,9 +88,11 @@ class Several(Distiller):
                 f'combine={combine!r}: expected one of {", ".join(COMBINATIONS)}, or a weight for each teacher'
             )
         first = self.first
-        if self.kind in ('entropy', 'labels') and not hasattr(first, 'compare_weighted'):
+        self.one_target = self.kind in TARGETS
+        self._of_logits = self.one_target or self.kind in ('entropy', 'labels')
+        if self._of_logits and not hasattr(first, 'compare_weighted'):
             raise ConfigError(
-                f'combine={self.kind!r}: weighs class logits, which {type(first).__name__} does not compare; KD does, and any '
+                f'combine={self.kind!r}: reads class logits, which {type(first).__name__} does not compare; KD does, and any '
                 f"method can be combined by 'mean', 'drop' or a weight for each teacher"
             )
         self.maps_classes = bool(getattr(first, 'maps_classes', False))
@@ -116,24 +127,29 @@ class Several(Distiller):
         self._read_layers()
 
     def setup(self, student: Taps, teacher: Mapping[str, Taps]) -> None:
-        if self.kind == 'labels' and not self.first.reader.has_labels:
+        if self.kind in LABELLED and not self.first.reader.has_labels:
+            other = "'mean_logits'" if self.one_target else "'mean', 'entropy' or 'drop'"
+            raise ConfigError(f'combine={self.kind!r}: takes a segmentor, whose pixels have labels; choose {other}')
+        mapped = [name for name, taps in teacher.items() if taps.classes is not None]
+        if self.one_target and mapped:
             raise ConfigError(
-                "combine='labels': takes a segmentor, whose pixels have labels; choose 'mean', 'entropy' or 'drop'"
+                f'combine={self.kind!r}: makes one target of all, and {mapped[0]} has other classes; choose '
+                f"'mean', 'entropy' or 'drop'"
             )
         for name, method in self.methods.items():
             if hasattr(method, 'setup'):
                 method.setup(student, teacher[name])
-        if self.kind in ('entropy', 'labels'):
+        if self._of_logits:
             shapes = {name: method.reader.positions(student, teacher[name]) for name, method in self.methods.items()}
             if len(set(map(str, shapes.values()))) > 1:
                 raise ConfigError(
-                    f'combine={self.kind!r}: weighs teachers at each position, and theirs differ: '
+                    f'combine={self.kind!r}: takes teachers position by position, and theirs differ: '
                     f'{", ".join(f"{name} {each}" for name, each in shapes.items())} (sizes of maps, or compared levels); '
                     f"choose 'mean', or label_size=True of segmentors"
                 )
 
     def forward(self, student: Taps, teacher: Mapping[str, Taps], data_samples: list | None) -> dict[str, torch.Tensor]:
-        if self.kind in ('entropy', 'labels'):
+        if self._of_logits:
             return self._of_positions(student, teacher, data_samples)
         found = {name: method(student, teacher[name], data_samples) for name, method in self.methods.items()}
         if self.kind == 'fixed':
@@ -152,13 +168,22 @@ class Several(Distiller):
         self, student: Taps, teacher: Mapping[str, Taps], data_samples: list | None
     ) -> dict[str, torch.Tensor]:
         read = {name: method.read(student, teacher[name], data_samples) for name, method in self.methods.items()}
-        weigh: Callable[[Sequence[ClassLogits]], list[torch.Tensor]] = entropy_weights
-        if self.kind == 'labels':
-
-            def weigh(layer: Sequence[ClassLogits]) -> list[torch.Tensor]:
-                return label_weights(layer, self.first.reader.labels(layer[0], student, data_samples))
-
-        by_layer = [weigh(layer) for layer in zip(*read.values(), strict=True)]
+        layers = list(zip(*read.values(), strict=True))
+        labels = [
+            self.first.reader.labels(layer[0], student, data_samples) if self.kind in LABELLED else None
+            for layer in layers
+        ]
+        if self.one_target:
+            make = TARGETS[self.kind]
+            targets = [
+                layer[0]._replace(teacher=make(torch.stack([each.teacher for each in layer]), known))
+                for layer, known in zip(layers, labels, strict=True)
+            ]
+            return {'loss': self.first.compare_weighted(targets, [None] * len(targets))}
+        by_layer = [
+            entropy_weights(layer) if known is None else label_weights(layer, known)
+            for layer, known in zip(layers, labels, strict=True)
+        ]
         by_teacher = zip(*by_layer)
         losses = [
             method.compare_weighted(read[name], weights)
@@ -267,3 +292,61 @@ def drop_weights(losses: torch.Tensor, p: float) -> torch.Tensor:
     kept = (draw >= p).to(losses.dtype)
     kept = torch.maximum(kept, F.one_hot(losses.argmax(), len(losses)).to(losses.dtype))
     return kept / kept.sum()
+
+
+def mean_logits(logits: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
+    """The mean of all networks' logits.
+
+    Args:
+        logits: (M, P, K, ...), of M networks.
+        labels: Not needed.
+
+    Returns:
+        (P, K, ...).
+    """
+    return logits.mean(0)
+
+
+def best_logits(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    r"""At each position the logits of the network whose cross entropy with the label is the smallest.
+
+    .. math:: z = z_m, \qquad m = \operatorname{argmin}_{m'} -\log \operatorname{softmax}(z_{m'})_y
+
+    Without a label their mean.
+
+    Args:
+        logits: (M, P, K, ...), of M networks.
+        labels: y, (P, ...), -1 for none.
+
+    Returns:
+        (P, K, ...).
+    """
+    own = labels.clamp(min=0)[None, :, None].expand(len(logits), *[-1] * (logits.dim() - 1))
+    best = logits.log_softmax(2).gather(2, own).argmax(0, keepdim=True)  # (1, P, 1, ...)
+    found = logits.gather(0, best.expand(1, *logits.shape[1:]))[0]
+    return found.where(labels[:, None] >= 0, logits.mean(0))
+
+
+def min_logits(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    r"""Of each class the smallest of all networks' logits, each relative to its network's own of the label.
+
+    .. math:: z_k = \min_m (z_{mk} - z_{my})
+
+    Its cross entropy with the label is at most that of any of the networks. Without a label the mean of their logits.
+
+    Args:
+        logits: (M, P, K, ...), of M networks.
+        labels: y, (P, ...), -1 for none.
+
+    Returns:
+        (P, K, ...).
+    """
+    own = labels.clamp(min=0)[None, :, None].expand(len(logits), *[-1] * (logits.dim() - 1))
+    found = (logits - logits.gather(2, own)).amin(0)
+    return found.where(labels[:, None] >= 0, logits.mean(0))
+
+
+TARGETS = {'best': best_logits, 'mean_logits': mean_logits, 'min_logits': min_logits}
+COMBINATIONS = ('mean', 'entropy', 'labels', 'drop', *TARGETS)
+LABELLED = ('labels', 'best', 'min_logits')
+"""What needs the labels of positions."""

@@ -19,7 +19,7 @@ from mmkd.hosts.datasets import type_name
 from mmkd.registry import OPTIM_WRAPPERS, STRATEGIES
 from mmkd.taps import find_layer
 
-WHOLE_STUDENT = 'averages the whole student, of which each process has a part here; use DDP, or another kind of teacher'
+WHOLE_STUDENT = 'copies the whole student, of which each process has a part here; use DDP, or another kind of teacher'
 
 
 @OPTIM_WRAPPERS.register_module()
@@ -170,13 +170,13 @@ def check_engine(config: Config) -> None:
         )
     if strategy == 'DeepSpeedStrategy':
         _check_deepspeed(config)
-    averages = [
+    copies = [
         option
         for option, spec in described_sources(config)
-        if isinstance(spec, Mapping) and type_name(spec) == 'Average'
+        if isinstance(spec, Mapping) and type_name(spec) in ('Average', 'Snapshot')
     ]
-    if strategy in ('FSDPStrategy', 'DeepSpeedStrategy', 'ColossalAIStrategy', 'ShardedStrategy') and averages:
-        raise ConfigError(f'strategy={strategy}: {averages[0]} {WHOLE_STUDENT}')
+    if strategy in ('FSDPStrategy', 'DeepSpeedStrategy', 'ColossalAIStrategy', 'ShardedStrategy') and copies:
+        raise ConfigError(f'strategy={strategy}: {copies[0]} {WHOLE_STUDENT}')
     if type_name(config.get('model_wrapper_cfg') or {}) == 'MMSeparateDistributedDataParallel':
         raise ConfigError(
             'model_wrapper_cfg.type=MMSeparateDistributedDataParallel wraps each part of a model by itself, and a student that '

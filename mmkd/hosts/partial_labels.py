@@ -19,6 +19,11 @@ SILENT = -1e4
 """A logit whose probability is 0; float16 can hold it."""
 
 
+def partly_labelled(data_samples: Sequence | None) -> bool:
+    """Whether an image of a batch is labelled for some classes alone."""
+    return any(sample.metainfo.get('labelled_for') is not None for sample in data_samples or ())
+
+
 @contextlib.contextmanager
 def labelled_classes(model: nn.Module, data_samples: Sequence | None, names: Sequence[str] | None) -> Iterator[None]:
     """While it lasts, ``model``'s heads say nothing of classes for which an image is not labelled, ``mmkd.LabelledFor``.

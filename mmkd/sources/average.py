@@ -1,21 +1,17 @@
 """The student's average over its steps as a source: a mean teacher."""
 
-import copy
-
 import torch
-from mmengine.dist import all_reduce, get_world_size
 from torch import nn
 
 from mmkd.errors import ConfigError
-from mmkd.hosts.running import run
 from mmkd.registry import SOURCES
-from mmkd.sources.source import Kept, Source
+from mmkd.sources.copied import Copied, mean_of_processes
 from mmkd.taps import Taps
 from mmkd.values import is_number
 
 
 @SOURCES.register_module()
-class Average(Source):
+class Average(Copied):
     r"""The student's weights, averaged over its steps: a mean teacher.
 
     .. math:: \theta'_n = \alpha_n \theta'_{n-1} + (1 - \alpha_n) \theta_n, \qquad \alpha_n = \min(\alpha, n / (n + 1))
@@ -41,22 +37,18 @@ class Average(Source):
     def __init__(
         self, student: nn.Module, momentum: float = 0.999, interval: int = 1, begin: int = 0, end: int | None = None
     ):
-        super().__init__(interval, begin, end)
+        super().__init__(student, interval, begin, end)
         if not (is_number(momentum) and 0 <= momentum < 1):
             raise ConfigError(f'momentum={momentum!r}: expected a number of at least 0 and below 1')
         self.momentum = momentum
-        self.model = copy.deepcopy(student)
-        self.kept: Kept = Kept(self.model, trained=False)
         self.kept.register_buffer('steps', torch.zeros(()))
         self._seen: int | None = None
 
     def read(self, student: nn.Module, inputs: torch.Tensor, data_samples: list | None) -> tuple[Taps, dict]:
-        with torch.no_grad():
-            self._follow(student)
-            with Taps(self.model, self.layers, self.calls, images=len(inputs)) as taps:
-                run(self.model, self.layers, inputs, data_samples)
-        return taps, {}
+        self._follow(student)
+        return super().read(student, inputs, data_samples)
 
+    @torch.no_grad()
     def _follow(self, student: nn.Module) -> None:
         own = dict(student.named_parameters()) | dict(student.named_buffers())
         names = [name for name, _ in self.model.named_parameters()]
@@ -67,9 +59,7 @@ class Average(Source):
         self._seen = versions
         buffers = dict(self.model.named_buffers())
         floating = [name for name, value in buffers.items() if value.is_floating_point()]
-        values = [own[name] for name in floating]
-        if values and get_world_size() > 1:
-            values = _mean_of_processes(values)
+        values = mean_of_processes([own[name] for name in floating])
         averages = [*self.model.parameters(), *(buffers[name] for name in floating)]
         steps = self.kept.get_buffer('steps')
         momentum = (steps / (steps + 1)).clamp(max=self.momentum)
@@ -78,10 +68,3 @@ class Average(Source):
         for name in buffers.keys() - set(floating):
             buffers[name].copy_(own[name])
         steps += 1
-
-
-def _mean_of_processes(values: list[torch.Tensor]) -> list[torch.Tensor]:
-    packed = torch.cat([each.float().flatten() for each in values])
-    all_reduce(packed, 'mean')
-    parts = packed.split([each.numel() for each in values])
-    return [part.view_as(each).to(each.dtype) for part, each in zip(parts, values, strict=True)]

@@ -8,6 +8,7 @@ from torch import nn
 
 from mmkd.errors import ConfigError
 from mmkd.hosts.configs import build_model, read_teacher
+from mmkd.hosts.partial_labels import partly_labelled
 from mmkd.hosts.running import without_labels
 from mmkd.normalize import Renormalize
 from mmkd.registry import SOURCES
@@ -76,9 +77,7 @@ class Peer(Source):
             self._renormalize.apply(function)
 
     def read(self, student: nn.Module, inputs: torch.Tensor, data_samples: list | None) -> tuple[Taps, dict]:
-        if without_labels(self.model, data_samples) or any(
-            sample.metainfo.get('labelled_for') is not None for sample in data_samples or ()
-        ):
+        if without_labels(self.model, data_samples) or partly_labelled(data_samples):
             raise ConfigError(
                 f'{self.name}: a batch has images without labels, or with labels for some classes alone, of which a peer would '
                 f'learn the rest as background; train it on labelled images'

@@ -60,6 +60,9 @@ class Source:
         """Whether it is read in a step at all."""
         return self.begin <= iteration < self.end and (iteration - self.begin) % self.interval == 0
 
+    def start_step(self, student: nn.Module, iteration: int) -> None:
+        """Called in each training step, whether it is read or not, with the student as the step before left it."""
+
     def name_classes(self, student: Sequence[str] | None) -> None:
         """Learn the names of the student's classes, in the order of its head; None where they are not known.
 

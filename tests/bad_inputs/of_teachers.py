@@ -235,6 +235,8 @@ CASES = [
         'mean=dict(type="Average", momentum=float("nan"))',
         r'momentum=nan: expected',
     ),
+    several('snapshots without a cycle', 'before=dict(type="Snapshot")', r'teacher.before: Snapshot needs cycle'),
+    several('snapshots of no steps', 'before=dict(type="Snapshot", cycle=0)', r'cycle=0: expected a whole number'),
     several(
         'an average of another model',
         'mean=dict(type="Average", config="teacher.py")',

@@ -8,7 +8,7 @@ import torch
 
 import mmkd
 from mmkd.classes import ClassMap
-from mmkd.distillers.several import drop_weights, entropy_weights, label_weights
+from mmkd.distillers.several import best_logits, drop_weights, entropy_weights, label_weights, mean_logits, min_logits
 from mmkd.errors import ConfigError
 from mmkd.hosts.class_logits import ClassLogits
 from mmkd.testing import detectors, models, segmentors
@@ -38,9 +38,9 @@ def entry(names, **options):
 
 
 def combinations(make):
-    yield from ('mean', 'entropy', dict(type='drop', p=0.0))
+    yield from ('mean', 'entropy', dict(type='drop', p=0.0), 'mean_logits')
     if make is segmentors.pspnet:
-        yield 'labels'
+        yield from ('labels', 'best', 'min_logits')
 
 
 CASES = [(name, combine) for name, make in HOSTS.items() for combine in combinations(make)]
@@ -121,6 +121,99 @@ def test_label_weights_as_plain_loops():
             assert [each[b, x].item() for each in found] == pytest.approx(expected)
 
 
+def some_logits():
+    """Of three networks at 2 x 4 positions, and their labels."""
+    return 3 * torch.randn(3, 2, 5, 4, dtype=torch.float64), torch.tensor([[0, 4, -1, 2], [1, 1, 3, -1]])
+
+
+def test_one_target_of_all_as_plain_loops():
+    logits, labels = some_logits()
+    mean, best, smallest = (make(logits, labels) for make in (mean_logits, best_logits, min_logits))
+    for b in range(2):
+        for x in range(4):
+            z, y = [each[b, :, x].tolist() for each in logits], labels[b, x].item()
+            average = [sum(each[k] for each in z) / 3 for k in range(5)]
+            assert mean[b, :, x].tolist() == pytest.approx(average)
+            knows = max(z, key=lambda each: softmax(each)[y])
+            assert best[b, :, x].tolist() == pytest.approx(average if y < 0 else knows)
+            least = [min(each[k] - each[y] for each in z) for k in range(5)]
+            assert smallest[b, :, x].tolist() == pytest.approx(average if y < 0 else least)
+
+
+def test_the_smallest_logits_know_the_label_at_least_as_well_as_the_best():
+    logits, labels = some_logits()
+    known = labels.clamp(min=0)
+    found, best = (
+        torch.nn.functional.cross_entropy(make(logits, known), known, reduction='none')
+        for make in (min_logits, best_logits)
+    )
+    assert (found <= best).all()
+    torch.testing.assert_close(
+        best,
+        torch.nn.functional.cross_entropy(logits.flatten(0, 1), known.repeat(3, 1), reduction='none')
+        .unflatten(0, (3, 2))
+        .amin(0),
+    )
+
+
+def collaborative(host, combine):
+    """KDCL: the student and a peer, each of which learns from one target of both."""
+    entry = dict(type='KD', teacher=['own', 'peer'], combine=combine, tau=2.0)
+    model = mmkd.distill(
+        models.build(HOSTS[host](), seed=0),
+        dict(peer=dict(type='Peer', config=HOSTS[host]()), own=dict(type='Own')),
+        dict(down=entry, up=dict(entry, learner='peer')),
+    )
+    model.init_weights()
+    return model.train()
+
+
+CLASSIFIERS = {
+    'detector': 'bbox_head.retina_cls',
+    'two stages': 'roi_head.bbox_head.fc_cls',
+    'segmentor': 'decode_head.conv_seg',
+}
+
+
+@pytest.mark.parametrize(('host', 'combine'), [(h, c) for h, c in CASES if c in ('mean_logits', 'best', 'min_logits')])
+def test_who_learns_from_one_target_of_all_gets_the_gradient_alone(host, combine):
+    model = collaborative(host, combine)
+    data = model.data_preprocessor(random_batch(model, (2, 3, 64, 96)), True)
+    found = model(**data, mode='loss')
+    weights = [each.get_submodule(CLASSIFIERS[host]).weight for each in (model, model.sources['peer'].model)]
+    for learns, name in enumerate(('down', 'up')):
+        gradients = torch.autograd.grad(found[f'{name}.loss'], weights, allow_unused=True, retain_graph=True)
+        assert gradients[learns].abs().sum() > 0
+        assert gradients[1 - learns] is None
+
+
+def test_a_network_that_equals_its_peer_has_nothing_to_learn():
+    model = collaborative('segmentor', 'mean_logits')
+    peer = model.sources['peer'].model
+    peer.load_state_dict({name: value for name, value in model.state_dict().items() if not name.startswith('sources')})
+    model.eval()  # without dropout
+    data = model.data_preprocessor(random_batch(model, (2, 3, 64, 96)), True)
+    found = model(**data, mode='loss')
+    assert found['down.loss'].abs() < 1e-6
+    assert found['up.loss'].abs() < 1e-6
+
+
+def test_a_network_alone_is_not_its_own_target():
+    with pytest.raises(ConfigError, match='would be compared with itself'):
+        mmkd.distill(
+            models.build(segmentors.pspnet()),
+            dict(own=dict(type='Own')),
+            dict(it=dict(type='KD', teacher=['own'], combine='mean_logits')),
+        )
+
+
+def test_one_target_has_the_classes_of_all():
+    teachers = {name: dict(config=models.build(segmentors.pspnet(), seed=1)) for name in 'ab'}
+    teachers['b']['classes'] = {0: 1, 1: 0}
+    with pytest.raises(ConfigError, match="combine='min_logits': makes one target of all, and b has other classes"):
+        mmkd.distill(models.build(segmentors.pspnet()), teachers, dict(it=entry('ab', combine='min_logits')))
+
+
 def test_of_sigmoid_scores_each_class_is_weighed_among_those_who_know_it():
     maps = [ClassMap((0, 1), (0, 1)), ClassMap((1, 2), (1, 0))]
     logits = [ClassLogits(each, each, True, None, of) for each, of in zip(torch.randn(2, 2, 2, 6), maps)]
@@ -192,7 +285,9 @@ def test_teachers_of_other_positions_cannot_be_weighed_there():
     for make in (detectors.retinanet, segmentors.pspnet):
         teachers = {name: dict(config=models.build(make(), seed=1)) for name in 'ab'}
         teachers['b']['scale'] = 2.0
-        with pytest.raises(ConfigError, match="combine='entropy': weighs teachers at each position, and theirs differ"):
+        with pytest.raises(
+            ConfigError, match="combine='entropy': takes teachers position by position, and theirs differ"
+        ):
             mmkd.distill(models.build(make()), teachers, dict(it=entry('ab', combine='entropy')))
         mmkd.distill(models.build(make()), teachers, dict(it=entry('ab')))
 

@@ -118,7 +118,7 @@ def test_a_method_learns_from_several_teachers_at_once(teacher_options, tmp_path
         (dict(CWD_NECK, teacher='a', combine='mean'), "combine='mean': there is one teacher"),
         (
             dict(CWD_NECK, teacher=['a', 'b'], combine='entropy'),
-            "combine='entropy': weighs class logits, which CWD does not",
+            "combine='entropy': reads class logits, which CWD does not",
         ),
         (
             dict(CWD_NECK, teacher=['a', 'b'], combine='best'),
@@ -233,6 +233,56 @@ def test_the_average_counts_steps_of_the_optimizer_and_not_passes():
     for _ in range(3):  # as with accumulated gradients
         losses(model)
     assert model.sources['mean'].kept.steps == 1
+
+
+# --- the student of some steps ago
+
+
+def snapshots(**options):
+    entry = dict(type='AT', layer='neck', loss_weight=options.pop('loss_weight', 1.0))
+    model = mmkd.distill(student(), dict(before=dict(type='Snapshot', cycle=2, **options)), dict(at=entry))
+    model.init_weights()
+    return model.train()
+
+
+@pytest.mark.parametrize(
+    ('options', 'expected'),
+    [
+        (dict(), [2, 3, 4, 5, 6]),
+        (dict(interval=3), [3, 6]),  # in some of which it was copied, and in others not
+        (dict(begin=3, end=6), [3, 4, 5]),
+        (dict(loss_weight=dict(type='linear', value=1.0, begin=2, end=4)), [3, 4, 5, 6]),
+    ],
+)
+def test_a_snapshot_is_the_student_at_the_end_of_the_last_cycle(options, expected):
+    model = snapshots(**options)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    names = ['backbone.conv1.weight', 'bbox_head.retina_cls.bias', 'backbone.bn1.running_mean']
+    kept, read = None, []
+    for iteration in range(7):
+        if iteration and iteration % 2 == 0:
+            kept = {name: model.state_dict()[name].clone() for name in names}
+        if 'at.loss' in step(model, optimizer, seed=iteration):
+            read.append(iteration)
+        if kept:
+            found = model.sources['before'].model.state_dict()
+            assert all(torch.equal(found[name], value) for name, value in kept.items())
+    assert read == expected
+    assert not any(module.training for module in model.sources['before'].model.modules())
+    assert not any(each.requires_grad for each in model.sources['before'].model.parameters())
+    assert 'sources.before.model.backbone.conv1.weight' in model.state_dict()
+
+
+def test_a_snapshot_of_the_same_weights_has_nothing_to_teach():
+    model = snapshots()
+    state = model.state_dict()
+    moved = {name: value + 1 for name, value in state.items() if name.startswith('sources.') and 'conv1' in name}
+    model.load_state_dict(state | moved)
+    model.distillers.iteration = 2
+    assert losses(model)['at.loss'] > 0  # in step 3 it is as it was loaded
+    assert losses(model)['at.loss'] == 0  # in step 4 it is taken anew
+    model.load_state_dict(state | moved)
+    assert losses(model.eval())['at.loss'] > 0  # a loss in eval mode is no training step
 
 
 # --- the student itself

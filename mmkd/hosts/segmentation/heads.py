@@ -24,6 +24,11 @@ def logits_layer(model: nn.Module) -> str:
     return _classifier(model)[0]
 
 
+def inputs_layer(model: nn.Module) -> str:
+    """The layer whose maps the decode head takes in."""
+    return 'backbone' if getattr(model, 'neck', None) is None else 'neck'
+
+
 def feature_layer(model: nn.Module) -> str:
     """The layer whose map the decode head classifies, before its dropout.
 

@@ -148,6 +148,8 @@ DEFAULTS = {
         'teacher_layer': (None, NAME),
         'use_labels': (True, OURS),
     },
+    'ONE': {'branches': (3, CODE), 'tau': (3.0, CODE), 'loss_weight': (1.0, CODE)},
+    'OKDDip': {'branches': (4, CODE), 'tau': (3.0, CODE), 'loss_weight': (1.0, CODE)},
     'DAKD': {
         'layer': (None, HEAD),
         'auxiliary_layer': (None, HEAD),
