@@ -202,8 +202,12 @@ def read_safely() -> None:
     CheckpointLoader.register_scheme(prefixes=schemes, loader=load_from_file, force=True)
 
 
-def plain_weights(content: object, path: Path, what: str = 'teacher checkpoint') -> dict[str, torch.Tensor]:
+def plain_weights(
+    content: object, path: Path, what: str = 'teacher checkpoint', source: str | None = None
+) -> dict[str, torch.Tensor]:
     """The plain model's weights in what :func:`read_file` read, without the adapters and sources of a student.
+
+    With ``source`` those of the source of this name that is stored with a student, such as a peer.
 
     Raises:
         ConfigError: if there are none.
@@ -211,6 +215,8 @@ def plain_weights(content: object, path: Path, what: str = 'teacher checkpoint')
     state = content.get('state_dict', content) if isinstance(content, dict) else content
     if not isinstance(state, dict) or not state or not all(isinstance(each, torch.Tensor) for each in state.values()):
         raise ConfigError(f"{what} {path}: holds no weights (expected a dict of tensors, or 'state_dict')")
+    if source is not None:
+        state = _of_source(state, source, f'{what} {path}')
     weights: Any = OrderedDict((name, tensor) for name, tensor in state.items() if not name.startswith(BESIDE))
     for name, tensor in weights.items():
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
@@ -220,6 +226,23 @@ def plain_weights(content: object, path: Path, what: str = 'teacher checkpoint')
     if hasattr(state, '_metadata'):  # each module's version, by which it converts older weights
         weights._metadata = state._metadata
     return weights
+
+
+def _of_source(state: dict, source: str, where: str) -> Any:
+    """The part of a student's state that is a source's model."""
+    prefix = f'sources.{source}.model.'
+    found: Any = OrderedDict(
+        (name.removeprefix(prefix), tensor) for name, tensor in state.items() if name.startswith(prefix)
+    )
+    if not found:
+        raise ConfigError(f'{where}: holds nothing of a source {source!r}; take a checkpoint of a training that had it')
+    versions = getattr(state, '_metadata', {})
+    found._metadata = {
+        f'{name}.'.removeprefix(prefix).rstrip('.'): each
+        for name, each in versions.items()
+        if f'{name}.'.startswith(prefix)
+    }
+    return found
 
 
 def read_checkpoint(path: Path, what: str = 'teacher checkpoint') -> dict[str, torch.Tensor]:
@@ -242,16 +265,18 @@ def load_weights(
     checkpoint: str,
     what: str = 'teacher checkpoint',
     advice: str = 'give the config it was trained with',
+    source: str | None = None,
 ) -> None:
     """Load a checkpoint into a model; every weight has to fit.
 
-    Adapters and sources of a distilled student are neither loaded nor missed.
+    Adapters and sources of a distilled student are neither loaded nor missed. With ``source`` the weights are those of
+    its source of this name.
 
     Raises:
         ConfigError: with the names that are missing, unexpected or of another shape.
     """
     path = fetch(checkpoint, what, missing=NO_WEIGHTS if what.startswith('teacher') else '')
-    state = read_checkpoint(path, what)
+    state = plain_weights(read_file(path, what), path, what, source)
     fits = True
     try:
         left = model.load_state_dict(state, strict=False)

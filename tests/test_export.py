@@ -11,6 +11,7 @@ import pytest
 import torch
 from mmcv.ops import batched_nms
 from mmengine.config import Config
+from mmengine.registry import MODELS
 from mmengine.runner import Runner
 from tool import tool
 
@@ -19,7 +20,7 @@ from mmkd.errors import ConfigError
 from mmkd.hosts import deploy
 from mmkd.hosts.plain import plain_config
 from mmkd.testing import detectors, models, segmentors
-from mmkd.testing.runs import distilled, shapes_config, streets_config
+from mmkd.testing.runs import distilled, of_all_sources, shapes_config, streets_config
 
 pytestmark = pytest.mark.slow
 
@@ -392,3 +393,55 @@ def test_the_size_is_the_test_pipelines_filled_up_or_the_validation_images(pipel
     if wanted == (40, 48):
         with pytest.raises(ConfigError, match='^--input-shape H W: '):
             deploy.input_size(config, None)
+
+
+@pytest.fixture
+def of_sources(tmp_path):
+    """A config of a student of all sources, and a checkpoint of it."""
+    config = streets_config(tmp_path, of_all_sources(tmp_path, 'PSPNet'))
+    config.dump(tmp_path / 'config.py')
+    model = MODELS.build(config.model)
+    for index, value in enumerate(model.parameters()):  # no two parts have the same
+        torch.nn.init.constant_(value, index / 1000)
+    torch.save(
+        dict(state_dict=model.state_dict(), meta=dict(dataset_meta=dict(classes=('a', 'b')))), tmp_path / 'it.pth'
+    )
+    return config, model
+
+
+def written_by(tmp_path, monkeypatch, *options):
+    paths = [str(tmp_path / each) for each in ('config.py', 'it.pth', 'plain')]
+    monkeypatch.setattr(sys, 'argv', ['export', *paths, *options])
+    command.main()
+    assert 'mmkd' not in (tmp_path / 'plain.py').read_text()
+    saved = torch.load(tmp_path / 'plain.pth', weights_only=True)
+    assert saved['meta']['dataset_meta']['classes'] == ('a', 'b')
+    return Config.fromfile(tmp_path / 'plain.py'), saved['state_dict']
+
+
+@pytest.mark.parametrize('name', ['peer', 'mean'])
+def test_a_peer_and_an_average_are_written_in_the_students_place(of_sources, tmp_path, monkeypatch, name):
+    config, model = of_sources
+    plain, state = written_by(tmp_path, monkeypatch, '--source', name)
+    expected = model.sources[name].model.state_dict()
+    assert state.keys() == expected.keys()
+    assert all(torch.equal(value, expected[key]) for key, value in state.items())
+    same = dict(peer=config.model.teacher.peer.config, mean=config.model.student)[name]
+    assert plain.model.decode_head == same.decode_head
+    models.build(plain.model).load_state_dict(state, strict=True)
+
+
+@pytest.mark.parametrize('name', ['large', 'own', 'pear'])
+def test_of_other_sources_there_is_nothing_to_write(of_sources, tmp_path, monkeypatch, name):
+    with pytest.raises(
+        SystemExit, match=f"source '{name}': a checkpoint holds .* in this config there is 'mean', 'peer'"
+    ):
+        written_by(tmp_path, monkeypatch, '--source', name)
+    assert not (tmp_path / 'plain.pth').exists()
+
+
+def test_a_checkpoint_without_the_peer(of_sources, tmp_path, monkeypatch):
+    _, model = of_sources
+    torch.save(dict(state_dict=model.plain().state_dict()), tmp_path / 'it.pth')
+    with pytest.raises(SystemExit, match="it.pth: holds nothing of a source 'peer'"):
+        written_by(tmp_path, monkeypatch, '--source', 'peer')

@@ -113,6 +113,32 @@ def task_from_step_3(folder):
     return unlabelled(folder, task_weight=weight)
 
 
+def collaborative(folder):
+    entry = dict(type='KD', teacher=['own', 'peer'], combine='min_logits', tau=2.0)
+    return online(
+        folder,
+        dict(down=entry, up=dict(entry, learner='peer')),
+        own=dict(type='Own'),
+        peer=dict(type='Peer', config=segmentors.pspnet(24)),
+    )
+
+
+def online(folder, distillers, **teachers):
+    """Without a teacher; the weight of what heads learn from each other is 0 in the first step."""
+    teachers = teachers or dict(own=dict(type='Own'))
+    model = dict(type='mmkd.Distill', student=segmentors.pspnet(), teacher=teachers, distillers=distillers)
+    return streets_config(folder, model, iterations=6, batch=2)
+
+
+def heads(type):
+    return lambda folder: online(folder, dict(it=dict(type=type, loss_weight=dict(type='linear', value=1.0, end=4))))
+
+
+def snapshot(folder):
+    """Copied after steps 2 and 4; resumed in between."""
+    return online(folder, dict(it=dict(type='KD')), before=dict(type='Snapshot', cycle=2))
+
+
 SCHEMES = {
     'mean': several('mean', 'CWD'),
     'entropy': several('entropy'),
@@ -125,6 +151,10 @@ SCHEMES = {
     'now and then': now_and_then,
     'without the task': without_the_task,
     'task from step 3': task_from_step_3,
+    'one target': collaborative,
+    'ONE': heads('ONE'),
+    'OKDDip': heads('OKDDip'),
+    'snapshot': snapshot,
 }
 
 

@@ -6,6 +6,10 @@ writes ``student.pth``, exactly the plain model's weights and what the checkpoin
 and ``student.py``, the config without teacher, distillers and what only they need. (mmseg's ``MMSegInferencer`` draws
 Cityscapes' names whatever the checkpoint says, unless it is given ``classes`` and ``palette``.)
 
+    mmkd export configs/streets/dml_pspnet.py work_dirs/dml_pspnet/iter_600.pth peer --source peer
+
+writes the peer that was trained along in the student's place, and alike an average or a snapshot of the student.
+
 --onnx and --torch-export write student.onnx and student.pt2 besides, of segmentors and one-stage detectors, for images of
 one size. They take images as the model's data_preprocessor gives them, float32 of (N, 3, H, W), and put out
   of a segmentor   logits, (N, classes, H, W)
@@ -26,7 +30,7 @@ from mmengine.registry import init_default_scope
 from mmkd import checks, cli
 from mmkd.errors import ConfigError
 from mmkd.hosts import deploy
-from mmkd.hosts.configs import build_model, plain_model
+from mmkd.hosts.configs import build_model, plain_model, source_model
 from mmkd.hosts.plain import data_meta, plain_config
 from mmkd.weights import dataset_meta, fetch, load_weights, plain_weights, read_file
 
@@ -36,6 +40,11 @@ def main() -> None:
     parser.add_argument('config', help='the distilled config; with --onnx or --torch-export also a plain one')
     parser.add_argument('checkpoint', help='a checkpoint of its training')
     parser.add_argument('output', type=Path, help='what to write, without suffix')
+    parser.add_argument(
+        '--source',
+        metavar='NAME',
+        help='write what the student learnt from, a Peer, an Average or a Snapshot of this name',
+    )
     parser.add_argument('--onnx', action='store_true', help="write OUTPUT.onnx; needs pip install 'mmkd[onnx]'")
     parser.add_argument('--torch-export', action='store_true', help='write OUTPUT.pt2, for torch.export.load')
     parser.add_argument(
@@ -57,7 +66,7 @@ def main() -> None:
         parser.error(f'--input-shape: expected two sizes of at least 1, but got {args.input_shape}')
     with cli.clear_errors(args.debug):
         config = cli.read_config(args)
-        if 'student' not in config.model and not forms:
+        if 'student' not in config.model and (args.source or not forms):
             raise ConfigError(f'{args.config}: not a distilled model (model has no student); it can be used as it is')
         for form in forms:
             deploy.needs(form)
@@ -69,12 +78,13 @@ def main() -> None:
                 raise ConfigError(f'{path} exists; remove it, or choose another name')
         checks.check_names(config, ())
         init_default_scope(config.get('default_scope', 'mmengine'))
-        model = build_model(plain_model(config)).eval()
-        load_weights(model, args.checkpoint, 'checkpoint')
+        described = source_model(config, args.source) if args.source else plain_model(config)
+        model = build_model(described).eval()
+        load_weights(model, args.checkpoint, 'checkpoint', source=args.source)
         checkpoint = fetch(args.checkpoint, 'checkpoint')
         content = read_file(checkpoint, 'checkpoint')
-        plain, left = plain_config(config, [name for name, _ in model.named_parameters()])
-        state = plain_weights(content, checkpoint, 'checkpoint')
+        plain, left = plain_config(config, [name for name, _ in model.named_parameters()], described)
+        state = plain_weights(content, checkpoint, 'checkpoint', args.source)
         meta = dataset_meta(content) or data_meta(plain)
         args.output.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=args.output.parent, prefix='.export') as folder:

@@ -18,6 +18,7 @@ from mmkd.hosts.datasets import class_names, datasets, type_name
 from mmkd.hosts.mmengine import config_path
 
 FILES = ('config', 'checkpoint')  # what of a teacher may be a path
+COPIES = ('Average', 'Snapshot')  # sources that are copies of the student
 SINGLE = {'config', 'type', 'checkpoint', 'dtype'}  # keys by which one teacher is told from several by name
 
 
@@ -90,6 +91,29 @@ def trained_models(config: Config) -> Iterator[tuple[str, Mapping]]:
     for option, spec in described_sources(config):
         if source_kind(spec) == 'Peer' and 'config' in spec:
             yield f'{option}.config', read_teacher(dict(config=spec['config'])).model
+
+
+def source_model(config: Config, name: str) -> ConfigDict:
+    """The plain model of a source that is stored with a distilled student: a peer's, or the student's of its copies.
+
+    Raises:
+        ConfigError: for a source that is not there, or of which the student's checkpoint has nothing.
+    """
+    sources = {
+        option.removeprefix('model.').removeprefix('teacher.'): each for option, each in described_sources(config)
+    }
+    kind = source_kind(sources.get(name))
+    if kind == 'Peer':
+        model = read_teacher(dict(config=sources[name]['config'])).model
+        model.setdefault('data_preprocessor', plain_model(config).get('data_preprocessor'))
+        return model
+    if kind in COPIES:
+        return plain_model(config)
+    stored = [each for each in sources if source_kind(sources[each]) in ('Peer', *COPIES)]
+    raise ConfigError(
+        f'source {name!r}: a checkpoint holds a Peer, an Average or a Snapshot beside the student; in this config there is '
+        f'{", ".join(map(repr, stored)) or "none"}'
+    )
 
 
 def teacher_classes(teacher: str | Mapping) -> tuple[str, ...] | None:

@@ -14,7 +14,7 @@ from mmengine.optim import OptimWrapper
 from torch import nn
 
 from mmkd.errors import ConfigError
-from mmkd.hosts.configs import described_sources
+from mmkd.hosts.configs import COPIES, described_sources
 from mmkd.hosts.datasets import type_name
 from mmkd.registry import OPTIM_WRAPPERS, STRATEGIES
 from mmkd.taps import find_layer
@@ -171,9 +171,7 @@ def check_engine(config: Config) -> None:
     if strategy == 'DeepSpeedStrategy':
         _check_deepspeed(config)
     copies = [
-        option
-        for option, spec in described_sources(config)
-        if isinstance(spec, Mapping) and type_name(spec) in ('Average', 'Snapshot')
+        option for option, spec in described_sources(config) if isinstance(spec, Mapping) and type_name(spec) in COPIES
     ]
     if strategy in ('FSDPStrategy', 'DeepSpeedStrategy', 'ColossalAIStrategy', 'ShardedStrategy') and copies:
         raise ConfigError(f'strategy={strategy}: {copies[0]} {WHOLE_STUDENT}')

@@ -16,7 +16,7 @@ from mmkd.registry import ADAPTERS, DISTILLERS, SOURCES
 STOCK = sorted(inspect.signature(Runner.__init__).parameters) + ['tta_model', 'tta_pipeline']
 
 
-def plain_config(config: Config, parameters: Iterable[str]) -> tuple[Config, list[str]]:
+def plain_config(config: Config, parameters: Iterable[str], model: Mapping | None = None) -> tuple[Config, list[str]]:
     """A config of the plain model: of a distilled config, its student's.
 
     Left out are teacher and distillers, samplers and hooks of mmkd, data sets without labels, rules of the optimizer that
@@ -25,12 +25,13 @@ def plain_config(config: Config, parameters: Iterable[str]) -> tuple[Config, lis
     Args:
         config: The distilled config; it stays as it is.
         parameters: The names of the plain model's parameters.
+        model: The plain model, where it is another than the student's.
 
     Returns:
         The config, and the keys in which something of mmkd is left all the same.
     """
     plain = copy.deepcopy(config)
-    plain.model = plain_model(plain)
+    plain.model = plain_model(plain) if model is None else copy.deepcopy(model)
     for key in ('launcher', 'work_dir'):
         plain.pop(key, None)
     for part in ('train', 'val', 'test'):
