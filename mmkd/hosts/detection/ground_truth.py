@@ -39,6 +39,13 @@ def ground_truth(data_samples: Sequence) -> GroundTruth:
     return GroundTruth(padded, torch.arange(most, device=padded.device) < counts[:, None])
 
 
+def ground_truth_labels(data_samples: Sequence) -> torch.Tensor:
+    """(B, K), the classes of the boxes of :func:`ground_truth`, from 0; 0 where there is none."""
+    labels = [sample.gt_instances.labels for sample in data_samples]
+    most = max(1, *(len(each) for each in labels))
+    return pad_sequence([labels[0].new_zeros(most), *labels], batch_first=True)[1:]
+
+
 def padded_shape(data_samples: Sequence) -> tuple[int, int]:
     """Height and width of the padded input in pixels, to which the feature maps belong."""
     return tuple(data_samples[0].metainfo['batch_input_shape'][:2])
