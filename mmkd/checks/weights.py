@@ -54,7 +54,7 @@ def check_teachers(config: Config) -> list[tuple[str, Sequence[str] | None]]:
         known.append((f"{option}'s config", teacher_classes(spec)))
         known.append((f"{option}'s checkpoint {path}", dataset_meta(content).get('classes')))
     for option, spec in described_sources(config):
-        if isinstance(spec, Mapping) and type_name(spec) == 'Peer' and spec.get('checkpoint'):
+        if isinstance(spec, Mapping) and type_name(spec) in ('Peer', 'LabelEncoder') and spec.get('checkpoint'):
             _read_named(config, spec['checkpoint'], f'{option}.checkpoint')
     return known
 

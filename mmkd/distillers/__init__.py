@@ -45,9 +45,10 @@ if find_spec('mmdet') is not None:  # segmentation needs no mmdet
     from mmkd.distillers.detection.frs import FRS
     from mmkd.distillers.detection.gdetkd import GDetKD
     from mmkd.distillers.detection.gid import GID
+    from mmkd.distillers.detection.labelenc import LabelEnc
     from mmkd.distillers.detection.ld import LD
     from mmkd.distillers.detection.lgd import LGD
     from mmkd.distillers.detection.mimic import Mimic
     from mmkd.distillers.detection.quantization_mimic import QuantizationMimic
 
-    __all__ += ['FGD', 'FGFI', 'FRS', 'GID', 'LD', 'LGD', 'Chen', 'GDetKD', 'Mimic', 'QuantizationMimic']
+    __all__ += ['FGD', 'FGFI', 'FRS', 'GID', 'LD', 'LGD', 'Chen', 'GDetKD', 'LabelEnc', 'Mimic', 'QuantizationMimic']

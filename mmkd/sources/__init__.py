@@ -1,4 +1,6 @@
-"""What a student learns from: a frozen teacher, its own average or earlier weights, a peer that is trained along, or itself."""
+"""What a student learns from: a frozen teacher, its own average or earlier weights, a peer, itself, or labels."""
+
+from importlib.util import find_spec
 
 from mmkd.sources.average import Average
 from mmkd.sources.own import Own
@@ -8,3 +10,8 @@ from mmkd.sources.source import Source, Sources, build_sources
 from mmkd.sources.teacher import Teacher
 
 __all__ = ['Average', 'Own', 'Peer', 'Snapshot', 'Source', 'Sources', 'Teacher', 'build_sources']
+
+if find_spec('mmdet') is not None:  # segmentation needs no mmdet
+    from mmkd.sources.label_encoder import LabelEncoder
+
+    __all__ += ['LabelEncoder']

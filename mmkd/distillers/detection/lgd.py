@@ -97,6 +97,19 @@ def normalized_distance(
     return torch.stack(squared).sum() / sum(level.numel() for level in student)
 
 
+def adapted_distance(
+    adapter: nn.Module,
+    student: Sequence[torch.Tensor],
+    teacher: Sequence[torch.Tensor],
+    dims: tuple[int, ...],
+    weight: float,
+) -> torch.Tensor:
+    """The :func:`normalized_distance` of the student's levels after an adapter, weighted; with a weight of 0 the adapter alone
+    learns, at weight 1."""
+    own = student if weight else [level.detach() for level in student]
+    return (weight or 1.0) * normalized_distance([adapter(level) for level in own], teacher, dims)
+
+
 def layers(*widths: int) -> nn.Sequential:
     """Linear layers, each with a layer norm without affine and a ReLU, on the last dimension."""
     return nn.Sequential(
@@ -260,18 +273,12 @@ class LGD(Distiller):
         labels = ground_truth_labels(data_samples)
         return self.teacher(student, boxes, labels, valid, sizes, padded_shape(data_samples)), valid
 
-    def pictures(self, student: Taps, teacher: Taps, data_samples: list | None) -> dict[str, torch.Tensor]:
-        made, _ = self.teacher_maps(maps(student, 'neck'), data_samples or [])
-        return {f'made of labels, level {index}': level.abs().mean(1) for index, level in enumerate(made)}
-
     def forward(self, student: Taps, teacher: Taps, data_samples: list | None) -> dict[str, torch.Tensor]:
         features, samples = maps(student, 'neck'), data_samples or []
         require_gradient('neck', features)
         targets, valid = self.teacher_maps(features, samples)
-        weight, any_object = self.loss_weight(), valid.any().float()
-        own = features if weight else [level.detach() for level in features]
-        distance = normalized_distance([self.adapter(level) for level in own], targets, (2, 3))
+        any_object = valid.any()
         return {
-            'loss': (weight or 1.0) * any_object * distance,
+            'loss': any_object * adapted_distance(self.adapter, features, targets, (2, 3), self.loss_weight()),
             'loss_teacher': any_object * losses_of_maps(student.model, targets, samples),
         }

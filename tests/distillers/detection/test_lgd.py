@@ -11,7 +11,6 @@ from mmkd.distillers.detection import lgd
 from mmkd.distillers.schedule import Weight
 from mmkd.errors import ConfigError
 from mmkd.hosts.detection.second_pass import losses_of_maps
-from mmkd.taps import Taps
 from mmkd.testing import detectors, models, segmentors
 from mmkd.testing.batches import random_batch
 
@@ -70,7 +69,9 @@ def test_distance_as_plain_loops(dims):
 
     total = count = 0
     for s, t in zip(student, teacher):
-        groups = [(b, slice(None) if len(dims) == 3 else c) for b in range(2) for c in range(1 if len(dims) == 3 else 3)]
+        groups = [
+            (b, slice(None) if len(dims) == 3 else c) for b in range(2) for c in range(1 if len(dims) == 3 else 3)
+        ]
         for group in groups:
             pairs = list(zip(*(normal(each[group].flatten().tolist()) for each in (s, t))))
             total += sum((a - b) ** 2 for a, b in pairs)
@@ -300,15 +301,6 @@ def test_the_plain_model_is_left(tmp_path):
     model.plain()
     assert type(model) is type(plain)
     assert list(model.state_dict()) == list(plain.state_dict())
-
-
-def test_pictures_show_the_maps():
-    model = distilled().eval()
-    batch = batch_of(model)
-    with torch.no_grad(), Taps(model, ['neck'], images=2) as taps:
-        model.extract_feat(batch['inputs'])
-        found = model.distillers['it'].pictures(taps, taps, batch['data_samples'])
-    assert [each.shape for each in found.values()] == [(2, 12, 16), (2, 6, 8), (2, 3, 4)]
 
 
 def test_another_network_as_teacher_is_refused():
