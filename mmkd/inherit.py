@@ -8,7 +8,7 @@ from torch import nn
 from mmkd.classes import ClassMap
 from mmkd.distillers.levels import head_around
 from mmkd.errors import ConfigError
-from mmkd.sources import Source, Teacher
+from mmkd.sources import Source
 from mmkd.taps import find_layer
 
 
@@ -20,7 +20,7 @@ def parts_by_teacher(
     Raises:
         ConfigError: for a name that no frozen teacher has, or a list where there are several.
     """
-    frozen = [name for name, source in sources.items() if isinstance(source, Teacher)]
+    frozen = [name for name, source in sources.items() if source.frozen]
     if isinstance(inherit, Mapping):
         for name in inherit:
             if name not in frozen:

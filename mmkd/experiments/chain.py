@@ -3,18 +3,20 @@
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from mmengine.config import Config
+
 from mmkd.errors import ConfigError
 from mmkd.experiments.configs import read, teachers_of
 from mmkd.experiments.discovery import beside
 from mmkd.experiments.runs import Run
-from mmkd.hosts.configs import plain_model, read_teacher
+from mmkd.hosts.configs import described_sources, plain_model, read_teacher, source_kind
 
 
 def stages(configs: Sequence[str], folder: Path, go_on: bool = False) -> list[Run]:
     """The trainings of a chain, each in a folder of its own.
 
-    A teacher whose model is that of an earlier stage has its weights, the latest of these where there are several; others keep
-    the checkpoints that their configs name.
+    A teacher whose model is that of an earlier stage has its weights, the latest of these where there are several, and a frozen
+    label encoder those of the latest that was trained; others keep the checkpoints that their configs name.
 
     Args:
         configs: Files, or configs of mmkd.
@@ -38,6 +40,11 @@ def stages(configs: Sequence[str], folder: Path, go_on: bool = False) -> list[Ru
             if earlier:
                 run.options[f'{option}.checkpoint'] = str(earlier[-1].checkpoint)
                 taught = True
+        for option, encoder in described_sources(config):
+            earlier = [each for each in runs if _encodes_labels(each.read())]
+            if source_kind(encoder) == 'LabelEncoder' and encoder.get('checkpoint') and earlier:
+                run.options[f'{option}.checkpoint'] = str(earlier[-1].checkpoint)
+                taught = True
         if go_on and runs:
             if plain_model(config) != plain_model(runs[-1].read()):
                 raise ConfigError(
@@ -52,6 +59,12 @@ def stages(configs: Sequence[str], folder: Path, go_on: bool = False) -> list[Ru
             )
         runs.append(run)
     return runs
+
+
+def _encodes_labels(config: Config) -> bool:
+    """Whether a training has a label encoder of its own."""
+    found = [each for _, each in described_sources(config) if source_kind(each) == 'LabelEncoder']
+    return any(not each.get('checkpoint') for each in found)
 
 
 def train_chain(

@@ -18,6 +18,8 @@ from mmkd.sources.source import Kept, Source
 from mmkd.taps import Taps
 from mmkd.weights import fetch, read_file
 
+HEADS = ('rpn_head', 'roi_head', 'bbox_head')
+
 
 def draw(
     boxes: torch.Tensor,
@@ -115,12 +117,13 @@ class LabelPyramid(BaseModel):
                 Block(third, fourth, 2),
             ]
         )
-        self.pyramid = copy.deepcopy(neck)
-        for module in self.pyramid.modules():
+        self.neck = copy.deepcopy(neck)
+        for module in self.neck.modules():
             if isinstance(module, BaseModule):
                 module.is_init = False
             if hasattr(module, 'reset_parameters'):
                 module.reset_parameters()
+        self.pyramid = nn.Identity()
 
     def forward(self, inputs: torch.Tensor, data_samples: list | None = None, mode: str = 'tensor') -> tuple:
         """The pyramid, (B, C, H, W) a level; of the images their size alone matters."""
@@ -132,7 +135,7 @@ class LabelPyramid(BaseModel):
         for stage in self.stages:
             maps = stage(maps)
             levels.append(maps)
-        return self.pyramid(levels)
+        return self.pyramid(self.neck(levels))
 
 
 @SOURCES.register_module()
@@ -141,7 +144,8 @@ class LabelEncoder(Source):
 
     Without ``checkpoint`` the encoder is trained along, as an auto-encoder of labels: the student's heads read its maps,
     and their losses are logged as ``<name>.loss``. It is trained by the same optimizer, is in the checkpoint as
-    ``sources.<name>.*``, and ``mmkd export`` leaves it out. With the checkpoint of such a training it is frozen.
+    ``sources.<name>.*``, and ``mmkd export`` leaves it out. With the checkpoint of such a training it is frozen, and a student
+    of the same detector may ``inherit`` its neck, and the heads that have learnt to read it.
 
     Args:
         student: The student; filled in.
@@ -156,6 +160,7 @@ class LabelEncoder(Source):
     Example:
         >>> teacher = dict(type='LabelEncoder')  # the first training
         >>> teacher = dict(type='LabelEncoder', checkpoint='work_dirs/first/epoch_16.pth')  # the second
+        >>> inherit = ['neck', 'bbox_head']  # of the second
         >>> distillers = dict(labelenc=dict(type='LabelEnc'))  # of both
     """
 
@@ -175,20 +180,15 @@ class LabelEncoder(Source):
                 f'behind a ResNet, found {type(student.neck).__name__}'
             )
         self.checkpoint, self._loaded = checkpoint, False
-        self.has_gradient = checkpoint is None
+        self.has_gradient, self.frozen = checkpoint is None, checkpoint is not None
         self.model = LabelPyramid(classes_of(student), student.neck)
-        if self.has_gradient:
+        if not self.frozen:
             self.kept = Kept(self.model, trained=True)
-        else:
-            self.model.eval().requires_grad_(False)
-
-    def __deepcopy__(self, memo: dict) -> 'LabelEncoder':
-        if self.has_gradient:
-            made = copy.copy(self)
-            made.model = copy.deepcopy(self.model, memo)
-            made.kept = copy.deepcopy(self.kept, memo)
-            return made
-        return self
+            return
+        for head in HEADS:  # which the student may inherit
+            if hasattr(student, head):
+                self.model.add_module(head, copy.deepcopy(getattr(student, head)))
+        self.model.eval().requires_grad_(False)
 
     def load(self, device: torch.device | str = 'cpu', then: Callable[[nn.Module], None] | None = None) -> None:
         if self._loaded:
@@ -208,11 +208,12 @@ class LabelEncoder(Source):
         content = read_file(path, what)
         state = content.get('state_dict', content) if isinstance(content, dict) else {}
         own = self.model.state_dict()
+        heads = {key: state[key] for key in own if key.startswith(HEADS) and key in state}
         found: dict[str, dict[str, torch.Tensor]] = {}
         for key, value in state.items():
-            prefix, _, name = key.partition('.model.')
-            if prefix.startswith('sources.') and name in own:
-                found.setdefault(prefix, {})[name] = value
+            source, _, name = key.partition('.model.')
+            if source.startswith('sources.') and name in own:
+                found.setdefault(source, dict(heads))[name] = value
         fits = [
             each
             for each in found.values()
@@ -220,23 +221,28 @@ class LabelEncoder(Source):
         ]
         if len(fits) != 1:
             raise ConfigError(
-                f"{what} {path}: holds {len(fits)} label encoders that fit this student's classes and neck; expected what a "
-                f"training of it with teacher=dict(type='LabelEncoder') ended with"
+                f"{what} {path}: holds {len(fits)} label encoders that fit this student's classes, neck and heads; expected what "
+                f"a training of it with teacher=dict(type='LabelEncoder') ended with"
             )
         self.model.load_state_dict(fits[0])
 
+    def accept_current_weights(self, device: torch.device | str = 'cpu') -> None:
+        """Take the weights as they are for the trained ones, random ones too: for measurements and tests."""
+        self._loaded = True
+        self.model.to(device)
+
     def apply(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        if not self.has_gradient and self._loaded:
+        if self.frozen and self._loaded:
             self.model._apply(function)
 
     def read(self, student: nn.Module, inputs: torch.Tensor, data_samples: list | None) -> tuple[Taps, dict]:
-        if not self._loaded:
+        if self.frozen and not self._loaded:
             raise ConfigError(
                 f'{self.name}: its weights are not loaded yet; call init_weights() of the student before training'
             )
         with torch.set_grad_enabled(self.has_gradient), Taps(self.model, self.layers, images=len(inputs)) as taps:
             maps = self.model(inputs, data_samples)
-        if not self.has_gradient:
+        if self.frozen:
             return taps, {}
         samples = data_samples or []
         any_object = ground_truth(samples).valid.any()

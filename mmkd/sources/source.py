@@ -43,6 +43,8 @@ class Source:
     classes: ClassMap | None = None
     scale: float = 1.0
     """The size of the images that the model sees, relative to the student's."""
+    frozen: bool = False
+    """Whether :meth:`load` reads its weights, which then stay as they are, so that a student can inherit them."""
     has_gradient: bool = False
     """Whether its taps carry gradients, which those who learn from it must not follow."""
 

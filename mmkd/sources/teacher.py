@@ -48,6 +48,8 @@ class Teacher(Source):
         ConfigError: for a config that is not there, or another dtype.
     """
 
+    frozen = True
+
     def __init__(
         self,
         config: str | Mapping | nn.Module,

@@ -14,7 +14,6 @@ from mmengine.model import BaseModel
 from mmengine.runner import Runner
 
 from mmkd.data import shapes, streets
-from mmkd.sources import Teacher
 from mmkd.testing import detectors, models, segmentors
 
 
@@ -209,7 +208,7 @@ def two_steps(config: Config, folder: str | Path) -> tuple[BaseModel, list[dict]
     config.experiment_name = config.visualizer.name = Path(folder).name  # mmengine keeps both by name
     runner = Runner.from_cfg(config)
     for source in runner.model.sources.values():
-        if isinstance(source, Teacher):
+        if source.frozen:
             source.accept_current_weights()  # random ones
     runner.train()
     (scalars,) = Path(folder).glob('*/vis_data/scalars.json')

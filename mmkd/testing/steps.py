@@ -8,12 +8,13 @@ from typing import Any, NamedTuple
 
 import torch
 from mmengine.config import Config
+from mmengine.model import BaseModel
 from mmengine.registry import MODELS, init_default_scope
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from mmkd.hosts.running import run
-from mmkd.sources import Teacher, build_sources
+from mmkd.sources import Peer, build_sources
 from mmkd.testing.batches import random_batch
 
 Step = Callable[[], None]
@@ -48,16 +49,18 @@ def networks(config: Config, shape: tuple[int, int, int, int], objects: int, dev
     # a copy, as mmseg changes what it builds from
     plain = MODELS.build(copy.deepcopy(config.model.student)).to(device)
     sources = build_sources(config.model.teacher, plain)
-    others = {name: each for name, each in sources.items() if each.model is not plain}
-    stocks = {name: each.model.to(device) for name, each in others.items() if not each.has_gradient}
-    peers = {name: each.model.to(device).train() for name, each in others.items() if each.has_gradient}
+    others = {
+        name: each for name, each in sources.items() if isinstance(each.model, BaseModel) and each.model is not plain
+    }
+    peers = {name: each.model.to(device).train() for name, each in others.items() if isinstance(each, Peer)}
+    stocks = {name: each.model.to(device) for name, each in others.items() if name not in peers}
     distilled = MODELS.build(config.model).to(device)
     # the same weights: with others an RPN would propose other regions, of another cost
     distilled.load_state_dict(plain.state_dict(), strict=False)
     for source in distilled.sources.values():
-        if isinstance(source, Teacher):
+        if source.frozen:
             source.accept_current_weights(device)  # random ones, as all models here have
-    kept = [source.model for source in distilled.sources.values() if source.has_gradient]
+    kept = [distilled.sources[name].model for name in peers]
     for model in (plain, *stocks.values(), *peers.values(), *kept, distilled):
         if getattr(model.data_preprocessor, 'size', None):  # mmseg pads to the size of the config's crops
             model.data_preprocessor.size = tuple(shape[2:])
