@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 from tool import tool, train_together
 
+from mmkd.distill import distill
 from mmkd.testing import detectors, models, segmentors
 from mmkd.testing.runs import shapes_config, streets_config
 
@@ -139,6 +140,33 @@ def snapshot(folder):
     return online(folder, dict(it=dict(type='KD')), before=dict(type='Snapshot', cycle=2))
 
 
+def of_labels(teacher, method):
+    """Without any other network; one batch of a process has more boxes than the other's, or fewer."""
+
+    def make(folder):
+        schedule = dict(type='constant', value=1.0, begin=2)
+        model = dict(
+            type='mmkd.Distill',
+            student=detectors.retinanet(classes=6),
+            teacher=dict(type=teacher),
+            distillers=dict(it=dict(type=method, loss_weight=schedule)),
+        )
+        return shapes_config(folder, model, iterations=6, batch=2)
+
+    return make
+
+
+def encoded(folder):
+    """A student of a frozen label encoder."""
+    config = of_labels('LabelEncoder', 'LabelEnc')(folder)
+    student = models.build(config.model.student, seed=1)
+    first = distill(student, dict(type='LabelEncoder'), dict(it=dict(type='LabelEnc')))
+    torch.save(dict(state_dict=first.state_dict()), folder / 'first.pth')
+    config.model.teacher.update(checkpoint=str(folder / 'first.pth'), end=5)
+    config.model.inherit = ['neck', 'bbox_head']
+    return config
+
+
 SCHEMES = {
     'mean': several('mean', 'CWD'),
     'entropy': several('entropy'),
@@ -155,6 +183,9 @@ SCHEMES = {
     'ONE': heads('ONE'),
     'OKDDip': heads('OKDDip'),
     'snapshot': snapshot,
+    'LGD': of_labels('Own', 'LGD'),
+    'LabelEnc, first': of_labels('LabelEncoder', 'LabelEnc'),
+    'LabelEnc, second': encoded,
 }
 
 

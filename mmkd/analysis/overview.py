@@ -209,7 +209,7 @@ def described(name: str, model: Distilled) -> tuple[str, ...]:
         of_teachers = [names_of(distiller.teacher_layers, each) for each in model.distillers.teacher_of[name]]
         read = names_of(distiller.student_layers), dict.fromkeys(layer for layers in of_teachers for layer in layers)
         reads = [', '.join(layers) for layers in read]
-        pairs = [f'reads {reads[0]}' if reads[0] == reads[1] else f'reads {reads[0]}; of the teacher {reads[1]}']
+        pairs = [f'reads {reads[0]}' if reads[1] in ('', reads[0]) else f'reads {reads[0]}; of the teacher {reads[1]}']
     trained = sum(each.numel() for each in distiller.parameters() if each.requires_grad)
     return (*lines, *pairs, *([f'{trained:,} parameters are trained beside the student'] if trained else []))
 

@@ -6,6 +6,7 @@ from of_teachers import several, teacher
 from table import Accepted, Case
 
 TWO = ', '.join(f"{name}=dict(config='teacher.py', checkpoint='teacher.pth')" for name in 'ab')
+LARGE = "config='teacher.py', checkpoint='teacher.pth'"
 KD = "type='KD', _delete_=True, "
 
 
@@ -16,6 +17,11 @@ def classes(name: str, given: str, expected, method: str = "type='KD', _delete_=
 
 def combined(name: str, combine: str, expected, method: str = KD, teachers: str = "['a', 'b']") -> Case:
     return several(name, TWO, expected, f'{method}teacher={teachers}, combine={combine}')
+
+
+def of_labels(name: str, source: str, method: str, expected) -> Case:
+    entry = f"dict(_delete_=True, it=dict(type='{method}'))"
+    return Case(name, expected, f'model = dict(teacher=dict(_delete_=True, {source}), distillers={entry})')
 
 
 def data(name: str, pipeline: str, expected, more: str = '') -> Case:
@@ -70,6 +76,20 @@ CASES = [
     combined('no teacher', "'mean'", r'expected a name, or a list of names, each once', KD, '[]'),
     combined('one that is not there', "'mean'", r"teacher='c': there is none; there are a, b", KD, "['a', 'c']"),
     combined('a combination of one', "'mean'", r"combine='mean': there is one teacher", KD, "'a'"),
+    of_labels('labels beside a teacher', LARGE, 'LGD', r"LGD learns from labels .* use teacher=dict\(type='Own'\)"),
+    of_labels('encoded labels of a teacher', LARGE, 'LabelEnc', r'LabelEnc learns from labels, found a RetinaNet'),
+    of_labels(
+        'a label encoder that is not there',
+        "type='LabelEncoder', checkpoint='x.pth'",
+        'LabelEnc',
+        r'model.teacher.checkpoint x.pth: no such file',
+    ),
+    of_labels(
+        'a label encoder that is none',
+        "type='LabelEncoder', checkpoint='student.pth'",
+        'LabelEnc',
+        r'holds 0 label encoders that fit',
+    ),
     Case('a task weight that is a word', r"task_weight='none'", "model = dict(task_weight='none')"),
     Case('a negative task weight', r'task_weight=-1', 'model = dict(task_weight=-1)'),
     data(

@@ -6,10 +6,11 @@ import sys
 import pytest
 import torch
 from mmengine.config import Config
+from tool import tool
 
 from mmkd.commands.chain import main
 from mmkd.errors import ConfigError
-from mmkd.experiments.chain import stages
+from mmkd.experiments.chain import stages, train_chain
 from mmkd.testing import detectors
 from mmkd.testing.runs import shapes_config
 
@@ -67,6 +68,42 @@ def test_a_student_that_goes_on_keeps_its_weights_and_has_other_teachers(folder)
 def test_configs_that_are_no_chain(names, go_on, message, folder):
     with pytest.raises(ConfigError, match=message):
         stages(names, folder / 'work', go_on)
+
+
+def labels(folder):
+    """The two trainings of LabelEnc."""
+    for name, given in (('first', {}), ('second', dict(checkpoint='elsewhere.pth'))):
+        config = Config.fromfile(folder / 'plain.py')
+        config.model = dict(
+            type='mmkd.Distill',
+            student=detectors.retinanet(classes=6),
+            teacher=dict(type='LabelEncoder', **given),
+            inherit=['neck', 'bbox_head'] if given else [],
+            distillers=dict(it=dict(type='LabelEnc')),
+        )
+        config.dump(folder / f'{name}.py')
+
+
+def test_a_label_encoder_has_the_weights_of_the_stage_that_trained_it(folder):
+    labels(folder)
+    first, second = stages(['first.py', 'second.py'], folder / 'work')
+    assert first.options == {}
+    assert second.options == {'model.teacher.checkpoint': str(first.checkpoint)}
+    with pytest.raises(ConfigError, match='second.py: none of its teachers'):
+        stages(['plain.py', 'second.py'], folder / 'work')
+
+
+@pytest.mark.slow
+def test_labels_are_encoded_and_then_followed(folder):
+    labels(folder)
+    runs = stages(['first.py', 'second.py'], folder / 'work')
+    train_chain(runs)
+    first, second = (torch.load(run.checkpoint, weights_only=True)['state_dict'] for run in runs)
+    assert any(name.startswith('sources.teacher.model.neck') for name in first)
+    assert not any(name.startswith('sources') for name in second)
+    tool('export', runs[1].folder / 'second.py', runs[1].checkpoint, folder / 'plain.pth')
+    exported = torch.load(folder / 'plain.pth', weights_only=True)['state_dict']
+    assert list(exported) == [name for name in second if not name.startswith('distillers.')]
 
 
 @pytest.mark.slow

@@ -108,6 +108,8 @@ DEFAULTS = {
         ('kd_mean', 'all', f'{OURS}; {CODE}: level'),
         ('over_bins', 'mean', CODE),
     ],
+    'LGD': [('loss_weight', 1.0, f'lambda: {CODE}, all shipped configs, which begin with it late')],
+    'LabelEnc': [('loss_weight', 1.0, f'{CODE}, in both trainings')],
 }
 MODULES = {'layer', 'head', 'rpn_head', 'roi_head', 'stage', 'hint_layer', 'embedding_layer', 'mimic'}
 MODULES |= {'teacher_layer', 'teacher_head', 'teacher_hint_layer', 'teacher_stage'}
