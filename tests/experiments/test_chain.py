@@ -101,8 +101,8 @@ def test_labels_are_encoded_and_then_followed(folder):
     first, second = (torch.load(run.checkpoint, weights_only=True)['state_dict'] for run in runs)
     assert any(name.startswith('sources.teacher.model.neck') for name in first)
     assert not any(name.startswith('sources') for name in second)
-    tool('export', runs[1].folder / 'second.py', runs[1].checkpoint, folder / 'plain.pth')
-    exported = torch.load(folder / 'plain.pth', weights_only=True)['state_dict']
+    tool('export', runs[1].folder / 'second.py', runs[1].checkpoint, folder / 'exported')
+    exported = torch.load(folder / 'exported.pth', weights_only=True)['state_dict']
     assert list(exported) == [name for name in second if not name.startswith('distillers.')]
 
 
