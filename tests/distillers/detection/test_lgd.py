@@ -326,7 +326,7 @@ def test_images_with_some_labels_are_refused():
     with pytest.raises(ConfigError, match='labelled for some classes alone'):
         model(**batch, mode='loss')
     batch = batch_of(model)
-    batch['data_samples'][0].set_metainfo(dict(domain='unlabelled'))
+    batch['data_samples'][0].set_metainfo(dict(domain='target'))
     with pytest.raises(ConfigError, match='images without labels'):
         model(**batch, mode='loss')
 
