@@ -16,12 +16,16 @@ from mmkd.distillers.collection import Distillers, idle_loss, weighted
 from mmkd.distillers.schedule import Weight
 from mmkd.errors import ConfigError
 from mmkd.hosts.configs import build_model, read_model
+from mmkd.hosts.detection.ignored import leaving_out_ignored
 from mmkd.hosts.partial_labels import labelled_classes
-from mmkd.hosts.running import at_first_size, probe, run, scaled, sizes_to_probe, without_labels
+from mmkd.hosts.running import at_first_size, probe, run, scaled, sizes_to_probe, unlabelled, without_labels
 from mmkd.inherit import check_inheritance, inherit_weights, parts_by_teacher
 from mmkd.registry import MODELS
 from mmkd.sources import Own, Source, Sources, build_sources
+from mmkd.sources.teacher_labels import PREFIX, TeacherLabels
 from mmkd.taps import Taps, find_layer, join
+
+LABELLED, UNLABELLED, UNTAUGHT = 'labelled', 'unlabelled', 'untaught'
 
 
 class Distilled(BaseModel if TYPE_CHECKING else object):  # type: ignore[misc]
@@ -31,6 +35,7 @@ class Distilled(BaseModel if TYPE_CHECKING else object):  # type: ignore[misc]
     sources: Sources
     _inherit: dict[str, Sequence[str]]
     _task_weight: Callable[[int], float]
+    _teacher_labels: TeacherLabels | None
     _class_names: Sequence[str] | None
     _frozen: list[str]
 
@@ -48,28 +53,44 @@ class Distilled(BaseModel if TYPE_CHECKING else object):  # type: ignore[misc]
                 losses.update({f'{name}.{key}': value for key, value in own.items()})
             else:
                 losses.update(idle_loss(name, source.kept))
-        student, own = self._learn(inputs, data_samples, self._task_weight(iteration))
+        student, own = self._learn(inputs, data_samples, iteration)
         losses.update(own)
         losses.update(self.distillers(student, knowledge, data_samples))
         return losses
 
-    def _learn(self, inputs: torch.Tensor, data_samples: list, weight: float) -> tuple[Taps, dict]:
-        """The student's taps of all images, and its own losses of those that have labels; of none with a weight of 0."""
-        without = range(len(inputs)) if weight == 0 else without_labels(self, data_samples)
-        if not without:
-            return self._task(inputs, data_samples, weight)
-        labeled = [index for index in range(len(inputs)) if index not in without]
-        losses = {} if labeled else idle_loss('task', self)
-        parts = []
-        for indices in filter(None, (labeled, list(without))):
-            images, samples = _pick(inputs, indices), [data_samples[index] for index in indices]
-            if indices is labeled:
-                taps, losses = self._task(images, samples, weight)
+    def _learn(self, inputs: torch.Tensor, data_samples: list, iteration: int) -> tuple[Taps, dict]:
+        """The student's taps of all images, and its own losses: of those that have labels, and of those that a teacher labels.
+
+        Each of the two kinds has a pass of its own, and so have the images without either, which is run no further than the
+        distillers need.
+        """
+        labels = self._teacher_labels
+        without = unlabelled(data_samples) if labels else without_labels(self, data_samples)
+        weights = {LABELLED: self._task_weight(iteration), UNLABELLED: labels.weight(iteration) if labels else 0.0}
+        passes: dict[str, list[int]] = {LABELLED: [], UNLABELLED: [], UNTAUGHT: []}
+        for index in range(len(inputs)):
+            kind = UNLABELLED if index in without else LABELLED
+            passes[kind if weights[kind] else UNTAUGHT].append(index)
+        losses, parts = {}, []
+        for kind, indices in passes.items():
+            if not indices:
+                continue
+            images, samples = inputs, data_samples
+            if len(indices) < len(inputs):
+                images, samples = _pick(inputs, indices), [data_samples[index] for index in indices]
+            if kind == LABELLED:
+                taps, own = self._task(images, samples, weights[kind])
+                losses.update(own)
+            elif kind == UNLABELLED and labels is not None:
+                samples, factor, figures = labels(self, images, samples)
+                with leaving_out_ignored(self):
+                    taps, own = self._task(images, samples, weights[kind] * factor)
+                losses.update({f'{PREFIX}.{key}': value for key, value in {**own, **figures}.items()})
             else:
                 with Taps(self, self.distillers.student_layers, images=len(indices)) as taps:
                     run(self, self.distillers.student_layers, images, samples, trains=True)
             parts.append((indices, taps))
-        return join(parts), losses
+        return join(parts), losses or idle_loss('task', self)
 
     def _task(self, inputs: torch.Tensor, data_samples: list, weight: float) -> tuple[Taps, dict]:
         # the taps' hooks come first, and read what heads say of all classes
@@ -98,7 +119,8 @@ class Distilled(BaseModel if TYPE_CHECKING else object):  # type: ignore[misc]
         """The student as the plain model again, in place: without distillers and without what it learnt from."""
         for name in self._frozen:  # without the task, which nobody leaves out any more
             self.get_parameter(name).requires_grad_(True)
-        del self.distillers, self.sources, self._inherit, self._task_weight, self._class_names, self._frozen
+        del self.distillers, self.sources, self._inherit, self._task_weight, self._teacher_labels
+        del self._class_names, self._frozen
         self.__class__ = type(self).__mro__[2]
         return self
 
@@ -115,6 +137,7 @@ def distill(
     inherit: Sequence[str] | Mapping[str, Sequence[str]] = (),
     class_names: Sequence[str] | None = None,
     task_weight: float | Mapping = 1.0,
+    pseudo_labels: Mapping | None = None,
 ) -> BaseModel:
     """Build a student that learns from others; in a config, ``model = dict(type='mmkd.Distill', ...)``.
 
@@ -135,6 +158,9 @@ def distill(
         task_weight: Of the student's own losses, a number or a schedule (:class:`mmkd.distillers.schedule.Weight`). Default
             1. In a step in which it is 0 no label is read, and the student is run no further than the distillers need; where
             it is always 0, heads that no distiller reads are not trained.
+        pseudo_labels: Let a teacher label the unlabelled images of a batch, ``dict(teacher='large', score=0.5)``; see
+            :class:`mmkd.sources.teacher_labels.TeacherLabels`. ``distillers`` may then be empty. Default None: they are
+            learnt from by distillers alone.
 
     Returns:
         The student, in place where it was given as a model. Its ``state_dict`` holds the plain model's keys and, where a
@@ -159,16 +185,21 @@ def distill(
                 source.name_classes(class_names)
             except ConfigError as error:
                 raise ConfigError(f'{source.name}: {error}') from None
-        collection = Distillers(distillers)
+        collection = Distillers(distillers, optional=pseudo_labels is not None)
         _connect(model, sources, collection)
     parts = parts_by_teacher(inherit, sources)
     for name, each in parts.items():
         check_inheritance(model, sources[name].model, each, sources[name].classes)
+    labels = None
+    if pseudo_labels is not None:
+        labels = TeacherLabels.read(pseudo_labels)
+        labels.connect(model, sources)
     weight, frozen = Weight(task_weight, 'task_weight'), []
-    if not weight.scheduled and weight() == 0:
+    if not weight.scheduled and weight() == 0 and labels is None:
         frozen = _freeze_unread(model, collection)
     model.__class__ = distilled_class(model.__class__)
     model._task_weight, model._class_names, model._frozen = weight.at, class_names, frozen
+    model._teacher_labels = labels
     model._inherit = parts
     model.distillers = collection.to(device)
     model.sources = Sources(sources)

@@ -1,8 +1,9 @@
-"""Another model's normalization of a batch that is normalized already."""
+"""A model's own normalization: of a batch that another one's preprocessor has normalized, and of images as they were loaded."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
+import torch.nn.functional as F
 from mmengine.model import BaseDataPreprocessor
 from torch import nn
 
@@ -28,9 +29,7 @@ class Renormalize:
         swap = swap_s != swap_t
         if swap:  # the source's values, in the target's channel order
             mean_s, std_s = mean_s.flip(0), std_s.flip(0)
-        pads = [
-            float(getattr(each, 'pad_value', getattr(each, 'pad_val', 0))) for each in (source, target)
-        ]  # mmseg: pad_val
+        pads = [padding(each) for each in (source, target)]
         if not swap and torch.equal(mean_s, mean_t) and torch.equal(std_s, std_t) and pads[0] == pads[1]:
             return None
         return cls(std_s / std_t, (mean_s - mean_t) / std_t, swap, pads[1])
@@ -47,6 +46,38 @@ class Renormalize:
             image[:, height:] = self.pad_value
             image[:, :, width:] = self.pad_value
         return inputs
+
+
+class Normalize:
+    """Images as they were loaded, as a data preprocessor makes a batch of them: normalized, then padded right and below.
+
+    Args:
+        preprocessor: Of the model that sees them.
+        other: The preprocessor whose normalization is taken where that one has none of its own.
+    """
+
+    def __init__(self, preprocessor: nn.Module, other: nn.Module):
+        preprocessor, other = (getattr(each, 'data_preprocessor', each) for each in (preprocessor, other))
+        taken = other if type(preprocessor) is BaseDataPreprocessor else preprocessor
+        self.mean, self.std, self.swap = normalization(taken)
+        self.pad_value = padding(taken)
+
+    def __call__(self, images: Sequence[torch.Tensor], size: Sequence[int], device: torch.device) -> torch.Tensor:
+        """A batch, (B, 3, height, width), of images, (H, W, 3) each, which are no larger."""
+        if self.mean.device != device:
+            self.mean, self.std = self.mean.to(device), self.std.to(device)
+        batch = []
+        for each in images:
+            image = each.to(device, non_blocking=True).permute(2, 0, 1)
+            image = ((image.flip(0) if self.swap else image).float() - self.mean) / self.std
+            height, width = image.shape[1:]
+            batch.append(F.pad(image, (0, size[1] - width, 0, size[0] - height), value=self.pad_value))
+        return torch.stack(batch)
+
+
+def padding(preprocessor: nn.Module) -> float:
+    """The value of padding, behind the normalization."""
+    return float(getattr(preprocessor, 'pad_value', getattr(preprocessor, 'pad_val', 0)))  # mmseg: pad_val
 
 
 def normalization(preprocessor: BaseDataPreprocessor) -> tuple[torch.Tensor, torch.Tensor, bool]:

@@ -76,7 +76,7 @@ def tap(model: nn.Module, inputs: torch.Tensor, samples: list) -> tuple[Taps, di
                 found[name] = source(inputs, samples)
             elif source.kept is not None and not source.has_gradient:  # not by `read`, which would average once more
                 with Taps(source.model, source.layers, images=len(inputs)) as taps:
-                    run(source.model, source.layers, inputs, samples)
+                    run(source.model, source.layers, source.seen(inputs, samples), samples)
                 found[name] = taps
         with Taps(model, layers, images=len(inputs)) as student:
             run(model, layers, inputs, samples)
@@ -122,9 +122,8 @@ def draw_batch(model: nn.Module, inputs: torch.Tensor, samples: list, images: in
     of_student = [shown(each, model.data_preprocessor) for each in inputs]
     rows: list[Row] = [('student', [('input', of_student, None), *_energies(student, inputs)])]
     for name, taps in others.items():
-        seen, preprocessor = inputs, model.data_preprocessor
+        seen, preprocessor = model.sources[name].seen(inputs, samples), model.data_preprocessor
         if isinstance(model.sources[name], Teacher):
-            seen = model.sources[name].seen(inputs, samples)
             preprocessor = model.sources[name].model.data_preprocessor
         pictures = [shown(each, preprocessor) for each in seen]
         rows.append((name, [('input', pictures, None), *_energies(taps, inputs)]))

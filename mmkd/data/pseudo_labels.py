@@ -27,7 +27,7 @@ from mmkd.data.images import Images
 from mmkd.errors import ConfigError
 from mmkd.hosts.configs import build_model, plain_model
 from mmkd.hosts.datasets import class_names, dataset_class, type_name
-from mmkd.hosts.segmentation.heads import decode_head
+from mmkd.hosts.segmentation.heads import decode_head, surest
 from mmkd.weights import dataset_meta, fetch, load_weights, read_file
 
 SCALES = (0.75, 1.0, 1.25)
@@ -174,13 +174,8 @@ class PseudoLabels:
             with self.kept.open('a') as file:
                 file.write(json.dumps(line) + '\n')
             return
-        logits = sample.seg_logits.data.float()
-        if logits.shape[0] == 1:
-            probability = logits[0].sigmoid()
-            surest, labels = torch.maximum(probability, 1 - probability), (probability > self.threshold).long()
-        else:
-            surest, labels = logits.softmax(0).max(0)
-        labels = (labels + self.first).masked_fill(surest < self.score, IGNORED).cpu().numpy().astype(np.uint8)
+        probability, labels = surest(sample.seg_logits.data.float(), self.threshold)
+        labels = (labels + self.first).masked_fill(probability < self.score, IGNORED).cpu().numpy().astype(np.uint8)
         path = self.out / f'{name}.png'
         path.parent.mkdir(parents=True, exist_ok=True)
         torn = path.with_suffix('.torn')

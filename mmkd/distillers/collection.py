@@ -24,6 +24,8 @@ class Distillers(nn.ModuleDict):
             ``teacher``, the name of the source it learns from or a list of names, ``combine``, how much it learns from each
             of these (:class:`mmkd.distillers.several.Several`), and ``learner``, the source that learns instead of the student.
 
+        optional: Whether there may be none, as where a teacher's labels alone are learnt.
+
     Attributes:
         iteration: The training step, counted from 0: that of mmengine's Runner, or without one that of the calls of
             :meth:`start_step`.
@@ -32,9 +34,9 @@ class Distillers(nn.ModuleDict):
         ConfigError: for a name that cannot be logged, a distiller that does not exist, or an option it does not have.
     """
 
-    def __init__(self, specs: Mapping[str, Mapping | nn.Module]):
+    def __init__(self, specs: Mapping[str, Mapping | nn.Module], optional: bool = False):
         super().__init__()
-        if not isinstance(specs, Mapping) or not specs or isinstance(specs.get('type'), str):
+        if not isinstance(specs, Mapping) or not (specs or optional) or isinstance(specs.get('type'), str):
             raise ConfigError(f"distillers={specs!r}: expected a dict such as dict(gid=dict(type='GID'))")
         self.teacher_of: dict[str, tuple[str, ...]] = {}
         self.learner_of: dict[str, str | None] = {}

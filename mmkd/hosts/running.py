@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import TypeVar
 
 import torch
+import torch.nn.functional as F
 from mmengine.model import BaseModel
 from mmengine.structures import BaseDataElement, InstanceData
 from torch import nn
@@ -146,6 +147,37 @@ def probe(
     return taps
 
 
+def predict(model: BaseModel, inputs: torch.Tensor, data_samples: list, size: Sequence[int]) -> list:
+    """What a mmdet or mmseg model says of a batch, in pixels of images of another size.
+
+    mmdet's suppression of overlapping boxes waits for the device.
+
+    Args:
+        model: In eval mode.
+        inputs: Images as it takes them, (B, 3, H, W).
+        data_samples: With the sizes of these images; they stay as they are.
+        size: Height and width of the batch in whose pixels the answer is.
+
+    Returns:
+        For each image boxes, scores and labels of a detector, or class logits of a segmentor, (K, height, width).
+    """
+    if hasattr(model, 'decode_head'):
+        whole = tuple(inputs.shape[2:])
+        metas = [dict(each.metainfo, img_shape=whole, ori_shape=whole, pad_shape=whole) for each in data_samples]
+        logits = model.inference(inputs, metas).float()
+        if logits.shape[2:] != tuple(size):
+            logits = F.interpolate(logits, tuple(size), mode='bilinear', align_corners=False)
+        return list(logits)
+    found = model.predict(inputs, [each.new() for each in data_samples], rescale=False)
+    answers = []
+    for each in (sample.pred_instances for sample in found):
+        boxes = getattr(each.bboxes, 'tensor', each.bboxes)  # mmdet has types of its own for them
+        if inputs.shape[2:] != tuple(size):
+            boxes = boxes * boxes.new_tensor([size[1] / inputs.shape[3], size[0] / inputs.shape[2]] * 2)
+        answers.append(InstanceData(bboxes=boxes, scores=each.scores, labels=each.labels))
+    return answers
+
+
 def empty_sample(size: tuple[int, int]) -> BaseDataElement:
     """What detectors ask of an image: its sizes, no objects, and proposals, here its own borders twice, for Fast R-CNN."""
     sample = BaseDataElement(
@@ -161,8 +193,11 @@ def without_labels(model: nn.Module, data_samples: list | None) -> list[int]:
 
     A segmentor's may, as each of their pixels has the label that it ignores.
     """
-    if hasattr(model, 'decode_head'):
-        return []
+    return [] if hasattr(model, 'decode_head') else unlabelled(data_samples)
+
+
+def unlabelled(data_samples: list | None) -> list[int]:
+    """Which images of a batch have no labels."""
     return [index for index, sample in enumerate(data_samples or ()) if is_unlabelled(sample)]
 
 

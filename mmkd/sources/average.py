@@ -26,6 +26,7 @@ class Average(Copied):
     Args:
         student: The student; filled in.
         momentum: alpha, at least 0 and below 1. Default 0.999.
+        view: The name of another image of the sample that it sees, see :class:`mmkd.sources.teacher.Teacher`. Default None.
         interval: See :class:`mmkd.sources.source.Source`, as ``begin`` and ``end``.
         begin: Default 0.
         end: Default None.
@@ -35,14 +36,24 @@ class Average(Copied):
     """
 
     def __init__(
-        self, student: nn.Module, momentum: float = 0.999, interval: int = 1, begin: int = 0, end: int | None = None
+        self,
+        student: nn.Module,
+        momentum: float = 0.999,
+        view: str | None = None,
+        interval: int = 1,
+        begin: int = 0,
+        end: int | None = None,
     ):
-        super().__init__(student, interval, begin, end)
+        super().__init__(student, view, interval, begin, end)
         if not (is_number(momentum) and 0 <= momentum < 1):
             raise ConfigError(f'momentum={momentum!r}: expected a number of at least 0 and below 1')
         self.momentum = momentum
         self.kept.register_buffer('steps', torch.zeros(()))
         self._seen: int | None = None
+
+    def predict(self, student: nn.Module, inputs: torch.Tensor, data_samples: list) -> list:
+        self._follow(student)
+        return super().predict(student, inputs, data_samples)
 
     def read(self, student: nn.Module, inputs: torch.Tensor, data_samples: list | None) -> tuple[Taps, dict]:
         self._follow(student)

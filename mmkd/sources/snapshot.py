@@ -36,7 +36,7 @@ class Snapshot(Copied):
     """
 
     def __init__(self, student: nn.Module, cycle: int, interval: int = 1, begin: int = 0, end: int | None = None):
-        super().__init__(student, interval, begin, end)
+        super().__init__(student, interval=interval, begin=begin, end=end)
         if not (is_whole(cycle) and cycle >= 1):
             raise ConfigError(f'cycle={cycle!r}: expected a whole number of training steps, at least 1')
         self.cycle = cycle

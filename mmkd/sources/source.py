@@ -30,6 +30,7 @@ class Source:
         layers: What any distiller reads of it; set by :func:`mmkd.distill`.
         calls: How often a forward pass calls each of these layers, where that is always the same; set alike.
         size: Height and width of an image that the model runs over; set alike.
+        view: The name of the image that it sees in place of the student's, see :mod:`mmkd.data.views`; None for the same one.
         classes: Which of the student's classes the model's are, where they are not the same; set by :meth:`name_classes`.
         kept: What is trained or stored with the student, as ``sources.<name>.*``; None for a frozen teacher.
         name: What it is called in the config, for errors; set by :func:`build_sources`.
@@ -45,6 +46,7 @@ class Source:
     """The size of the images that the model sees, relative to the student's."""
     frozen: bool = False
     """Whether :meth:`load` reads its weights, which then stay as they are, so that a student can inherit them."""
+    view: str | None = None
     has_gradient: bool = False
     """Whether its taps carry gradients, which those who learn from it must not follow."""
 
@@ -88,6 +90,21 @@ class Source:
 
     def apply(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
         """Move or convert what is not ``kept``, as ``nn.Module._apply`` does; called with the student's."""
+
+    def seen(self, inputs: torch.Tensor, data_samples: list | None) -> torch.Tensor:
+        """A batch that is normalized for the student, (B, 3, H, W), as the model sees it."""
+        return inputs
+
+    def predict(self, student: nn.Module, inputs: torch.Tensor, data_samples: list) -> list:
+        """What the model says of a batch that is normalized for the student, in the student's pixels, for pseudo labels.
+
+        Returns:
+            For each image boxes, scores and labels of a detector, or class logits of a segmentor, (K, H, W) of the input's size.
+
+        Raises:
+            ConfigError: if it labels nothing.
+        """
+        raise ConfigError(f'{self.name}: a {type(self).__name__} labels no images; a Teacher or an Average does')
 
     def read(
         self, student: nn.Module, inputs: torch.Tensor, data_samples: list | None

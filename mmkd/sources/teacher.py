@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -10,11 +10,12 @@ from mmengine.logging import print_log
 from torch import nn
 
 from mmkd.classes import class_map
+from mmkd.data.views import check_name, views_of
 from mmkd.errors import ConfigError
 from mmkd.fold import accelerate, compile_parts
 from mmkd.hosts.configs import build_model, read_teacher, teacher_classes
-from mmkd.hosts.running import run, scaled, scaled_samples
-from mmkd.normalize import Renormalize
+from mmkd.hosts.running import predict, run, scaled, scaled_samples
+from mmkd.normalize import Normalize, Renormalize
 from mmkd.registry import SOURCES
 from mmkd.sources.source import Source
 from mmkd.taps import Taps
@@ -39,6 +40,8 @@ class Teacher(Source):
             same ones in the same order; the student's others learn nothing from it. None: they are the same.
         scale: Of its images, relative to the student's: 2.0 for twice the height and width, bilinear. Levels of both networks
             belong together where their maps are of one size. Default 1.
+        view: The name of another image of the sample that it sees in place of the student's, ``'weak'`` or ``'thermal'``, which
+            the pipeline keeps or loads (:mod:`mmkd.data.views`). Default None: it sees the student's.
         compile: Whether ``torch.compile`` speeds it up. Its first steps then take a minute or more. Default False.
         interval: See :class:`mmkd.sources.source.Source`, as ``begin`` and ``end``.
         begin: Default 0.
@@ -57,6 +60,7 @@ class Teacher(Source):
         dtype: str | None = None,
         classes: Mapping | None = None,
         scale: float = 1.0,
+        view: str | None = None,
         compile: bool = False,
         interval: int = 1,
         begin: int = 0,
@@ -70,6 +74,7 @@ class Teacher(Source):
         self.loaded = self._has_weights = False
         self._classes, self._named_by = classes, None
         self.scale, self.compiled = float(scale), compile
+        self.view = None if view is None else check_name(view)
         if isinstance(config, nn.Module):
             model, self._has_weights = copy.deepcopy(config), checkpoint is None
         else:
@@ -83,6 +88,7 @@ class Teacher(Source):
         self.dtype = getattr(torch, dtype) if dtype else None
         self._channels_last = False
         self._renormalize: Renormalize | None = None
+        self._normalize: Normalize | None = None
 
     def name_classes(self, student: Sequence[str] | None) -> None:
         if self._classes is not None:
@@ -94,6 +100,7 @@ class Teacher(Source):
 
     def follow(self, preprocessor: nn.Module) -> None:
         self._renormalize = Renormalize.between(preprocessor, self.model.data_preprocessor)
+        self._normalize = Normalize(self.model.data_preprocessor, preprocessor)
 
     def apply(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
         if not self.loaded:  # testing needs no teacher, on its device least of all
@@ -105,22 +112,34 @@ class Teacher(Source):
     @torch.no_grad()
     def __call__(self, inputs: torch.Tensor, data_samples: list | None) -> Taps:
         """Taps of one forward pass over a batch that is normalized for the student, (B, 3, H, W)."""
+        inputs = self._taken(inputs, data_samples)
+        with self._precision(inputs), Taps(self.model, self.layers, self.calls, images=len(inputs)) as taps:
+            run(self.model, self.layers, inputs, scaled_samples(data_samples, self.scale))
+        return taps
+
+    @torch.no_grad()
+    def predict(self, student: nn.Module, inputs: torch.Tensor, data_samples: list) -> list:
+        taken = self._taken(inputs, data_samples)
+        with self._precision(taken):
+            return predict(self.model, taken, scaled_samples(data_samples, self.scale) or [], inputs.shape[2:])
+
+    def _taken(self, inputs: torch.Tensor, data_samples: list | None) -> torch.Tensor:
         if not self.loaded:
             raise ConfigError(
                 f'{self.name}: its weights are not loaded yet; call init_weights() of the student, or load() of the '
                 f'teacher, before training'
             )
         inputs = self.seen(inputs, data_samples)
-        if self._channels_last:
-            inputs = inputs.contiguous(memory_format=torch.channels_last)
-        autocast = torch.autocast(inputs.device.type, self.dtype) if self.dtype else nullcontext()
-        with autocast, Taps(self.model, self.layers, self.calls, images=len(inputs)) as taps:
-            run(self.model, self.layers, inputs, scaled_samples(data_samples, self.scale))
-        return taps
+        return inputs.contiguous(memory_format=torch.channels_last) if self._channels_last else inputs
+
+    def _precision(self, inputs: torch.Tensor) -> AbstractContextManager:
+        return torch.autocast(inputs.device.type, self.dtype) if self.dtype else nullcontext()
 
     def seen(self, inputs: torch.Tensor, data_samples: list | None) -> torch.Tensor:
-        """A batch that is normalized for the student as the teacher sees it: of its normalization and scale."""
-        if self._renormalize is not None:
+        """A batch that is normalized for the student as the teacher sees it: of its view, normalization and scale."""
+        if self.view is not None and self._normalize is not None:
+            inputs = self._normalize(views_of(data_samples, self.view, self.name), inputs.shape[2:], inputs.device)
+        elif self._renormalize is not None:
             inputs = self._renormalize(inputs, data_samples)
         if self.scale != 1:
             inputs = F.interpolate(inputs, scaled(inputs.shape[2:], self.scale), mode='bilinear', align_corners=False)

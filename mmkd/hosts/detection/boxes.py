@@ -28,6 +28,14 @@ def pairwise_iou(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
     return overlap / union.clamp(min=1e-6)
 
 
+def pairwise_iof(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+    """How much of each box of the first, (N, 4), lies in each of the second, (M, 4): (N, M), 0 to 1."""
+    top_left = torch.maximum(first[:, None, :2], second[None, :, :2])
+    bottom_right = torch.minimum(first[:, None, 2:], second[None, :, 2:])
+    overlap = (bottom_right - top_left).clamp(min=0).prod(-1)
+    return overlap / (first[:, 2:] - first[:, :2]).prod(-1)[:, None].clamp(min=1e-6)
+
+
 def pairwise_diou(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
     r"""Distance IoU of each box with each.
 

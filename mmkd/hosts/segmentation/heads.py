@@ -1,5 +1,6 @@
 """The heads of a segmentor, and which layers of them put out what methods compare by default."""
 
+import torch
 from torch import nn
 
 from mmkd.errors import ConfigError
@@ -13,6 +14,23 @@ def decode_head(model: nn.Module) -> nn.Module:
     """A segmentor's decode head, the last one of a cascade."""
     head = model.decode_head
     return head[-1] if isinstance(head, nn.ModuleList) else head
+
+
+def surest(logits: torch.Tensor, threshold: float = 0.5) -> tuple[torch.Tensor, torch.Tensor]:
+    """The class of each pixel, and its probability.
+
+    Args:
+        logits: (K, H, W); with K = 1 the one logit of two classes.
+        threshold: Of the probability of the second of two classes.
+
+    Returns:
+        Probabilities and classes, (H, W) each.
+    """
+    if logits.shape[0] == 1:
+        probability = logits[0].sigmoid()
+        return torch.maximum(probability, 1 - probability), (probability > threshold).long()
+    probability, labels = logits.softmax(0).max(0)
+    return probability, labels
 
 
 def logits_layer(model: nn.Module) -> str:
