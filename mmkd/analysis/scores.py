@@ -19,7 +19,7 @@ from mmkd.checks.classes import head_classes
 from mmkd.checks.data import part_datasets
 from mmkd.errors import ConfigError
 from mmkd.hosts.configs import build_model, read_teacher, teachers
-from mmkd.hosts.datasets import class_names, spread, without_workers
+from mmkd.hosts.datasets import class_names, spread, type_name, without_workers
 from mmkd.weights import load_weights
 
 MAIN = ('bbox_mAP', 'segm_mAP', 'mIoU', 'mAP', 'AP')
@@ -86,11 +86,19 @@ def _classes(config: Config) -> tuple[str, ...] | None:
     return class_names(dataset, option, config.get('default_scope')) if dataset else None
 
 
+def _loaded_views(config: Config) -> list[str]:
+    """The views that are images of their own, and not the student's."""
+    steps = [step for _, dataset in part_datasets(config, 'train') for step in dataset.get('pipeline') or ()]
+    return [step['view'] for step in steps if type_name(step) == 'LoadView']
+
+
 def _score(config: Config, option: str, spec: str | Mapping, images: int) -> Scored:
     if not config.get('val_dataloader') or not config.get('val_evaluator'):
         return Scored(option, skipped='the config has no val_dataloader or no val_evaluator')
     if isinstance(spec, Mapping) and spec.get('classes'):
         return Scored(option, skipped='it has classes of its own; mmkd test with its own config scores it')
+    if isinstance(spec, Mapping) and spec.get('view') in _loaded_views(config):
+        return Scored(option, skipped='it sees other images; mmkd test with its own config scores it')
     teacher, names = read_teacher(spec), _classes(config)
     for head, classes in head_classes(teacher.model, option):
         if names and classes != len(names):

@@ -8,7 +8,7 @@ from mmengine.config import Config
 from mmkd.checks.coco import check_coco, compare_evaluator
 from mmkd.checks.label_maps import check_label_maps, check_segmentation_classes
 from mmkd.errors import ConfigError
-from mmkd.hosts.configs import numbered
+from mmkd.hosts.configs import described_sources, numbered
 from mmkd.hosts.datasets import annotation_path, datasets, is_coco, is_segmentation, local, type_name
 
 WHICH = {'train': 'train_dataloader.dataset', 'val': 'val_dataloader.dataset', 'test': 'test_dataloader.dataset'}
@@ -29,8 +29,10 @@ def check_data(config: Config, parts: Sequence[str]) -> list[str]:
     for part in parts:
         found = list(part_datasets(config, part))
         for option, dataset in found:
-            _check_unlabelled(option, dataset)
+            _check_marks(option, dataset)
             warnings += _check_dataset(option, dataset, scope, part == 'train')
+        if part == 'train':
+            _check_views(config)
         for option, metric in _metrics(config, part):
             path = metric.get('ann_file')
             if not path or not local(metric):
@@ -69,20 +71,74 @@ def _metrics(config: Config, part: str) -> Iterator[tuple[str, Mapping]]:
 
 MARKS = {'Unlabelled': 'domain', 'LabelledFor': 'labelled_for'}
 """Transforms that mark an image, and the meta data that has the mark."""
+VIEWS = {'KeepView': 'weak', 'LoadView': None}
+"""Transforms that give an image another one, and its name where they are given none."""
+MOVING = (
+    'CachedMixUp CachedMosaic CenterCrop CopyPaste Expand MinIoURandomCrop MixUp Mosaic Pad RandomAffine RandomCenterCropPad '
+    'RandomChoiceResize RandomCrop RandomFlip RandomMosaic RandomResize RandomRotate RandomRotFlip RandomShift Resize '
+    'ResizeShortestEdge ResizeToMultiple Rotate ShearX ShearY TranslateX TranslateY YOLOXMixUp'
+).split()
+"""Transforms of mmcv, mmdet and mmseg that move pixels."""
 
 
-def _check_unlabelled(option: str, dataset: Mapping) -> None:
-    """Raise ConfigError if images without labels would reach the student as images without objects."""
-    steps = [(type_name(step), step) for step in dataset.get('pipeline') or () if isinstance(step, Mapping)]
+def _steps(dataset: Mapping) -> list[tuple[str, Mapping]]:
+    return [(type_name(step), step) for step in dataset.get('pipeline') or () if isinstance(step, Mapping)]
+
+
+def _check_marks(option: str, dataset: Mapping) -> None:
+    """Raise ConfigError if images without labels would reach the student as images without objects, or views no teacher."""
+    steps = _steps(dataset)
     packs = [(name, step) for name, step in steps if name.startswith('Pack')]
-    for mark, key in MARKS.items():
-        if mark in [name for name, _ in steps]:
-            name, step = packs[-1] if packs else ('the pipeline around it', {})
-            if key not in (step.get('meta_keys') or ()):
+    given = [(name, 'marks images as such', MARKS[name]) for name, _ in steps if name in MARKS]
+    given += [(name, 'adds an image', step.get('view', VIEWS[name])) for name, step in steps if name in VIEWS]
+    for mark, does, key in given:
+        name, step = packs[-1] if packs else ('the pipeline around it', {})
+        if key not in (step.get('meta_keys') or ()):
+            raise ConfigError(
+                f'{option}.pipeline: mmkd.{mark} {does} in their meta data, which {name} leaves out; write '
+                f"dict(type='{name}', meta_keys=(..., '{key}')) with those that it has"
+            )
+
+
+def _check_views(config: Config) -> None:
+    """Raise ConfigError if a teacher would not find its view of a training image, or one that other transforms have moved."""
+    wanted = [(source, spec['view']) for source, spec in described_sources(config) if _has_view(spec)]
+    for option, dataset in part_datasets(config, 'train') if wanted else ():
+        steps = _steps(dataset)
+        if not any(name.startswith('Pack') for name, _ in steps):
+            continue  # of a wrapper, which has a pipeline of its own
+        for source, view in wanted:
+            own = [
+                at for at, (name, step) in enumerate(steps) if name in VIEWS and step.get('view', VIEWS[name]) == view
+            ]
+            if not own:
                 raise ConfigError(
-                    f'{option}.pipeline: mmkd.{mark} marks images as such in their meta data, which {name} leaves out; write '
-                    f"dict(type='{name}', meta_keys=(..., '{key}')) with those that it has"
+                    f'{option}.pipeline: {source} sees the view {view!r}, which it does not give; put '
+                    f"dict(type='mmkd.KeepView', view={view!r}) behind what moves pixels"
                 )
+            moved = next((name for _, step in steps[own[-1] + 1 :] for name in _moving(step)), None)
+            if moved is not None:
+                raise ConfigError(
+                    f'{option}.pipeline: {moved} behind the view {view!r} would move the pixels of the image alone; put it '
+                    f"before KeepView, or into dict(type='mmkd.Both', view={view!r}, transforms=[...])"
+                )
+
+
+def _has_view(spec: object) -> bool:
+    return isinstance(spec, Mapping) and spec.get('view') is not None
+
+
+def _moving(step: object) -> Iterator[str]:
+    """What moves pixels in a step and those inside of it, other than those of ``mmkd.Both``."""
+    if isinstance(step, Mapping):
+        name = type_name(step)
+        if name in MOVING:
+            yield name
+        inner: Sequence = () if name == 'Both' else list(step.values())
+    else:
+        inner = step if isinstance(step, (list, tuple)) else ()
+    for each in inner:
+        yield from _moving(each)
 
 
 def _check_dataset(option: str, dataset: Mapping, scope: str | None, trains: bool) -> list[str]:

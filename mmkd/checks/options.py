@@ -109,13 +109,14 @@ def _check_training(config: Config) -> None:
 def _check_turns(config: Config) -> None:
     """Check that all processes have batches of one kind, where some images have no labels: they wait for each other.
 
-    A detector's images without labels pass it by themselves, and a process that has none of a kind would be a pass behind, and
-    the sums over processes that are in its loss.
+    A detector's images without labels, and those that a teacher labels, pass it by themselves, and a process that has none of a
+    kind would be a pass behind, and the sums over processes that are in its loss.
     """
     loader = _part(config, 'train_dataloader')
     parts = list(datasets(loader.get('dataset') or {}, 'train_dataloader.dataset'))
     marked = [any(type_name(step) == 'Unlabelled' for step in dataset.get('pipeline') or ()) for _, dataset in parts]
-    if get_world_size() == 1 or not any(marked) or all(marked) or config.get('default_scope') == 'mmseg':
+    apart = config.get('default_scope') != 'mmseg' or (config.get('model') or {}).get('pseudo_labels')
+    if get_world_size() == 1 or not any(marked) or all(marked) or not apart:
         return
     sampler = loader.get('sampler') or {}
     turn = sum(sampler.get('ratio') or [1] * len(parts))
@@ -233,9 +234,11 @@ def _check_runner(config: Config) -> None:
 def _check_distillation(config: Config) -> None:
     """The teachers' options and the distillers, which are built for it: most of their options need no model."""
     from mmkd.distillers.collection import Distillers  # all methods, seconds that `--help` need not take
+    from mmkd.sources.teacher_labels import TeacherLabels
 
+    labels = config.model.get('pseudo_labels')
     for name in ('student', 'teacher', 'distillers'):
-        if not config.model.get(name):
+        if not config.model.get(name) and not (name == 'distillers' and labels is not None):
             raise ConfigError(f'model.{name}: missing, or empty; a distilled model has student, teacher and distillers')
     for option, source in described_sources(config):
         if not isinstance(source, (str, Mapping)):
@@ -243,7 +246,21 @@ def _check_distillation(config: Config) -> None:
         if isinstance(source, Mapping):
             resolve(SOURCES, option.removeprefix('model.'), {'type': 'Teacher', **source}, student=None)
     with torch.random.fork_rng([]):
-        Distillers(config.model.distillers)
+        Distillers(config.model.get('distillers') or {}, optional=labels is not None)
+    if labels is not None:
+        TeacherLabels.read(labels)
+        _check_unlabelled(config)
+
+
+def _check_unlabelled(config: Config) -> None:
+    """Raise ConfigError if there is no image that a teacher could label."""
+    parts = datasets(_part(config, 'train_dataloader').get('dataset') or {}, 'train_dataloader.dataset')
+    steps = [step for _, dataset in parts for step in dataset.get('pipeline') or () if isinstance(step, Mapping)]
+    if not any(type_name(step) == 'Unlabelled' for step in steps):
+        raise ConfigError(
+            "model.pseudo_labels: no training image is without labels; put dict(type='mmkd.Unlabelled') in place of "
+            'LoadAnnotations into the pipeline of those that a teacher is to label, or leave pseudo_labels out'
+        )
 
 
 def compare_batch_size(config: Config) -> list[str]:

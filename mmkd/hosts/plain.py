@@ -61,6 +61,8 @@ def data_meta(config: Config) -> dict:
 
 MARKS = {'domain', 'labelled_for'}
 """What mmkd's transforms add to an image's meta data."""
+VIEWS = ('KeepView', 'LoadView')
+"""Those that add another image, by its name."""
 
 
 def _kind(spec: object) -> str:
@@ -88,16 +90,28 @@ def _mentions_mmkd(value: object) -> bool:
 
 
 def _keep_labelled(loader: dict, endless: bool) -> None:
-    """Of several domains, keep the data sets that have labels, with a stock sampler; and no marks of partial labels."""
+    """Of several domains, keep the data sets that have labels, with a stock sampler; no marks of partial labels, and no views."""
+    added = set(MARKS)
     for each in list(_parts(loader.dataset)):
         if each.get('pipeline'):
-            each['pipeline'] = [step for step in each['pipeline'] if type_name(step) != 'LabelledFor']
+            added |= {
+                step.get('view', 'weak') for step in each['pipeline'] if type_name(step) in VIEWS and _of_mmkd(step)
+            }
+            each['pipeline'] = [kept for step in each['pipeline'] for kept in _without_views(step)]
     loader.dataset = _labelled(loader.dataset)
     for each in _parts(loader.dataset):
-        if MARKS & set(each.get('meta_keys') or ()):
-            each['meta_keys'] = tuple(key for key in each['meta_keys'] if key not in MARKS)
+        if added & set(each.get('meta_keys') or ()):
+            each['meta_keys'] = tuple(key for key in each['meta_keys'] if key not in added)
     if _of_mmkd(loader.get('sampler')):
         loader.sampler = dict(type='InfiniteSampler' if endless else 'DefaultSampler', shuffle=True)
+
+
+def _without_views(step: dict) -> list[dict]:
+    """A step as the student's own image needs it."""
+    if not _of_mmkd(step):
+        return [step]
+    name = type_name(step)
+    return list(step['transforms']) if name == 'Both' else [] if name in ('LabelledFor', *VIEWS) else [step]
 
 
 def _labelled(dataset: dict) -> dict:

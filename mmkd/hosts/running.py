@@ -12,6 +12,7 @@ from torch import nn
 
 from mmkd.data.domains import is_unlabelled
 from mmkd.errors import ConfigError
+from mmkd.hosts.segmentation.heads import logits_layer
 from mmkd.taps import Taps
 
 Found = TypeVar('Found')
@@ -176,6 +177,17 @@ def predict(model: BaseModel, inputs: torch.Tensor, data_samples: list, size: Se
             boxes = boxes * boxes.new_tensor([size[1] / inputs.shape[3], size[0] / inputs.shape[2]] * 2)
         answers.append(InstanceData(bboxes=boxes, scores=each.scores, labels=each.labels))
     return answers
+
+
+def answering_layers(model: BaseModel) -> list[str] | None:
+    """The layers by which a mmdet or mmseg model predicts; None where they cannot be tapped."""
+    if hasattr(model, 'decode_head'):
+        return [logits_layer(model)]
+    if hasattr(model, 'roi_head'):
+        heads = model.roi_head.bbox_head
+        stages = [f'.{index}' for index in range(len(heads))] if isinstance(heads, nn.ModuleList) else ['']
+        return ['rpn_head', *(f'roi_head.bbox_head{stage}' for stage in stages)]
+    return None if hasattr(model, 'forward_transformer') else ['bbox_head']
 
 
 def empty_sample(size: tuple[int, int]) -> BaseDataElement:

@@ -47,6 +47,8 @@ class Source:
     frozen: bool = False
     """Whether :meth:`load` reads its weights, which then stay as they are, so that a student can inherit them."""
     view: str | None = None
+    labels: bool = False
+    """Whether it is asked for pseudo labels; set by :func:`mmkd.distill`."""
     has_gradient: bool = False
     """Whether its taps carry gradients, which those who learn from it must not follow."""
 

@@ -14,7 +14,7 @@ from mmkd.data.views import check_name, views_of
 from mmkd.errors import ConfigError
 from mmkd.fold import accelerate, compile_parts
 from mmkd.hosts.configs import build_model, read_teacher, teacher_classes
-from mmkd.hosts.running import predict, run, scaled, scaled_samples
+from mmkd.hosts.running import answering_layers, predict, run, scaled, scaled_samples
 from mmkd.normalize import Normalize, Renormalize
 from mmkd.registry import SOURCES
 from mmkd.sources.source import Source
@@ -175,14 +175,19 @@ class Teacher(Source):
         self._accelerate(device, 'its weights are taken as they are')
 
     def _accelerate(self, device: torch.device | str, weights: str) -> None:
-        folded, self._channels_last = accelerate(self.model, self.layers, scaled(self.size, self.scale))
+        answers = answering_layers(self.model) if self.labels else ()
+        folded, self._channels_last = 0, False
+        if answers is not None:  # else nobody could tell whether it still predicts the same
+            layers = tuple(dict.fromkeys((*self.layers, *answers)))
+            folded, self._channels_last = accelerate(self.model, layers, scaled(self.size, self.scale))
         if self.compiled:
             compile_parts(self.model, self.layers)
         self.loaded = True
         self.apply(lambda tensor: tensor.to(device))
         layout = '' if self._channels_last else ', in the layout of NCHW as channels_last would change its outputs'
+        labels = ' and labels images' if self.labels else ''
         print_log(
-            f'{self.name.capitalize()} {type(self.model).__name__}: {weights}; it runs as far as {list(self.layers)}, '
+            f'{self.name.capitalize()} {type(self.model).__name__}: {weights}; it runs as far as {list(self.layers)}{labels}, '
             f'with {folded} batch norms folded into convolutions{layout}.',
             logger='current',
         )

@@ -104,6 +104,7 @@ class TeacherLabels:
             )
         if PREFIX in sources:
             raise ConfigError(f'teacher.{PREFIX}: pseudo labels have log keys of this name; choose another')
+        source.labels = True
         segments = hasattr(student, 'decode_head')
         if segments != hasattr(source.model, 'decode_head'):
             raise ConfigError(
