@@ -105,6 +105,54 @@ def now_and_then(folder):
     return config
 
 
+def weak_and_strong(folder):
+    """The teacher sees each image before its colours are distorted."""
+    config = detector(folder, dict(a=(wide(), dict(view='weak'))), dict(it=CWD))
+    dataset = config.train_dataloader.dataset
+    strong = [dict(type='mmkd.KeepView'), dict(type='PhotoMetricDistortion')]
+    pack = dict(type='PackDetInputs', meta_keys=('img_path', 'img_shape', 'ori_shape', 'weak'))
+    dataset.pipeline = [*dataset.pipeline[:-1], *strong, pack]
+    return config
+
+
+def beside(folder):
+    """The teacher sees another image, the one of a folder beside, mirrored as the student's is."""
+    config = detector(folder, dict(a=(wide(), dict(view='other'))), dict(it=CWD))
+    dataset = config.train_dataloader.dataset
+    (folder / 'shapes' / 'other').symlink_to(folder / 'shapes' / 'train')
+    load = dict(type='mmkd.LoadView', view='other', replace={'/train/': '/other/'})
+    both = dict(type='mmkd.Both', view='other', transforms=[dict(type='RandomFlip', prob=0.5)])
+    pack = dict(type='PackDetInputs', meta_keys=('img_path', 'img_shape', 'ori_shape', 'other'))
+    dataset.pipeline = [*dataset.pipeline[:2], load, both, pack]
+    return config
+
+
+def pseudo_labels(folder):
+    weight = dict(type='linear', value=1.0, begin=0, end=3)
+    return unlabelled(folder, pseudo_labels=dict(score=0.013, uncertain=0.012, weight=weight))
+
+
+def pseudo_labels_of_an_average(folder):
+    config = unlabelled(folder, pseudo_labels=dict(teacher='mean', score=0.01))
+    config.model.teacher.mean = dict(type='Average', momentum=0.9, begin=1)
+    for entry in config.model.distillers.values():
+        entry.teacher = 'a'
+    return config
+
+
+def pseudo_labels_of_pixels(folder):
+    config = segmentor(
+        folder, dict(a=(segmentors.pspnet(24), {})), dict(it=dict(type='KD')), pseudo_labels=dict(score=0.06)
+    )
+    config.train_dataloader.batch_size = 4  # a pooled map of one image has no variance
+    two = streets_config(folder, config.model, two_domains=True)
+    config.train_dataloader.dataset, config.train_dataloader.sampler = (
+        two.train_dataloader.dataset,
+        two.train_dataloader.sampler,
+    )
+    return config
+
+
 def without_the_task(folder):
     return detector(folder, dict(a=(wide(), {})), dict(it=CWD), task_weight=0)
 
@@ -177,6 +225,11 @@ SCHEMES = {
     'scale': scaled,
     'unlabelled': unlabelled,
     'now and then': now_and_then,
+    'weak and strong': weak_and_strong,
+    'beside': beside,
+    'pseudo labels': pseudo_labels,
+    'pseudo labels of an average': pseudo_labels_of_an_average,
+    'pseudo labels of pixels': pseudo_labels_of_pixels,
     'without the task': without_the_task,
     'task from step 3': task_from_step_3,
     'one target': collaborative,

@@ -5,7 +5,9 @@ from mmengine.dist import get_world_size
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from mmkd.checks.options import passes_apart
 from mmkd.errors import ConfigError
+from mmkd.hosts.datasets import type_name
 from mmkd.hosts.running import probe, sizes_to_probe
 from mmkd.taps import INPUT
 from mmkd.weights import BESIDE
@@ -17,7 +19,11 @@ def check_batch_norms(config: Config, model: nn.Module) -> None:
     Raises:
         ConfigError: naming the layer.
     """
-    batch = config.train_dataloader.get('batch_size', 1)
+    given = batch = config.train_dataloader.get('batch_size', 1)
+    sampler, images = config.train_dataloader.get('sampler') or {}, 'images'
+    if type_name(sampler) == 'DomainSampler' and passes_apart(config):
+        ratio = sampler.get('ratio') or [1, 1]
+        batch, images = batch * min(ratio) // sum(ratio), 'images with labels and 2 without'
     if batch > 1:
         return
     model.train()
@@ -35,8 +41,8 @@ def check_batch_norms(config: Config, model: nn.Module) -> None:
     for layer in layers:
         if taps.calls[layer] and any(each.numel() == each.shape[1] for each in taps.per_call(layer)):
             raise ConfigError(
-                f'train_dataloader.batch_size={batch}: {layer.removesuffix(INPUT)} is a batch norm over a single value of each '
-                f'channel; give each process at least 2 images, or use SyncBN on several processes'
+                f'train_dataloader.batch_size={given}: {layer.removesuffix(INPUT)} is a batch norm over a single value of each '
+                f'channel; give each process at least 2 {images}, or use SyncBN on several processes'
             )
 
 

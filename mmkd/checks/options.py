@@ -106,6 +106,11 @@ def _check_training(config: Config) -> None:
             _count(f'train_cfg.{option}', training[option], least)
 
 
+def passes_apart(config: Config) -> bool:
+    """Whether images without labels go through the student in a pass of their own: a detector's, and those that are labelled."""
+    return config.get('default_scope') != 'mmseg' or (config.get('model') or {}).get('pseudo_labels') is not None
+
+
 def _check_turns(config: Config) -> None:
     """Check that all processes have batches of one kind, where some images have no labels: they wait for each other.
 
@@ -115,8 +120,7 @@ def _check_turns(config: Config) -> None:
     loader = _part(config, 'train_dataloader')
     parts = list(datasets(loader.get('dataset') or {}, 'train_dataloader.dataset'))
     marked = [any(type_name(step) == 'Unlabelled' for step in dataset.get('pipeline') or ()) for _, dataset in parts]
-    apart = config.get('default_scope') != 'mmseg' or (config.get('model') or {}).get('pseudo_labels')
-    if get_world_size() == 1 or not any(marked) or all(marked) or not apart:
+    if get_world_size() == 1 or not any(marked) or all(marked) or not passes_apart(config):
         return
     sampler = loader.get('sampler') or {}
     turn = sum(sampler.get('ratio') or [1] * len(parts))

@@ -30,6 +30,15 @@ def data(name: str, pipeline: str, expected, more: str = '') -> Case:
     return Case(name, expected, text)
 
 
+def viewed(name: str, pipeline: str, expected) -> Case:
+    case = data(name, pipeline, expected)
+    return case._replace(text=f"{case.text}\nmodel = dict(teacher=dict(view='weak'))")
+
+
+def pseudo(name: str, given: str, expected) -> Case:
+    return Case(name, expected, f'model = dict(pseudo_labels={given})')
+
+
 def labels(name: str, arguments: list[str], expected, files=None) -> Case:
     return Case(name, expected, tool='pseudo_label', arguments=arguments, files=files)
 
@@ -92,6 +101,34 @@ CASES = [
     ),
     Case('a task weight that is a word', r"task_weight='none'", "model = dict(task_weight='none')"),
     Case('a negative task weight', r'task_weight=-1', 'model = dict(task_weight=-1)'),
+    pseudo('no images for pseudo labels', '{}', r'model.pseudo_labels: no training image is without labels'),
+    pseudo('pseudo labels that are a number', '0.5', r'pseudo_labels=0.5: expected a dict'),
+    pseudo(
+        'scores out of order',
+        'dict(score=0.3, uncertain=0.5)',
+        r'uncertain=0.5: expected a probability below score=0.3',
+    ),
+    pseudo('a score in percent', 'dict(score=70)', r'score=70: expected a probability above 0'),
+    pseudo('an option with a typo', 'dict(threshold=0.5)', r"pseudo_labels has no option 'threshold'"),
+    teacher('a view that the data do not give', "view='weak'", r"sees the view 'weak', which it does not give"),
+    teacher('a view that is no name', "view='weak one'", r"view='weak one': expected a name|sees the view 'weak one'"),
+    viewed(
+        'a view that is moved apart',
+        "dict(type='mmkd.KeepView'), dict(type='RandomFlip', prob=0.5), "
+        "dict(type='PackDetInputs', meta_keys=('img_shape', 'weak'))",
+        r"RandomFlip behind the view 'weak' would move the pixels of the image alone",
+    ),
+    data(
+        'a view that is not handed on',
+        "dict(type='mmkd.KeepView'), dict(type='PackDetInputs')",
+        r"mmkd.KeepView adds an image .* meta_keys=\(..., 'weak'\)",
+    ),
+    data(
+        'an image beside the first that is not there',
+        "dict(type='mmkd.LoadView', view='thermal', replace={'train': 'thermal'}), "
+        "dict(type='PackDetInputs', meta_keys=('img_shape', 'thermal'))",
+        r'LoadView: .*thermal.* does not exist; correct replace',
+    ),
     data(
         'unlabelled images that are not handed on',
         "dict(type='mmkd.Unlabelled'), dict(type='PackDetInputs')",

@@ -1,0 +1,8 @@
+# learns from the teacher on the labelled images alone
+_base_ = 'retinanet_student.py'
+model = dict(
+    _delete_=True,
+    type='mmkd.Distill',
+    student=_base_.model,
+    teacher=dict(config='mmkd::few_labels/retinanet_teacher.py', checkpoint='work_dirs/retinanet_teacher/iter_1500.pth'),
+    distillers=dict(kd=dict(type='KD')))

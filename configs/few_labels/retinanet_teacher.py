@@ -1,0 +1,2 @@
+# has the labels of all 1000 images
+_base_ = '../shapes/retinanet_teacher.py'
