@@ -136,7 +136,8 @@ def build(config: Config) -> BaseModel:
 
 
 def build_distiller(entry: dict) -> None:
-    DISTILLERS.build({key: value for key, value in entry.items() if key not in ('teacher', 'learner', 'combine')})
+    of_entries = ('teacher', 'learner', 'combine', 'uncertainty')
+    DISTILLERS.build({key: value for key, value in entry.items() if key not in of_entries})
 
 
 def write(path: Path, text: str) -> Path:

@@ -98,6 +98,10 @@ def unlabelled(folder, ratio=(1, 1), **options):
     return config
 
 
+def uncertain(folder):
+    return detector(folder, dict(a=(wide(), {})), dict(it=dict(**CWD, uncertainty=dict(passes=2, p=0.2))))
+
+
 def now_and_then(folder):
     """Some batches have labelled images alone, some unlabelled ones."""
     config = unlabelled(folder, (1, 2))
@@ -224,6 +228,7 @@ SCHEMES = {
     'specialists': specialists,
     'scale': scaled,
     'unlabelled': unlabelled,
+    'uncertain': uncertain,
     'now and then': now_and_then,
     'weak and strong': weak_and_strong,
     'beside': beside,

@@ -10,6 +10,7 @@ from torch import nn
 from mmkd.distillers.levels import LevelPairs
 from mmkd.distillers.schedule import Weight
 from mmkd.distillers.several import Several
+from mmkd.distillers.uncertainty import Uncertainty
 from mmkd.errors import ConfigError
 from mmkd.registry import DISTILLERS, build
 from mmkd.sources.source import Source
@@ -22,7 +23,8 @@ class Distillers(nn.ModuleDict):
     Args:
         specs: Name to config dict, as in a config file, or to a distiller. Beside a method's own options a dict may have
             ``teacher``, the name of the source it learns from or a list of names, ``combine``, how much it learns from each
-            of these (:class:`mmkd.distillers.several.Several`), and ``learner``, the source that learns instead of the student.
+            of these (:class:`mmkd.distillers.several.Several`), ``learner``, the source that learns instead of the student, and
+            ``uncertainty``, options of :class:`mmkd.distillers.uncertainty.Uncertainty`.
 
         optional: Whether there may be none, as where a teacher's labels alone are learnt.
 
@@ -50,7 +52,7 @@ class Distillers(nn.ModuleDict):
             options = dict(spec) if isinstance(spec, Mapping) else {}
             named = self._named[name] = options.pop('teacher', None)
             self.learner_of[name] = options.pop('learner', None)
-            combine = options.pop('combine', None)
+            combine, uncertainty = options.pop('combine', None), options.pop('uncertainty', None)
             made = spec if isinstance(spec, nn.Module) else build(DISTILLERS, f'distillers.{name}', options or spec)
             if not isinstance(spec, nn.Module) and not getattr(made, 'several_teachers', False):
                 made = _several(name, made, options, named, combine)
@@ -61,6 +63,8 @@ class Distillers(nn.ModuleDict):
             for attribute in ('student_layers', 'teacher_layers'):
                 if not hasattr(made, attribute):
                     raise ConfigError(f'distillers.{name}: {type(made).__name__} has no attribute {attribute!r}')
+            if uncertainty is not None:
+                _make_uncertain(name, made, uncertainty)
             self[name] = made
         self.iteration = -1
         self._seen = _iteration_of_runner()
@@ -307,6 +311,29 @@ def _several(name: str, made: nn.Module, options: Mapping, named: Any, combine: 
         return Several({named[0]: made, **methods}, 'mean' if combine is None else combine)
     except ConfigError as error:
         raise ConfigError(f'distillers.{name}: {error}') from None
+
+
+def _make_uncertain(name: str, made: nn.Module, options: Any) -> None:
+    """Give all that a method compares the same :class:`Uncertainty`.
+
+    Raises:
+        ConfigError: for other options, and for a method that compares no levels.
+    """
+    levels = [each for each in made.modules() if isinstance(each, LevelPairs)]
+    option = f'distillers.{name}.uncertainty'
+    if not levels:
+        kind = type(getattr(made, 'first', made)).__name__
+        raise ConfigError(
+            f'{option}: {kind} does not compare features level by level; leave it out, or take a method that does, such as FGD '
+            f'or PKD'
+        )
+    if not isinstance(options, Mapping) or set(options) - {'passes', 'p'}:
+        raise ConfigError(f'{option}={options!r}: expected a dict such as dict(passes=5, p=0.1)')
+    for each in levels:
+        try:
+            each.uncertainty = Uncertainty(**options)
+        except ConfigError as error:
+            raise ConfigError(f'{option}: {error}') from None
 
 
 def _check_view(distiller: Any, source: Source, name: str) -> None:

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from mmkd.adapters import Adapters
+from mmkd.distillers.uncertainty import Uncertainty
 from mmkd.errors import ConfigError
 from mmkd.taps import Taps, find_layer
 
@@ -43,6 +44,10 @@ class LevelPairs(nn.Module):
             of channels.
         reduce: Applied to each level of both networks before the student's is adapted.
 
+    Attributes:
+        uncertainty: What is made of each of the teacher's levels before anything else, as the option ``uncertainty`` of the
+            method's entry says; None: nothing.
+
     Raises:
         ConfigError: where the layers cannot be compared; when called, where a layer puts out another number of levels
             than it did when it was probed, or the student's have no gradient.
@@ -55,6 +60,7 @@ class LevelPairs(nn.Module):
     """
 
     adapters: Adapters
+    uncertainty: Uncertainty | None
 
     def __init__(
         self,
@@ -75,6 +81,7 @@ class LevelPairs(nn.Module):
         )
         self.adapter, self.match = adapter, match
         self.same_channels, self.reduce = same_channels, reduce
+        self.uncertainty = None
         self.pairs: list[tuple[int, int, int]] = []
         """For each pair which of the layers it is of, the student's level and the teacher's."""
         self._probed: dict[str, int] = {}
@@ -128,15 +135,19 @@ class LevelPairs(nn.Module):
                     f'levels {" ".join(s)} of {counts[0]} of {layer} with levels {" ".join(t)} of {counts[1]} of {other}'
                 )
         adapters = f'{len(made)} adapters ({", ".join(dict.fromkeys(made))})' if made else 'no adapter'
+        drawn = self.uncertainty
+        dropout = '' if drawn is None else f", the teacher's of {drawn.passes} dropouts with p={drawn.p}"
         resized = f', {sum(self.adapters.resize)} resized' if any(self.adapters.resize) else ''
-        return f'{"; ".join(parts)}: (C, H, W) of {" ".join(self._sizes)}, {adapters}{resized}'
+        return f'{"; ".join(parts)}: (C, H, W) of {" ".join(self._sizes)}, {adapters}{resized}{dropout}'
 
     def unadapted(self, student: Taps, teacher: Taps) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """The levels that belong together, of both, as the networks put them out (and ``reduce`` reduced them)."""
+        """The levels that belong together, of both, as the networks put them out, but for ``uncertainty`` and ``reduce``."""
         own = [self._levels(student, layer, 'student') for layer in self.student_layers]
         others = [self._levels(teacher, layer, 'teacher') for layer in self.teacher_layers]
         features = [own[index][i] for index, i, _ in self.pairs]
         targets = [others[index][j] for index, _, j in self.pairs]
+        if self.uncertainty is not None:
+            targets = [self.uncertainty(each) for each in targets]
         if self.reduce is not None:
             features, targets = [self.reduce(each) for each in features], [self.reduce(each) for each in targets]
         return features, targets

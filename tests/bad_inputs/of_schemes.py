@@ -99,6 +99,21 @@ CASES = [
         'LabelEnc',
         r'holds 0 label encoders that fit',
     ),
+    several(
+        'uncertainty of a method without levels',
+        TWO,
+        r'distillers.cwd.uncertainty: KD does not compare features level by level',
+        f"{KD}teacher='a', uncertainty=dict(p=0.1)",
+    ),
+    several(
+        'an uncertainty without a range',
+        TWO,
+        r'uncertainty: p=1.5: expected a prob',
+        "teacher='a', uncertainty=dict(p=1.5)",
+    ),
+    several(
+        'an unknown option of it', TWO, r'uncertainty=.*expected a dict', "teacher='a', uncertainty=dict(rate=0.1)"
+    ),
     Case('a task weight that is a word', r"task_weight='none'", "model = dict(task_weight='none')"),
     Case('a negative task weight', r'task_weight=-1', 'model = dict(task_weight=-1)'),
     pseudo('no images for pseudo labels', '{}', r'model.pseudo_labels: no training image is without labels'),
