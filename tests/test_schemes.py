@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 from tool import tool, train_together
 
+from mmkd.data.shapes import CLASSES
 from mmkd.distill import distill
 from mmkd.testing import detectors, models, segmentors
 from mmkd.testing.runs import shapes_config, streets_config
@@ -69,6 +70,21 @@ def specialists(folder):
     dataset = config.train_dataloader.dataset
     pack = dict(type='PackDetInputs', meta_keys=('img_path', 'img_shape', 'ori_shape', 'labelled_for'))
     dataset.pipeline = [*dataset.pipeline[:-1], dict(type='mmkd.LabelledFor', classes=('circle', 'square')), pack]
+    return config
+
+
+def incremental(folder):
+    """A model of three classes learns three more."""
+    teacher = (detectors.gfl(classes=3), dict(classes=dict(circle=0, square=1, ring=2)))
+    options = dict(inherit=['backbone', 'neck', 'bbox_head'], class_names=CLASSES)
+    model = distilled(
+        folder, detectors.gfl(classes=6), dict(a=teacher), distillers=dict(it=dict(type='ERD')), **options
+    )
+    config = shapes_config(folder, model, iterations=6, batch=2)
+    dataset = config.train_dataloader.dataset
+    pack = dict(type='PackDetInputs', meta_keys=('img_path', 'img_shape', 'ori_shape', 'labelled_for'))
+    new = dict(type='mmkd.LabelledFor', classes=('triangle', 'star', 'cross'), class_names=CLASSES)
+    dataset.pipeline = [*dataset.pipeline[:-1], new, pack]
     return config
 
 
@@ -226,6 +242,7 @@ SCHEMES = {
     'schedules': several(dict(a=1.0, b=dict(type='linear', start=1.0, value=0.0, end=4))),
     'labels': labels,
     'specialists': specialists,
+    'incremental': incremental,
     'scale': scaled,
     'unlabelled': unlabelled,
     'uncertain': uncertain,

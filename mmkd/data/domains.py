@@ -12,6 +12,7 @@ from mmengine.dataset import InfiniteSampler
 from mmengine.dist import sync_random_seed
 from torch.utils.data import ConcatDataset, Sampler
 
+from mmkd.classes import index_of
 from mmkd.errors import ConfigError
 from mmkd.registry import DATA_SAMPLERS, TRANSFORMS
 from mmkd.values import is_whole
@@ -73,18 +74,28 @@ class LabelledFor:
 
     Args:
         classes: Their names, or indices.
+        class_names: Those of all classes of the data set, where it is labelled for more: the boxes of the others are then taken
+            out, as if it were not. Default None: it has no others.
 
     Raises:
-        ConfigError: for none.
+        ConfigError: for none, and for a class that is not among ``class_names``.
     """
 
-    def __init__(self, classes: Sequence[str | int]):
+    def __init__(self, classes: Sequence[str | int], class_names: Sequence[str] | None = None):
         if isinstance(classes, str) or not classes:
             raise ConfigError(f"classes={classes!r}: expected a list of classes, such as ('car', 'person')")
         self.classes = tuple(classes)
+        self.kept: list[int] | None = None
+        if class_names is not None:
+            self.kept = [index_of(each, class_names, 'LabelledFor', 'data set') for each in classes]
 
     def __call__(self, results: dict) -> dict:
         results['labelled_for'] = self.classes
+        if self.kept is not None:
+            kept = np.isin(results['gt_bboxes_labels'], self.kept)
+            for key in ('gt_bboxes', 'gt_bboxes_labels', 'gt_ignore_flags', 'gt_masks'):
+                if key in results:
+                    results[key] = results[key][kept]
         return results
 
     def __repr__(self) -> str:

@@ -40,6 +40,7 @@ __all__ = [
 
 if find_spec('mmdet') is not None:  # segmentation needs no mmdet
     from mmkd.distillers.detection.chen import Chen
+    from mmkd.distillers.detection.erd import ERD
     from mmkd.distillers.detection.fgd import FGD
     from mmkd.distillers.detection.fgfi import FGFI
     from mmkd.distillers.detection.frs import FRS
@@ -51,4 +52,17 @@ if find_spec('mmdet') is not None:  # segmentation needs no mmdet
     from mmkd.distillers.detection.mimic import Mimic
     from mmkd.distillers.detection.quantization_mimic import QuantizationMimic
 
-    __all__ += ['FGD', 'FGFI', 'FRS', 'GID', 'LD', 'LGD', 'Chen', 'GDetKD', 'LabelEnc', 'Mimic', 'QuantizationMimic']
+    __all__ += [
+        'ERD',
+        'FGD',
+        'FGFI',
+        'FRS',
+        'GID',
+        'LD',
+        'LGD',
+        'Chen',
+        'GDetKD',
+        'LabelEnc',
+        'Mimic',
+        'QuantizationMimic',
+    ]

@@ -21,7 +21,12 @@ DETECTION = {
     'GFL': (
         detectors.gfl,
         detectors.gfl,
-        dict(ld=dict(type='LD'), gid=dict(type='GID'), cwd=dict(type='CWD', layer='bbox_head.gfl_cls')),
+        dict(
+            ld=dict(type='LD'),
+            erd=dict(type='ERD'),
+            gid=dict(type='GID'),
+            cwd=dict(type='CWD', layer='bbox_head.gfl_cls'),
+        ),
     ),
     'FCOS': (detectors.fcos, detectors.fcos, dict(gid=dict(type='GID'))),
     'Faster R-CNN': (

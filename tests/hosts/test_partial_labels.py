@@ -2,8 +2,10 @@
 
 import copy
 
+import numpy as np
 import pytest
 import torch
+from mmdet.structures.bbox import HorizontalBoxes
 
 import mmkd
 from mmkd.data.domains import LabelledFor
@@ -183,3 +185,19 @@ def test_heads_without_a_classifier_of_pixels_are_refused():
     with pytest.raises(ConfigError, match='LabelledFor: decode_head is a PSPHead, in which classes cannot be left out'):
         with labelled_classes(model, data['data_samples'], None):
             pass
+
+
+def test_labels_of_others_are_taken_out_where_all_classes_are_named():
+    transform = LabelledFor(('cow', 'cat'), class_names=('cat', 'dog', 'cow'))
+    boxes = HorizontalBoxes(torch.arange(16.0).view(4, 4))
+    found = transform(
+        dict(gt_bboxes=boxes, gt_bboxes_labels=np.array([1, 2, 0, 1]), gt_ignore_flags=np.array([0, 1, 0, 0], bool))
+    )
+    assert found['gt_bboxes'].tensor[:, 0].tolist() == [4, 8]
+    assert found['gt_bboxes_labels'].tolist() == [2, 0]
+    assert found['gt_ignore_flags'].tolist() == [True, False]
+    assert found['labelled_for'] == ('cow', 'cat')
+    nothing = transform(dict(gt_bboxes=boxes[:1], gt_bboxes_labels=np.array([1]), gt_ignore_flags=np.zeros(1, bool)))
+    assert nothing['gt_bboxes'].tensor.shape == (0, 4)
+    with pytest.raises(ConfigError, match="LabelledFor: the data set has no class 'cw'; the nearest are 'cow'"):
+        LabelledFor(('cw',), class_names=('cat', 'dog', 'cow'))

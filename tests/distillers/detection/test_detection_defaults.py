@@ -77,6 +77,13 @@ DEFAULTS = {
         ('positive_iou', 0.5, QUOTED),
         ('adapter', 'auto', 'independent port (LutingWang/HEAD): 1x1'),
     ],
+    'ERD': [
+        ('alpha', 2.0, f'{CODE}, where it is a number and no option'),
+        ('tau', 10.0, CODE),
+        ('nms_iou', 0.005, CODE),
+        ('cls_weight', 2.0, f'{CODE}: 1, of a sum over the 2 images of a process'),
+        ('bbox_weight', 0.5, f'{CODE}: 0.25, of a sum over the 2 images of a process'),
+    ],
     'FGFI': [
         ('psi', 0.5, f'{QUOTED}; {CODE}'),
         ('levels', 'best', OURS),

@@ -139,6 +139,7 @@ METHODS = {
         {'zero': OTHER, 'batch': UNBIASED, 'padding': 'statistics are of the whole map'},
     ),
     'LD': ('gfl', 'gfl', dict(type='LD'), {}),
+    'ERD': ('gfl', 'gfl', dict(type='ERD', alpha=0.5, tau=1.0, bbox_weight=100.0), {'bf16': SELECTED}),
     'FGFI': (
         'retinanet',
         'retinanet',
@@ -266,6 +267,7 @@ class Noisy(dict):
     def __init__(self, taps, noise):
         super().__init__()
         self.model, self.calls, self.images = taps.model, taps.calls, taps.images
+        self.classes = taps.classes
         random = torch.Generator().manual_seed(0)
 
         def noisy(value):
