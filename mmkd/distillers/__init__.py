@@ -17,6 +17,7 @@ from mmkd.distillers.segmentation.ifvd import IFVD
 from mmkd.distillers.segmentation.okddip import OKDDip
 from mmkd.distillers.segmentation.one import ONE
 from mmkd.distillers.segmentation.skd import SKD
+from mmkd.distillers.segmentation.wsld import WSLD
 
 __all__ = [
     'AT',
@@ -30,6 +31,7 @@ __all__ = [
     'ONE',
     'PKD',
     'SKD',
+    'WSLD',
     'Distiller',
     'Distillers',
     'FeatureDistiller',

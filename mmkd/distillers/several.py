@@ -249,11 +249,7 @@ def label_weights(logits: Sequence[ClassLogits], labels: torch.Tensor) -> list[t
     """
     entropies = []
     for each in logits:
-        target = labels
-        if each.classes is not None:
-            target = torch.full_like(labels, -1)
-            for position, own in enumerate(each.classes.student):
-                target = torch.where(labels == own, position, target)
+        target = each.positions_of(labels)
         log_p = each.teacher.log_softmax(1)
         found = -log_p.gather(1, target.clamp(min=0)[:, None])[:, 0]
         unknown = math.log(each.teacher.shape[1])  # as one that guesses

@@ -23,6 +23,21 @@ class ClassLogits(NamedTuple):
     """(P, ...), False for a position that does not count; None: all do."""
     classes: ClassMap | None = None
     """Which of the student's classes they are; None: all, in its order."""
+    weights: torch.Tensor | None = None
+    """(P, ...), how much a position counts, not in what a loss is divided by; None: 1."""
+
+    def positions_of(self, labels: torch.Tensor) -> torch.Tensor:
+        """Which of the K classes each label is, -1 for none of them.
+
+        Args:
+            labels: (P, ...), as the student counts; -1 for none.
+        """
+        if self.classes is None:
+            return labels
+        found = torch.full_like(labels, -1)
+        for position, own in enumerate(self.classes.student):
+            found = torch.where(labels == own, position, found)
+        return found
 
 
 class LogitsReader(nn.Module):

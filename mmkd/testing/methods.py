@@ -53,6 +53,7 @@ SEGMENTATION = {
         segmentors.pspnet,
         dict(
             kd=dict(type='KD'),
+            wsld=dict(type='WSLD'),
             cwd=dict(
                 type='CWD', layer='decode_head.bottleneck', adapter=dict(type='ConvAdapter', bias=False, norm=True)
             ),

@@ -217,6 +217,8 @@ class KD(Distiller):
         """The weighted loss, with a weight for each position, (P, ...), or of sigmoid scores for each class too, (P, K, ...)."""
         loss = 0.0
         for each, weight in zip(logits, weights, strict=True):
+            if each.weights is not None:
+                weight = each.weights if weight is None else each.weights * weight
             if each.sigmoid:
                 loss = loss + binary_divergence(each.student, each.teacher, self.tau, weight)
             else:

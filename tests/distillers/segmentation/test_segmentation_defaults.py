@@ -140,6 +140,14 @@ DEFAULTS = {
         'max_positions': (8192, EXTENT),
         'teacher_layer': (None, NAME),
     },
+    'WSLD': {
+        'layer': (None, HEAD),
+        'tau': (2.0, MMRAZOR),
+        'loss_weight': (2.5, MMRAZOR),
+        'reduction': ('pixel_mean', 'that of KD'),
+        'label_size': (False, 'that of KD'),
+        'teacher_layer': (None, NAME),
+    },
     'DIST': {
         'layer': (None, HEAD),
         'inter_weight': (1.0, f'{CODE} for segmentation'),

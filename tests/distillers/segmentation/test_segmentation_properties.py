@@ -26,6 +26,7 @@ CRITIC = 'the critic normalizes by the batch, and its penalty is of random mixtu
 METHODS = {
     'KD': ('pspnet', 'pspnet', dict(type='KD'), {}),
     'KD at the size of labels': ('pspnet', 'pspnet', dict(type='KD', label_size=True, tau=2.0), {}),
+    'WSLD': ('pspnet', 'pspnet', dict(type='WSLD', label_size=True), {}),
     'KD across families': ('pspnet', 'deeplabv3', dict(type='KD'), {'zero': OTHER}),
     'CWD': (
         'pspnet',
