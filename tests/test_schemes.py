@@ -73,6 +73,11 @@ def specialists(folder):
     return config
 
 
+def amalgamated(folder):
+    entry = dict(type='CFL', layer='neck', teacher=['a', 'b'], positions=16)
+    return detector(folder, dict(a=(wide(3), {}), b=(detectors.retinanet(classes=2), {})), dict(it=entry))
+
+
 def incremental(folder):
     """A model of three classes learns three more."""
     teacher = (detectors.gfl(classes=3), dict(classes=dict(circle=0, square=1, ring=2)))
@@ -242,6 +247,7 @@ SCHEMES = {
     'schedules': several(dict(a=1.0, b=dict(type='linear', start=1.0, value=0.0, end=4))),
     'labels': labels,
     'specialists': specialists,
+    'amalgamated': amalgamated,
     'incremental': incremental,
     'scale': scaled,
     'unlabelled': unlabelled,

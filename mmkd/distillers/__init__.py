@@ -5,9 +5,11 @@ from importlib.util import find_spec
 from mmkd.distillers.base import Distiller, FeatureDistiller
 from mmkd.distillers.collection import Distillers
 from mmkd.distillers.generic.at import AT
+from mmkd.distillers.generic.cfl import CFL
 from mmkd.distillers.generic.cwd import CWD
 from mmkd.distillers.generic.kd import KD
 from mmkd.distillers.generic.mgd import MGD
+from mmkd.distillers.generic.nst import NST
 from mmkd.distillers.generic.pkd import PKD
 from mmkd.distillers.levels import LevelPair, LevelPairs
 from mmkd.distillers.segmentation.cirkd import CIRKD
@@ -21,6 +23,7 @@ from mmkd.distillers.segmentation.wsld import WSLD
 
 __all__ = [
     'AT',
+    'CFL',
     'CIRKD',
     'CWD',
     'DAKD',
@@ -28,6 +31,7 @@ __all__ = [
     'IFVD',
     'KD',
     'MGD',
+    'NST',
     'ONE',
     'PKD',
     'SKD',

@@ -67,6 +67,8 @@ SEGMENTATION = {
                 region_memory_size=20,
             ),
             dist=dict(type='DIST'),
+            nst=dict(type='NST', layer='backbone.layer4'),
+            cfl=dict(type='CFL', layer='backbone.layer4'),
             mgd=dict(type='MGD', layer='backbone.layer4'),
             at=dict(type='AT', layer=['backbone.layer3', 'backbone.layer4']),
         ),

@@ -4,6 +4,7 @@ import re
 import shutil
 
 import pytest
+from mmengine.config import Config
 
 from mmkd.errors import ConfigError
 from mmkd.experiments.comparison import Comparison, suite_of
@@ -36,7 +37,8 @@ def test_every_config_with_distillers_is_found_with_its_student_and_teacher(suit
     for name, method in methods.items():
         family = next(each for each in ('faster_rcnn', 'retinanet', 'fcos', 'gfl', 'pspnet') if f'_{each}' in name)
         assert method.student == f'{STUDENTS.get(name, family)}_student'
-        named = re.findall(r"config='mmkd::\w+/(\w+_teacher|kd_\w+)\.py'", (folder / f'{name}.py').read_text())
+        teacher = Config.fromfile(folder / f'{name}.py').model.teacher
+        named = re.findall(r"'config': 'mmkd::\w+/(\w+_teacher|kd_\w+)\.py'", str(teacher))
         assert list(method.teachers.values()) == named
         assert method.given == {}
 

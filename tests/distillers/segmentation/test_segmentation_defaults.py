@@ -140,6 +140,19 @@ DEFAULTS = {
         'max_positions': (8192, EXTENT),
         'teacher_layer': (None, NAME),
     },
+    'NST': {
+        'loss_weight': (50.0, "RepDistiller's"),
+        'teacher_layer': (None, NAME),
+        'match': ('stride', OURS),
+    },
+    'CFL': {
+        'mmd_weight': (1.0, CODE),
+        'reconstruction_weight': (1.0, CODE),
+        'common_channels': (None, CODE),
+        'positions': (256, EXTENT),
+        'teacher_layer': (None, NAME),
+        'match': ('stride', OURS),
+    },
     'WSLD': {
         'layer': (None, HEAD),
         'tau': (2.0, MMRAZOR),

@@ -89,6 +89,12 @@ METHODS = {
         dict(type='AT', layer=['backbone.layer3', 'backbone.layer4'], loss_weight=1e4),
         {'ignored': ALL_PIXELS},
     ),
+    'NST': (
+        'pspnet',
+        'pspnet',
+        dict(type='NST', layer='backbone.layer4'),
+        {'ignored': ALL_PIXELS},
+    ),
     'DAKD': (
         'deeplabv3',
         'deeplabv3',
