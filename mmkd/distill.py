@@ -19,6 +19,7 @@ from mmkd.hosts.configs import build_model, read_model
 from mmkd.hosts.detection.ignored import leaving_out_ignored
 from mmkd.hosts.partial_labels import labelled_classes
 from mmkd.hosts.running import at_first_size, probe, run, scaled, sizes_to_probe, unlabelled, without_labels
+from mmkd.hosts.segmentation.label_weights import weighted_labels
 from mmkd.inherit import check_inheritance, inherit_weights, parts_by_teacher
 from mmkd.registry import MODELS
 from mmkd.sources import Own, Source, Sources, build_sources
@@ -53,7 +54,8 @@ class Distilled(BaseModel if TYPE_CHECKING else object):  # type: ignore[misc]
                 losses.update({f'{name}.{key}': value for key, value in own.items()})
             else:
                 losses.update(idle_loss(name, source.kept))
-        student, own = self._learn(inputs, data_samples, iteration)
+        with weighted_labels(self, self.distillers.label_weights(knowledge, data_samples)):
+            student, own = self._learn(inputs, data_samples, iteration)
         losses.update(own)
         losses.update(self.distillers(student, knowledge, data_samples))
         return losses

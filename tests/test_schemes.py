@@ -73,6 +73,10 @@ def specialists(folder):
     return config
 
 
+def trusted(folder):
+    return segmentor(folder, dict(a=(segmentors.pspnet(24), {})), dict(it=dict(type='Trust')))
+
+
 def amalgamated(folder):
     entry = dict(type='CFL', layer='neck', teacher=['a', 'b'], positions=16)
     return detector(folder, dict(a=(wide(3), {}), b=(detectors.retinanet(classes=2), {})), dict(it=entry))
@@ -247,6 +251,7 @@ SCHEMES = {
     'schedules': several(dict(a=1.0, b=dict(type='linear', start=1.0, value=0.0, end=4))),
     'labels': labels,
     'specialists': specialists,
+    'trusted': trusted,
     'amalgamated': amalgamated,
     'incremental': incremental,
     'scale': scaled,

@@ -19,6 +19,7 @@ from mmkd.distillers.segmentation.ifvd import IFVD
 from mmkd.distillers.segmentation.okddip import OKDDip
 from mmkd.distillers.segmentation.one import ONE
 from mmkd.distillers.segmentation.skd import SKD
+from mmkd.distillers.segmentation.trust import Trust
 from mmkd.distillers.segmentation.wsld import WSLD
 
 __all__ = [
@@ -42,6 +43,7 @@ __all__ = [
     'LevelPair',
     'LevelPairs',
     'OKDDip',
+    'Trust',
 ]
 
 if find_spec('mmdet') is not None:  # segmentation needs no mmdet

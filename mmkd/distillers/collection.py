@@ -13,6 +13,7 @@ from mmkd.distillers.several import Several
 from mmkd.distillers.uncertainty import Uncertainty
 from mmkd.errors import ConfigError
 from mmkd.registry import DISTILLERS, build
+from mmkd.sources.own import Own
 from mmkd.sources.source import Source
 from mmkd.taps import Taps, find_layer
 
@@ -118,6 +119,12 @@ class Distillers(nn.ModuleDict):
                     )
             if learner and not (sources[learner].has_gradient and sources[learner].kept is not None):
                 raise ConfigError(f'distillers.{name}: learner={learner!r} is not trained; a Peer is')
+            of_method = getattr(distiller, 'first', distiller)
+            if hasattr(of_method, 'label_weights') and (several or learner or isinstance(sources[named], Own)):
+                raise ConfigError(
+                    f'distillers.{name}: {type(of_method).__name__} weighs the labels of the student by one teacher, which '
+                    f'is run before it; name one that is no Own, without a learner'
+                )
 
     def _read_together(self, name: str, sources: Mapping[str, Source]) -> None:
         """Raise ConfigError unless all teachers of an entry are read in the same steps, without which it learns nothing."""
@@ -224,6 +231,18 @@ class Distillers(nn.ModuleDict):
         return any(
             self.active(name) for name in self if source in self.teacher_of[name] or source == self.learner_of[name]
         )
+
+    def label_weights(self, knowledge: Mapping[str, Taps | None], data_samples: list | None) -> torch.Tensor | None:
+        """How much the student's own losses count at each pixel of the labels, (B, H, W); None: fully."""
+        found = None
+        for name, distiller in self.items():
+            source = self.teacher_of[name][0]
+            taps = knowledge.get(source)
+            if hasattr(distiller, 'label_weights') and taps is not None and self.active(name):
+                taps.classes, taps.scale = self._views[source]
+                weights = distiller.label_weights(taps, data_samples)
+                found = weights if found is None else found * weights
+        return found
 
     def _pair(
         self, name: str, student: Taps, knowledge: Mapping[str, Taps | None]

@@ -140,6 +140,15 @@ DEFAULTS = {
         'max_positions': (8192, EXTENT),
         'teacher_layer': (None, NAME),
     },
+    'Trust': {
+        'layer': (None, HEAD),
+        'tau': (1.0, 'that of KD'),
+        'loss_weight': (1.0, 'that of KD'),
+        'reduction': ('pixel_mean', 'that of KD'),
+        'label_size': (False, 'that of KD'),
+        'use_labels': (True, 'that of KD'),
+        'teacher_layer': (None, NAME),
+    },
     'NST': {
         'loss_weight': (50.0, "RepDistiller's"),
         'teacher_layer': (None, NAME),

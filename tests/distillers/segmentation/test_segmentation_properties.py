@@ -27,6 +27,7 @@ METHODS = {
     'KD': ('pspnet', 'pspnet', dict(type='KD'), {}),
     'KD at the size of labels': ('pspnet', 'pspnet', dict(type='KD', label_size=True, tau=2.0), {}),
     'WSLD': ('pspnet', 'pspnet', dict(type='WSLD', label_size=True), {}),
+    'Trust': ('pspnet', 'pspnet', dict(type='Trust'), {}),
     'KD across families': ('pspnet', 'deeplabv3', dict(type='KD'), {'zero': OTHER}),
     'CWD': (
         'pspnet',

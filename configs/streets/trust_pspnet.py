@@ -1,0 +1,2 @@
+_base_ = 'kd_pspnet.py'
+model = dict(distillers=dict(_delete_=True, trust=dict(type='Trust')))
