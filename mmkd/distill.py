@@ -54,13 +54,16 @@ class Distilled(BaseModel if TYPE_CHECKING else object):  # type: ignore[misc]
                 losses.update({f'{name}.{key}': value for key, value in own.items()})
             else:
                 losses.update(idle_loss(name, source.kept))
-        with weighted_labels(self, self.distillers.label_weights(knowledge, data_samples)):
-            student, own = self._learn(inputs, data_samples, iteration)
+        student, own = self._learn(
+            inputs, data_samples, iteration, self.distillers.label_weights(knowledge, data_samples)
+        )
         losses.update(own)
         losses.update(self.distillers(student, knowledge, data_samples))
         return losses
 
-    def _learn(self, inputs: torch.Tensor, data_samples: list, iteration: int) -> tuple[Taps, dict]:
+    def _learn(
+        self, inputs: torch.Tensor, data_samples: list, iteration: int, trust: torch.Tensor | None
+    ) -> tuple[Taps, dict]:
         """The student's taps of all images, and its own losses: of those that have labels, and of those that a teacher labels.
 
         Each of the two kinds has a pass of its own, and so have the images without either, which is run no further than the
@@ -77,11 +80,12 @@ class Distilled(BaseModel if TYPE_CHECKING else object):  # type: ignore[misc]
         for kind, indices in passes.items():
             if not indices:
                 continue
-            images, samples = inputs, data_samples
+            images, samples, trusted = inputs, data_samples, trust
             if len(indices) < len(inputs):
                 images, samples = _pick(inputs, indices), [data_samples[index] for index in indices]
+                trusted = None if trust is None else _pick(trust, indices)
             if kind == LABELLED:
-                taps, own = self._task(images, samples, weights[kind])
+                taps, own = self._task(images, samples, weights[kind], trusted)
                 losses.update(own)
             elif kind == UNLABELLED and labels is not None:
                 samples, factor, figures = labels(self, images, samples)
@@ -94,10 +98,13 @@ class Distilled(BaseModel if TYPE_CHECKING else object):  # type: ignore[misc]
             parts.append((indices, taps))
         return join(parts), losses or idle_loss('task', self)
 
-    def _task(self, inputs: torch.Tensor, data_samples: list, weight: float) -> tuple[Taps, dict]:
+    def _task(
+        self, inputs: torch.Tensor, data_samples: list, weight: float, trust: torch.Tensor | None = None
+    ) -> tuple[Taps, dict]:
         # the taps' hooks come first, and read what heads say of all classes
         with (
             Taps(self, self.distillers.student_layers, images=len(inputs)) as taps,
+            weighted_labels(self, trust),
             labelled_classes(self, data_samples, self._class_names),
         ):
             losses = super().forward(inputs, data_samples, 'loss')
