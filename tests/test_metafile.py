@@ -40,5 +40,5 @@ def test_its_entries_are_those_of_the_table_and_of_the_config(name):
     assert all(not result['Metrics'] for result in entry['Results'])
     collection = next(each for each in METAFILE['Collections'] if each['Name'] == entry['In Collection'])
     page = ROOT / collection['README']
-    assert name.startswith(f'{page.stem}_')
+    assert name.startswith(f'{page.stem}_') or page.name == 'schemes.md'
     assert ' '.join(collection['Paper']['Title'].split()) in ' '.join(page.read_text().split())

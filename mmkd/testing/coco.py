@@ -1,6 +1,7 @@
 """A few generated images in COCO's layout, with its 80 categories."""
 
 import json
+import shutil
 from pathlib import Path
 
 import cv2
@@ -9,6 +10,8 @@ import numpy as np
 
 def generate(folder: str | Path, sizes: tuple[tuple[int, int], ...] = ((240, 320), (320, 240))) -> str:
     """Write four images each to ``train2017`` and ``val2017``, the last without objects, and their annotations.
+
+    Those of ``train2017`` are in ``unlabeled2017`` as well, without annotations.
 
     Args:
         folder: Where to.
@@ -37,6 +40,9 @@ def generate(folder: str | Path, sizes: tuple[tuple[int, int], ...] = ((240, 320
                 box = dict(bbox=[x, y, w, h], area=w * h, segmentation=[], iscrowd=0)
                 category = int(random.integers(1, len(names) + 1))
                 annotations.append(dict(id=len(annotations) + 1, image_id=index, category_id=category, **box))
+            if split == 'train2017':
+                (folder / 'unlabeled2017').mkdir(exist_ok=True)
+                shutil.copy(folder / split / name, folder / 'unlabeled2017')
         content = dict(images=images, annotations=annotations, categories=categories)
         (folder / 'annotations' / f'instances_{split}.json').write_text(json.dumps(content))
     return f'{folder}/'
