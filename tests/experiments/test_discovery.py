@@ -24,7 +24,6 @@ STUDENTS = {
     'dakd_pspnet': 'pspnet_dusk',
     'byot_pspnet': 'pspnet_auxiliary',
     'kd_pspnet_middle': 'pspnet_middle',
-    'kd_pspnet_long': 'pspnet_long',
 }
 
 

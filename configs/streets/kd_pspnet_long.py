@@ -1,8 +1,0 @@
-# as long as the assistant of assistant_pspnet.py and its student together
-_base_ = 'pspnet_long_student.py'
-model = dict(
-    _delete_=True,
-    type='mmkd.Distill',
-    student=_base_.model,
-    teacher=dict(config='mmkd::streets/pspnet_teacher.py', checkpoint='work_dirs/pspnet_teacher/iter_1500.pth'),
-    distillers=dict(kd=dict(type='KD')))
