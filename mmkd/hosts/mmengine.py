@@ -9,7 +9,9 @@ import torch
 from mmengine import hub
 from mmengine.config import Config
 from mmengine.logging import HistoryBuffer
+from mmengine.registry import MODELS, DefaultScope
 from mmengine.utils import digit_version
+from torch import nn
 
 from mmkd.errors import ConfigError, nearest
 
@@ -33,12 +35,13 @@ def config_path(name: str) -> str:
 
 
 def accept_mmkd_configs() -> None:
-    """Let ``_base_ = 'mmkd::gid_retinanet.py'`` resolve, and ``mmengine.hub.get_config('mmkd::gid_retinanet.py')``.
+    """Let ``_base_ = 'mmkd::gid_retinanet.py'`` resolve, and mmengine.hub's ``get_config`` and ``get_model`` of such a name.
 
     mmengine 0.10 looks for a package's configs at its distribution's location, which is wrong for editable installs,
-    and refuses names without a folder. A config of mmkd is therefore read as a plain file.
+    and refuses names without a folder. A config of mmkd is therefore read as a plain file. Its model is built in the config's
+    default scope, not in one of the package's name: the student is mmdet's or mmseg's.
     """
-    stock, stock_get_config = Config._get_cfg_path, hub.get_config
+    stock, stock_get_config, stock_get_model = Config._get_cfg_path, hub.get_config, hub.get_model
 
     def get_cfg_path(cfg_path: str, filename: str) -> tuple[str, str | None]:
         if cfg_path.startswith('mmkd::'):
@@ -52,8 +55,15 @@ def accept_mmkd_configs() -> None:
             raise ConfigError(f'{cfg_path}: mmkd publishes no weights; leave out pretrained=True')
         return Config.fromfile(config_path(cfg_path))
 
+    def get_model(cfg_path: str, pretrained: bool = False, **kwargs: Any) -> nn.Module:
+        if not cfg_path.startswith('mmkd::'):
+            return stock_get_model(cfg_path, pretrained, **kwargs)
+        config = get_config(cfg_path, pretrained)
+        with DefaultScope.overwrite_default_scope(config.default_scope):
+            return MODELS.build(config.model, default_args=kwargs)
+
     Config._get_cfg_path = staticmethod(get_cfg_path)
-    hub.get_config = get_config
+    hub.get_config, hub.get_model = get_config, get_model
 
 
 def weights_address(name: str) -> str:

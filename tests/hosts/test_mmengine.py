@@ -5,6 +5,7 @@ import torch
 from mmengine import hub
 from mmengine.config import Config
 from mmengine.logging import HistoryBuffer
+from mmengine.registry import DefaultScope
 
 from mmkd.errors import ConfigError
 from mmkd.hosts.mmengine import config_path
@@ -66,3 +67,19 @@ def test_mmengines_hub_has_its_configs():
     assert hub.get_config('mmdet::retinanet/retinanet_r18_fpn_1x_coco.py').model.type == 'RetinaNet'
     with pytest.raises(ConfigError, match='mmkd::gid_retinanet.py: mmkd publishes no weights'):
         hub.get_config('mmkd::gid_retinanet.py', pretrained=True)
+
+
+@pytest.mark.parametrize(
+    ('name', 'kind'),
+    [
+        ('mmkd::shapes/cwd_retinanet.py', 'DistilledRetinaNet'),
+        ('mmkd::shapes/retinanet_teacher.py', 'RetinaNet'),
+        ('mmkd::streets/cwd_pspnet.py', 'DistilledEncoderDecoder'),
+        ('mmdet::retinanet/retinanet_r18_fpn_1x_coco.py', 'RetinaNet'),
+    ],
+)
+def test_mmengines_hub_builds_their_models(name, kind):
+    with DefaultScope.overwrite_default_scope('mmengine'):
+        model = hub.get_model(name)
+    assert type(model).__name__ == kind
+    assert type(model.data_preprocessor).__name__ in ('DetDataPreprocessor', 'SegDataPreProcessor')
