@@ -57,6 +57,16 @@ def test_adapters_stand_beside_the_plain_keys(teacher_options):
     assert own == adapters
 
 
+def test_adapters_of_0_1_are_found_under_their_old_names(teacher_options):
+    saved = build(teacher_options, load=False).state_dict()
+    old = {key.replace('cwd.levels.adapters', 'cwd.adapters'): value for key, value in saved.items()}
+    assert old.keys() != saved.keys()
+    model = build(teacher_options, load=False)
+    model.load_state_dict(old)
+    for key, value in model.state_dict().items():
+        torch.testing.assert_close(value, saved[key], rtol=0, atol=0)
+
+
 def test_nothing_of_the_teacher_is_found_in_the_student(teacher_options):
     model = build(teacher_options)
     teachers = {

@@ -72,7 +72,10 @@ class Distillers(nn.ModuleDict):
         self.student_layers: tuple[str, ...] = ()
         """What is tapped of the student in training."""
         self._weights: dict[str, list[Weight]] = {}
-        self.register_load_state_dict_pre_hook(_adapters_of_0_1)
+
+    def _load_from_state_dict(self, state: dict, prefix: str, *options: Any) -> None:
+        _adapters_of_0_1(self, state, prefix)
+        super()._load_from_state_dict(state, prefix, *options)
 
     def connect(self, sources: Mapping[str, Source]) -> None:
         """Find the sources that the distillers name.
@@ -431,7 +434,7 @@ def _refuse_the_same(distiller: Any, learner: Taps, teachers: Taps | dict[str, T
             )
 
 
-def _adapters_of_0_1(module: Distillers, state: dict, prefix: str, *_) -> None:
+def _adapters_of_0_1(module: Distillers, state: dict, prefix: str) -> None:
     """Checkpoints of 0.1 have ``<name>.adapters.*`` where ``<name>.levels.adapters.*`` is now."""
     for name, distiller in module.items():
         old = f'{prefix}{name}.adapters.'

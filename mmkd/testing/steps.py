@@ -82,7 +82,8 @@ def training_step(model: nn.Module, data: dict, amp: bool) -> Step:
     """One optimisation step with SGD, as a function."""
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-6, momentum=0.9)
     device = next(model.parameters()).device
-    scaler = torch.amp.GradScaler(device.type, enabled=amp and device.type == 'cuda')
+    kind = getattr(torch.amp, 'GradScaler', torch.cuda.amp.GradScaler)  # the latter before torch 2.3
+    scaler = kind(enabled=amp and device.type == 'cuda')
 
     def step() -> None:
         with torch.autocast(device.type, enabled=amp):
