@@ -5,12 +5,15 @@
 #             two processes and resumed, comparisons and chains of own configs, a dry run of make gpu
 # make test-kills   kill trainings twenty times (KILLS=20), at random moments, and compare what they end with
 # make test-cluster   set up, then run the tests on several nodes and under a real Slurm; what cannot run here says why
+# make test-matrix   the tests of test-fast with other versions, in .venv-matrix: an hour and 7 GB for each of three (make test-oldest:
+#             one alone); see docs/versions.md
 # make gpu    set up, then everything that only a GPU can show, in about ten minutes; writes docs/gpu.md
 # make docs   build the documentation as a site, into site/; needs nothing but Python
 # make lint   check format, style and the types of the core (make format applies them); needs nothing but Python
-.PHONY: setup demo demo-seg test test-fast test-long test-kills test-cluster gpu docs lint format clean
+.PHONY: setup demo demo-seg test test-fast test-long test-kills test-cluster test-matrix test-oldest test-onedl test-python3.12 gpu docs lint format clean
 
 VENV := .venv
+REQUIREMENTS := requirements.txt
 BIN := $(VENV)/bin
 PYTEST := $(BIN)/python -m pytest -q --numprocesses logical --dist worksteal
 LINT := .venv-lint
@@ -19,7 +22,7 @@ PYTHON ?= python3
 KILLS := 20
 
 setup:
-	@sh tools/setup.sh $(VENV)
+	@sh tools/setup.sh $(VENV) $(REQUIREMENTS)
 
 demo: setup
 	$(BIN)/python demo/run.py detection
@@ -41,6 +44,17 @@ test-kills: setup
 
 test-long: setup
 	$(PYTEST) --durations=10 -m 'long and not cluster'
+
+test-matrix: test-oldest test-onedl test-python3.12
+
+test-oldest:
+	$(MAKE) test-fast VENV=.venv-matrix/oldest PYTHON=python3.10 REQUIREMENTS=tools/matrix/oldest.txt
+
+test-onedl:
+	$(MAKE) test-fast VENV=.venv-matrix/onedl PYTHON=python3.11 REQUIREMENTS=tools/matrix/onedl.txt
+
+test-python3.12:
+	$(MAKE) test-fast VENV=.venv-matrix/python3.12 PYTHON=python3.12
 
 gpu: setup
 	$(BIN)/python tools/gpu.py
@@ -69,4 +83,4 @@ format: $(LINT)/ready
 	$(LINT)/bin/ruff check --fix .
 
 clean:
-	rm -rf $(VENV) $(LINT) $(DOCS) site work_dirs data build dist *.egg-info
+	rm -rf $(VENV) .venv-matrix $(LINT) $(DOCS) site work_dirs data build dist *.egg-info

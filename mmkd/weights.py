@@ -147,7 +147,7 @@ def read_file(path: Path, what: str = 'teacher checkpoint', map_location: Any = 
         _check_archive(path)
         return torch.load(path, map_location=map_location, weights_only=not _trusted)
     except UnpicklingError as error:
-        code = re.search('GLOBAL ([^ ]+)', str(error))
+        code = re.search('(?:GLOBAL|Unsupported class) ([^ ]+)', str(error))  # the latter before torch 2.4
         if code is None:
             raise ConfigError(f'{what} {path}: is no checkpoint of PyTorch, or damaged ({_reason(error)})') from None
         raise ConfigError(

@@ -1,9 +1,10 @@
 #!/bin/sh
 # Make a virtual environment with everything that mmkd's demo and tests need. What is done already is skipped.
-#   sh tools/setup.sh .venv
+#   sh tools/setup.sh [FOLDER [REQUIREMENTS]]   by default .venv and requirements.txt
 # PYTHON=/path/to/python chooses the interpreter.
 set -eu
 VENV=${1:-.venv}
+REQUIREMENTS=${2:-requirements.txt}
 cd "$(dirname "$0")/.."
 
 fail() {
@@ -12,7 +13,7 @@ fail() {
 }
 
 stamp=$VENV/ready
-if cat requirements.txt pyproject.toml | cmp -s - "$stamp" && [ -x "$VENV/bin/python" ]; then
+if cat "$REQUIREMENTS" pyproject.toml | cmp -s - "$stamp" && [ -x "$VENV/bin/python" ]; then
     exit 0
 fi
 
@@ -39,17 +40,17 @@ say() {
 
 say 1 "virtual environment $VENV ($("$PYTHON" --version))"
 [ -x "$VENV/bin/python" ] || "$PYTHON" -m venv "$VENV"
-PIP="$VENV/bin/python -m pip --disable-pip-version-check install --quiet"
-pin() {
-    grep -E "^$1[=<]" requirements.txt
+PIP="$VENV/bin/python -m pip --disable-pip-version-check install --quiet --constraint $REQUIREMENTS"
+name() { # of a package that its maintained fork replaces, where the requirements say so
+    grep -oE "^(onedl-)?$1" "$REQUIREMENTS"
 }
-$PIP --upgrade pip "$(pin setuptools)" wheel ninja psutil
+$PIP --upgrade pip setuptools wheel ninja psutil
 say 2 "PyTorch (up to a few minutes, by your connection)"
-$PIP "$(pin torch)" "$(pin torchvision)"
+$PIP torch torchvision
 say 3 "mmcv, compiled from source: about 12 minutes on 2 cores, once; pip keeps the result"
-$PIP "$(pin mmengine)"
+$PIP "$(name mmengine)"
 export MMCV_CXX="$compiler" CXX="$PWD/tools/cxx20.sh" NVCC_APPEND_FLAGS=-std=c++20
-$PIP --no-build-isolation "$(pin mmcv)"
+$PIP --no-build-isolation "$(name mmcv)"
 reason=$("$VENV/bin/python" -c 'import cv2' 2>&1) ||
     fail "OpenCV does not load (${reason##*: }); on Debian and Ubuntu: apt-get install libgl1 libglib2.0-0"
 # pip may have kept a build for another torch, or one without CUDA
@@ -58,10 +59,10 @@ from torch.utils.cpp_extension import CUDA_HOME
 sys.exit(torch.cuda.is_available() and CUDA_HOME is not None and built() == "not available")'
 if ! "$VENV/bin/python" -W ignore -c "$right" 2>/dev/null; then
     echo "              the build that pip kept does not fit this PyTorch; compiling again"
-    $PIP --no-build-isolation --no-deps --force-reinstall --no-cache-dir "$(pin mmcv)"
+    $PIP --no-build-isolation --no-deps --force-reinstall --no-cache-dir "$(name mmcv)"
 fi
 say 4 "mmdet, mmsegmentation and the tools"
-$PIP -r requirements.txt
+$PIP -r "$REQUIREMENTS"
 say 5 "mmkd itself, editable"
 $PIP --no-build-isolation --no-deps -e .
 "$VENV/bin/python" -W ignore - <<'PY'
@@ -75,4 +76,4 @@ print(f'Ready: torch {torch.__version__}, torchvision {torchvision.__version__},
 if torch.cuda.is_available() and cuda == 'not available':
     print('A GPU is there, but no CUDA toolkit (nvcc): mmcv\'s ops run on the CPU alone. See "On a GPU" in docs/get_started.md.')
 PY
-cat requirements.txt pyproject.toml >"$stamp"
+cat "$REQUIREMENTS" pyproject.toml >"$stamp"

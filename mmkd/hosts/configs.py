@@ -231,7 +231,7 @@ def _read_config(config: str | Mapping, what: str = 'teacher config') -> tuple[C
     if found and package == 'mmkd':
         return read_config_file(config_path(config), what), None
     if found:
-        if not is_installed({'mmseg': 'mmsegmentation'}.get(package, package)) and not is_installed(package):
+        if not is_installed(package):
             raise ConfigError(f'{what} {config}: package {package!r} is not installed')
         try:
             read = get_config(config, pretrained=True)

@@ -1,5 +1,6 @@
-"""What mmkd adds to mmengine 0.10: ``mmkd::`` config paths, resuming on torch >= 2.6, where pretrained weights are."""
+"""What mmkd adds to mmengine 0.10: ``mmkd::`` configs, mmseg's by any name, resuming on torch >= 2.6, where weights are."""
 
+from importlib.util import find_spec
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -8,6 +9,7 @@ import numpy as np
 import torch
 from mmengine import hub
 from mmengine.config import Config
+from mmengine.config.utils import MODULE2PACKAGE
 from mmengine.logging import HistoryBuffer
 from mmengine.registry import MODELS, DefaultScope
 from mmengine.utils import digit_version
@@ -64,6 +66,12 @@ def accept_mmkd_configs() -> None:
 
     Config._get_cfg_path = staticmethod(get_cfg_path)
     hub.get_config, hub.get_model = get_config, get_model
+
+
+def accept_mmseg_by_its_module() -> None:
+    """Let ``mmseg::`` configs be found wherever mmseg can be imported: the distribution of a fork is not ``mmsegmentation``."""
+    if find_spec('mmseg') is not None:
+        MODULE2PACKAGE['mmseg'] = 'mmseg'
 
 
 def weights_address(name: str) -> str:

@@ -80,7 +80,7 @@ def test_the_best_one_is_removed_when_a_better_is_there(tmp_path, monkeypatch):
         AtomicBackend, 'remove', lambda self, path: (there.append(sorted(work.glob('best*'))), stock(self, path))
     )
     runner.train()
-    for iteration, score in ((10, 1.0), (11, 2.0), (12, 1.5)):
+    for iteration, score in ((10, 201.0), (11, 202.0), (12, 201.5)):
         runner.train_loop._iter = iteration
         hook._save_best_checkpoint(runner, dict(mIoU=score))
     assert [each.name for each in work.glob('best*')] == ['best_mIoU_iter_11.pth']
