@@ -4,13 +4,22 @@ from importlib.util import find_spec
 
 from mmkd.distillers.base import Distiller, FeatureDistiller
 from mmkd.distillers.collection import Distillers
+from mmkd.distillers.generic.afd import AFD
 from mmkd.distillers.generic.at import AT
 from mmkd.distillers.generic.cfl import CFL
+from mmkd.distillers.generic.crd import CRD
 from mmkd.distillers.generic.cwd import CWD
+from mmkd.distillers.generic.dkd import DKD
+from mmkd.distillers.generic.fitnet import FitNet
+from mmkd.distillers.generic.fsp import FSP
+from mmkd.distillers.generic.irg import IRG
 from mmkd.distillers.generic.kd import KD
 from mmkd.distillers.generic.mgd import MGD
 from mmkd.distillers.generic.nst import NST
 from mmkd.distillers.generic.pkd import PKD
+from mmkd.distillers.generic.reviewkd import ReviewKD
+from mmkd.distillers.generic.rkd import RKD
+from mmkd.distillers.generic.sp import SP
 from mmkd.distillers.levels import LevelPair, LevelPairs
 from mmkd.distillers.segmentation.cirkd import CIRKD
 from mmkd.distillers.segmentation.dakd import DAKD
@@ -23,26 +32,35 @@ from mmkd.distillers.segmentation.trust import Trust
 from mmkd.distillers.segmentation.wsld import WSLD
 
 __all__ = [
+    'AFD',
     'AT',
     'CFL',
     'CIRKD',
+    'CRD',
     'CWD',
     'DAKD',
     'DIST',
+    'DKD',
+    'FSP',
     'IFVD',
+    'IRG',
     'KD',
     'MGD',
     'NST',
     'ONE',
     'PKD',
+    'RKD',
     'SKD',
+    'SP',
     'WSLD',
     'Distiller',
     'Distillers',
     'FeatureDistiller',
+    'FitNet',
     'LevelPair',
     'LevelPairs',
     'OKDDip',
+    'ReviewKD',
     'Trust',
 ]
 

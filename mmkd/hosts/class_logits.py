@@ -47,6 +47,8 @@ class LogitsReader(nn.Module):
     teacher_layers: Sequence[str] = ()
     has_labels = False
     """Whether each position has a label, :meth:`labels`."""
+    label_layers: Sequence[str] = ()
+    """The layers of the student's loss that :meth:`labels` reads, where it reads any: they have to be tapped for it."""
 
     def prepare(self, student: nn.Module, teacher: nn.Module) -> None:
         """Name the layers, and refuse networks without such heads, before any of them is run."""

@@ -122,6 +122,30 @@ def binary_divergence(
     return each.sum() / divisor * tau**2
 
 
+def logits_reader(
+    student: nn.Module,
+    layer: str | Sequence[str] | None,
+    teacher_layer: str | Sequence[str] | None,
+    label_size: bool = False,
+    use_labels: bool = True,
+) -> LogitsReader:
+    """What reads the class logits of a student's head, see :class:`KD` for the options.
+
+    Raises:
+        ConfigError: for several heads of a detector.
+    """
+    if hasattr(student, 'decode_head'):
+        return PixelLogits(layer, teacher_layer, label_size, use_labels)
+    from mmkd.hosts.detection.logits import RegionLogits, SlotLogits  # segmentation needs no mmdet
+
+    head = layer or ('roi_head' if hasattr(student, 'roi_head') else 'bbox_head')
+    if not isinstance(head, str) or not isinstance(teacher_layer, str | None):
+        raise ConfigError(
+            f"layer={head!r}: of a detector one head is compared, such as 'bbox_head'; give each an entry of its own"
+        )
+    return RegionLogits(head) if head == 'roi_head' else SlotLogits(head, teacher_layer or head)
+
+
 @DISTILLERS.register_module()
 class KD(Distiller):
     """Soft targets at every position, see :func:`pixel_divergence` and :func:`binary_divergence`; ``docs/methods/kd.md``.
@@ -190,21 +214,9 @@ class KD(Distiller):
         self.use_labels = use_labels
 
     def prepare(self, student: nn.Module, teacher: nn.Module) -> None:
-        self.reader = self._reader_for(student)
+        self.reader = logits_reader(student, self.layer, self.teacher_layer, self.label_size, self.use_labels)
         self.reader.prepare(student, teacher)
         self.student_layers, self.teacher_layers = self.reader.student_layers, self.reader.teacher_layers
-
-    def _reader_for(self, student: nn.Module) -> LogitsReader:
-        if hasattr(student, 'decode_head'):
-            return PixelLogits(self.layer, self.teacher_layer, self.label_size, self.use_labels)
-        from mmkd.hosts.detection.logits import RegionLogits, SlotLogits  # segmentation needs no mmdet
-
-        head = self.layer or ('roi_head' if hasattr(student, 'roi_head') else 'bbox_head')
-        if not isinstance(head, str) or not isinstance(self.teacher_layer, str | None):
-            raise ConfigError(
-                f"layer={head!r}: of a detector one head is compared, such as 'bbox_head'; give each an entry of its own"
-            )
-        return RegionLogits(head) if head == 'roi_head' else SlotLogits(head, self.teacher_layer or head)
 
     def setup(self, student: Taps, teacher: Taps) -> None:
         self.reader.setup(student, teacher)

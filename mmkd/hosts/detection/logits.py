@@ -8,7 +8,7 @@ from mmkd.errors import ConfigError
 from mmkd.hosts.class_logits import ClassLogits, LogitsReader
 from mmkd.hosts.detection.dense_heads import DenseHead, check_same_slots, dense_head
 from mmkd.hosts.detection.rois import RoIHead, check_same_predictions, check_same_regions
-from mmkd.taps import Taps, find_layer
+from mmkd.taps import INPUT, Taps, find_layer
 
 
 class SlotLogits(LogitsReader):
@@ -95,6 +95,7 @@ class RegionLogits(LogitsReader):
         self.roi_head, self.layer = RoIHead(head), layer
         self.student_layers = (*self.roi_head.layers, self.roi_head.bbox_head)
         self.teacher_layers = (layer,)
+        self.label_layers = (f'{self.roi_head.bbox_head}.loss_cls{INPUT}',)
 
     def prepare(self, student: nn.Module, teacher: nn.Module) -> None:
         self.roi_head.check(student)
@@ -124,3 +125,9 @@ class RegionLogits(LogitsReader):
         if teacher.classes is not None:
             own, other = teacher.classes.of_student(own, True), teacher.classes.of_teacher(other, True)
         return [ClassLogits(own, other, False, None, teacher.classes)]
+
+    def labels(self, logits: ClassLogits, student: Taps, data_samples: list | None) -> torch.Tensor:
+        """Of each region the class that the student's head is trained to say, the background among them."""
+        if student.calls.get(self.label_layers[0]) == 0:  # no region, or no image with labels
+            return torch.full((len(logits.student),), -1, device=logits.student.device)
+        return student.per_call(self.label_layers[0])[0][1]

@@ -19,6 +19,11 @@ SELECTED = (
 )
 NO_NMS = 'mmcv has no NMS in bf16 on a CPU, so mmdet itself cannot run so there'
 SAMPLED = 'the RoIs of a two-stage student are drawn at random and differ with the images around'
+WHOLE = 'the whole map counts'
+FEWER = 'of more images there are fewer cells each'
+FLAT = 'differences of cells that are nearly alike are rounded'
+TRAINED = 'parts that are trained'
+REMEMBERS = 'the second step reads what the first has left in the queue'
 # method: (student, teacher, distiller, properties that do not hold and why)
 METHODS = {
     'CWD': (
@@ -151,6 +156,56 @@ METHODS = {
         'retinanet',
         dict(type='FRS', feature_weight=0.005, cls_weight=0.02),
         {'zero': 'its adapters, always there, are not the identity', 'padding': 'the mask is of the whole map'},
+    ),
+    'FitNet': ('retinanet', 'retinanet', dict(type='FitNet', layer='neck'), {'padding': WHOLE}),
+    'DKD': (
+        'faster_rcnn',
+        'faster_rcnn',
+        dict(type='DKD', tckd_weight=100.0, nckd_weight=100.0),
+        {'batch': SAMPLED, 'bf16': NO_NMS, 'padding': SAMPLED},
+    ),
+    'RKD of cells': (
+        'retinanet',
+        'retinanet',
+        dict(type='RKD', layer='neck', samples=16),
+        {'batch': FEWER, 'bf16': FLAT},
+    ),
+    'RKD of images': (
+        'retinanet',
+        'retinanet',
+        dict(type='RKD', layer='neck', between='images'),
+        {
+            'zero': 'the distance of two images is their mean: there is nothing to learn',
+            'batch': 'copies of an image are at distance 0',
+            'padding': WHOLE,
+        },
+    ),
+    'SP': ('retinanet', 'retinanet', dict(type='SP', layer='neck', samples=16), {'batch': FEWER}),
+    'SP of pixels': (
+        'retinanet',
+        'retinanet',
+        dict(type='SP', layer='neck', between='pixels'),
+        {'batch': 'pixels are random', 'padding': 'resized maps mix the last positions with the padding'},
+    ),
+    'IRG': ('retinanet', 'retinanet', dict(type='IRG', layer='neck', samples=16), {'batch': FEWER, 'bf16': FLAT}),
+    'FSP': (
+        'retinanet',
+        'retinanet',
+        dict(type='FSP', layer='neck'),
+        {'bf16': 'products of features round twice', 'padding': WHOLE},
+    ),
+    'ReviewKD': (
+        'retinanet',
+        'retinanet',
+        dict(type='ReviewKD', layer='neck', channels=16),
+        {'zero': TRAINED, 'bf16': 'of a level of 1x1 positions its batch norm leaves the signs', 'padding': WHOLE},
+    ),
+    'AFD': ('retinanet', 'retinanet', dict(type='AFD', layer='neck', channels=16), {'zero': TRAINED, 'padding': WHOLE}),
+    'CRD': (
+        'retinanet',
+        'retinanet',
+        dict(type='CRD', layer='neck', channels=16, memory=64, samples=16),
+        {'zero': TRAINED, 'batch': FEWER, 'bf16': REMEMBERS, 'padding': REMEMBERS},
     ),
 }
 

@@ -22,6 +22,7 @@ NEARLY_CONSTANT = (
     'the correlation of a class that hardly varies is below 1, as the authors have it; test_dist has larger logits'
 )
 CRITIC = 'the critic normalizes by the batch, and its penalty is of random mixtures'
+SAMPLES = {'batch': 'of more images there are fewer samples each', 'ignored': ALL_PIXELS}
 # method: (student, teacher, distiller, properties that do not hold and why, perhaps for some losses alone)
 METHODS = {
     'KD': ('pspnet', 'pspnet', dict(type='KD'), {}),
@@ -95,6 +96,35 @@ METHODS = {
         'pspnet',
         dict(type='NST', layer='backbone.layer4'),
         {'ignored': ALL_PIXELS},
+    ),
+    'FitNet': ('pspnet', 'pspnet', dict(type='FitNet', layer='decode_head.bottleneck'), {'ignored': ALL_PIXELS}),
+    'DKD': ('pspnet', 'pspnet', dict(type='DKD', tckd_weight=100.0, nckd_weight=100.0), {}),
+    'RKD': ('pspnet', 'pspnet', dict(type='RKD', layer='decode_head.bottleneck', samples=32), SAMPLES),
+    'SP': ('pspnet', 'pspnet', dict(type='SP', layer='decode_head.bottleneck', between='pixels'), SAMPLES),
+    'IRG': ('pspnet', 'pspnet', dict(type='IRG', layer=['backbone.layer3', 'backbone.layer4']), SAMPLES),
+    'FSP': (
+        'pspnet',
+        'pspnet',
+        dict(type='FSP', layer=['backbone.layer1', 'backbone.layer2']),
+        {'ignored': ALL_PIXELS},
+    ),
+    'ReviewKD': (
+        'pspnet',
+        'pspnet',
+        dict(type='ReviewKD', layer=[f'backbone.layer{i}' for i in (1, 2, 3, 4)], channels=16),
+        {'zero': OTHER, 'ignored': ALL_PIXELS},
+    ),
+    'AFD': (
+        'pspnet',
+        'deeplabv3',
+        dict(type='AFD', layer=[f'backbone.layer{i}' for i in (2, 3, 4)], teacher_layer='backbone.layer4', channels=16),
+        {'zero': OTHER, 'ignored': ALL_PIXELS},
+    ),
+    'CRD': (
+        'pspnet',
+        'pspnet',
+        dict(type='CRD', layer='decode_head.bottleneck', channels=16, memory=64, samples=32),
+        {'zero': OTHER, 'batch': 'of more images there are fewer cells each', 'ignored': ALL_PIXELS},
     ),
     'DAKD': (
         'deeplabv3',

@@ -1,0 +1,147 @@
+"""Contrastive representation distillation (CRD), of the cells of a grid over each image.
+
+Tian, Krishnan, Isola, "Contrastive Representation Distillation", ICLR 2020, arXiv 1910.10699.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+import torch.nn.functional as F
+from mmengine.dist import all_reduce
+from torch import nn
+
+from mmkd.distillers.memory import Memory
+from mmkd.distillers.relations import RelationDistiller
+from mmkd.distillers.schedule import Weight
+from mmkd.errors import ConfigError
+from mmkd.registry import DISTILLERS
+from mmkd.taps import Taps
+from mmkd.values import is_number, is_whole
+
+
+def contrast_scores(
+    student: torch.Tensor, teacher: torch.Tensor, memory: torch.Tensor, tau: float = 0.07
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """How like each of the student's embeddings is to the teacher's of the same sample, and to those of others.
+
+    Args:
+        student: (n, D), projected.
+        teacher: (n, D), of the same samples.
+        memory: (M, D), the teacher's of others.
+        tau: Temperature.
+
+    Returns:
+        Cosines divided by tau, (n,) and (n, M).
+    """
+    student, teacher, memory = (F.normalize(each, dim=1) for each in (student, teacher, memory))
+    return (student * teacher).sum(1) / tau, student @ memory.mT / tau
+
+
+def contrast_loss(
+    positive: torch.Tensor, negative: torch.Tensor, there: torch.Tensor, log_partition: torch.Tensor
+) -> torch.Tensor:
+    r"""Noise contrastive estimation: a sample's own pair is told from those with k others.
+
+    .. math::
+        L = -\frac{1}{n} \sum_i \Big( \log h(x_i) + \sum_{m=1}^{k} \log (1 - h(x_{im})) \Big), \qquad
+        h(x) = \frac{e^x / Z}{e^x / Z + k}
+
+    in the space of logarithms. k is the number of entries that are there, at least 1.
+
+    Args:
+        positive: x of the own pair, (n,), see :func:`contrast_scores`.
+        negative: x of the others, (n, M).
+        there: (M,) bool, False for an empty entry, which does not count.
+        log_partition: Logarithm of Z, a scalar: of what the exponential of a score is on average.
+
+    Returns:
+        A scalar; 0 for no sample at all.
+    """
+    noise = there.sum().clamp(min=1).log() + log_partition
+    own = torch.logaddexp(positive, noise) - positive
+    others = (torch.logaddexp(negative, noise) - noise) * there
+    return (own.sum() + others.sum()) / max(len(positive), 1)
+
+
+@DISTILLERS.register_module()
+class CRD(RelationDistiller):
+    """The student's cells are told from all others by the teacher's; ``docs/methods/crd.md``.
+
+    ``loss = loss_weight * sum over levels of contrast_loss``, see :func:`contrast_loss`. Samples are the cells of a grid over
+    each image, without its padding: the g x g with the largest g of which all cells of a process's batch are at most
+    ``samples``. Those they are told from are the teacher's cells of earlier steps, of all processes: a queue of them
+    (:class:`mmkd.distillers.memory.Memory`) is in each checkpoint and equal on all processes. A linear map of each network to
+    ``channels`` is trained with the student and not needed afterwards. Z is taken from the first step in which the queue has
+    entries, the mean over all processes, and then stays. No ground truth. The loss is not 0 for equal networks.
+
+    Args:
+        layer: The student's layer, or a list; a queue for each level.
+        channels: Of the projected embeddings. Default 128.
+        tau: Temperature, positive. Default 0.07.
+        memory: Entries of the queue. Default 4096.
+        samples: Cells of a process's batch, and what each process adds to the queue in a step. Default 64.
+        loss_weight: A number or a schedule. Default 0.8.
+        teacher_layer: The teacher's layer, where its name differs.
+        match: ``'stride'`` or ``'index'``: which levels belong together, see
+            :class:`mmkd.distillers.levels.LevelPairs`.
+
+    Example:
+        >>> distillers = dict(crd=dict(type='CRD', layer='backbone.layer4'))
+    """
+
+    def __init__(
+        self,
+        layer: str | Sequence[str],
+        channels: int = 128,
+        tau: float = 0.07,
+        memory: int = 4096,
+        samples: int = 64,
+        loss_weight: float | Mapping = 0.8,
+        teacher_layer: str | Sequence[str] | None = None,
+        match: str = 'stride',
+    ):
+        super().__init__(layer, 'cells', samples, teacher_layer, match)
+        for name, value in (('channels', channels), ('memory', memory)):
+            if not (is_whole(value) and value >= 1):
+                raise ConfigError(f'{name}={value!r}: expected a whole number of at least 1')
+        if not (is_number(tau) and tau > 0):
+            raise ConfigError(f'tau={tau!r}: expected a positive temperature')
+        self.channels, self.tau, self.memory = channels, tau, memory
+        self.loss_weight = Weight(loss_weight, 'loss_weight')
+
+    def setup(self, student: Taps, teacher: Taps) -> None:
+        super().setup(student, teacher)
+        own, others = self.levels.unadapted(student, teacher)
+        self.projections = nn.ModuleList(nn.Linear(level.shape[1], self.channels) for level in own)
+        self.teacher_projections = nn.ModuleList(nn.Linear(level.shape[1], self.channels) for level in others)
+        self.memories = nn.ModuleList(Memory(self.memory, level.shape[1], self.samples) for level in others)
+        self.register_buffer('log_partitions', torch.full((len(own),), torch.inf))  # inf: not yet known
+
+    def forward(self, student: Taps, teacher: Taps, data_samples: list | None) -> dict[str, torch.Tensor]:
+        loss, seen = 0.0, []
+        levels = self.rows(student, teacher, data_samples)
+        for level, ((s, t), memory) in enumerate(zip(levels, self.memories, strict=True)):
+            project = self.teacher_projections[level]
+            # copies: the queue changes before the backward pass
+            keys, there = memory.keys.clone(), memory.filled.clone()
+            positive, negative = contrast_scores(self.projections[level](s), project(t), project(keys), self.tau)
+            log_partition = self._log_partition(level, positive.detach(), negative.detach(), there)
+            loss = loss + contrast_loss(positive, negative, there, log_partition)
+            seen.append(t)
+        for memory, rows in zip(self.memories, seen, strict=True):
+            memory.add(rows)
+        return {'loss': self.loss_weight() * loss}
+
+    @torch.no_grad()
+    def _log_partition(
+        self, level: int, positive: torch.Tensor, negative: torch.Tensor, there: torch.Tensor
+    ) -> torch.Tensor:
+        """Of Z of a level; kept from the first step in which there is anything to tell from."""
+        # in float64, whose range is that of any temperature
+        total = positive.double().exp().sum() + (negative.double().exp() * there).sum()
+        mean = total / (len(positive) * (1 + there.sum()))
+        all_reduce(mean, 'mean')
+        kept = self.log_partitions[level].clone()
+        found = torch.where(kept.isinf(), mean.log().to(kept.dtype), kept)
+        self.log_partitions[level] = torch.where(there.any(), found, kept)
+        return found
