@@ -152,6 +152,18 @@ CASES = [
         'a form with a typo', "at=dict(type='AT', layer='neck', form='average')", r"form='average': expected one of"
     ),
     distillers('a power that is NaN', "at=dict(type='AT', layer='neck', power=float('nan'))", r'power=nan: expected'),
+    distillers(
+        'relations between what is not offered',
+        "sp=dict(type='SP', layer='neck', between='regions')",
+        r"between='regions': expected one of images, cells, pixels",
+    ),
+    distillers('no samples', "rkd=dict(type='RKD', layer='neck', samples=0)", r'samples=0: expected a whole number'),
+    distillers(
+        'one layer where two are compared',
+        "fsp=dict(type='FSP', layer='backbone.layer4')",
+        r"layer='backbone.layer4': a single level, .*name two layers",
+    ),
+    distillers('a target among sigmoid scores', "dkd=dict(type='DKD')", r"'bbox_head' .* sigmoid scores: .*; use KD"),
     kd('a reduction with a typo', "reduction='mean'", r"reduction='mean': expected one of"),
     kd('a flag that is a string', "use_labels='False'", r"distillers.kd: use_labels='False': expected True or False"),
     kd('a flag that is a number', 'label_size=0', r'distillers.kd: label_size=0: expected True or False'),
