@@ -20,7 +20,7 @@ DETECTION = {
             rkd=dict(type='RKD', layer='neck', samples=16),
             sp=dict(type='SP', layer='neck', between='pixels'),
             irg=dict(type='IRG', layer='neck'),
-            fsp=dict(type='FSP', layer='neck'),
+            fsp=dict(type='FSP', layer='neck', loss_weight=1e-3),
             reviewkd=dict(type='ReviewKD', layer='neck', channels=16),
             afd=dict(type='AFD', layer='neck', channels=16),
             crd=dict(type='CRD', layer='neck', channels=16, memory=64, samples=16),

@@ -115,7 +115,8 @@ class CRD(RelationDistiller):
         self.projections = nn.ModuleList(nn.Linear(level.shape[1], self.channels) for level in own)
         self.teacher_projections = nn.ModuleList(nn.Linear(level.shape[1], self.channels) for level in others)
         self.memories = nn.ModuleList(Memory(self.memory, level.shape[1], self.samples) for level in others)
-        self.register_buffer('log_partitions', torch.full((len(own),), torch.inf))  # inf: not yet known
+        self.register_buffer('log_partitions', torch.zeros(len(own)))
+        self.register_buffer('known', torch.zeros(len(own), dtype=torch.bool))  # which of them are
 
     def forward(self, student: Taps, teacher: Taps, data_samples: list | None) -> dict[str, torch.Tensor]:
         loss, seen = 0.0, []
@@ -141,7 +142,7 @@ class CRD(RelationDistiller):
         total = positive.double().exp().sum() + (negative.double().exp() * there).sum()
         mean = total / (len(positive) * (1 + there.sum()))
         all_reduce(mean, 'mean')
-        kept = self.log_partitions[level].clone()
-        found = torch.where(kept.isinf(), mean.log().to(kept.dtype), kept)
-        self.log_partitions[level] = torch.where(there.any(), found, kept)
+        found = torch.where(self.known[level], self.log_partitions[level], mean.log().float())
+        self.log_partitions[level] = found
+        self.known[level] = there.any()
         return found
