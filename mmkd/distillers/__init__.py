@@ -6,6 +6,7 @@ from mmkd.distillers.base import Distiller, FeatureDistiller
 from mmkd.distillers.collection import Distillers
 from mmkd.distillers.generic.afd import AFD
 from mmkd.distillers.generic.at import AT
+from mmkd.distillers.generic.cankd import CanKD
 from mmkd.distillers.generic.cfl import CFL
 from mmkd.distillers.generic.crd import CRD
 from mmkd.distillers.generic.cwd import CWD
@@ -53,6 +54,7 @@ __all__ = [
     'SKD',
     'SP',
     'WSLD',
+    'CanKD',
     'Distiller',
     'Distillers',
     'FeatureDistiller',

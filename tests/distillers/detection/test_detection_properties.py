@@ -143,6 +143,12 @@ METHODS = {
         dict(type='PKD', layer='neck'),
         {'zero': OTHER, 'batch': UNBIASED, 'padding': 'statistics are of the whole map'},
     ),
+    'CanKD': (
+        'retinanet',
+        'retinanet',
+        dict(type='CanKD', layer='neck'),
+        {'padding': 'the whole map counts'},
+    ),
     'LD': ('gfl', 'gfl', dict(type='LD'), {}),
     'ERD': ('gfl', 'gfl', dict(type='ERD', alpha=0.5, tau=1.0, bbox_weight=100.0), {'bf16': SELECTED}),
     'FGFI': (

@@ -68,6 +68,12 @@ DEFAULTS = {
         'teacher_layer': (None, NAME),
         'match': ('stride', OURS),
     },
+    'CanKD': {
+        'loss_weight': (10.0, f'{CODE}; {PAPER} is 5, without the half'),
+        'teacher_layer': (None, NAME),
+        'adapter': ('auto', CODE),
+        'match': ('stride', OURS),
+    },
     'CWD': {
         'tau': (1.0, MMRAZOR),
         'loss_weight': (10.0, f'{MMRAZOR}, for the neck of a detector'),

@@ -85,6 +85,12 @@ METHODS = {
         dict(type='MGD', layer='backbone.layer4'),
         {'zero': 'the generator is not the identity', 'batch': 'masks are random', 'ignored': ALL_PIXELS},
     ),
+    'CanKD': (
+        'pspnet',
+        'pspnet',
+        dict(type='CanKD', layer='backbone.layer4'),
+        {'ignored': ALL_PIXELS},
+    ),
     'AT': (
         'pspnet',
         'pspnet',

@@ -1,0 +1,10 @@
+_base_ = 'mmdet::fcos/fcos_r50-caffe_fpn_gn-head-center-normbbox-centeronreg-giou_1x_coco.py'
+model = dict(
+    _delete_=True,
+    type='mmkd.Distill',
+    student=_base_.model,
+    teacher='mmdet::fcos/fcos_r101-caffe_fpn_gn-head_ms-640-800-2x_coco.py',
+    distillers=dict(
+        cankd=dict(
+            type='CanKD', layer=['neck.fpn_convs.0', 'neck.fpn_convs.1', 'neck.fpn_convs.2', 'neck.fpn_convs.3'])))
+optim_wrapper = dict(clip_grad=dict(max_norm=35, norm_type=2))
