@@ -67,7 +67,9 @@ __all__ = [
 ]
 
 if find_spec('mmdet') is not None:  # segmentation needs no mmdet
+    from mmkd.distillers.detection.bckd import BCKD
     from mmkd.distillers.detection.chen import Chen
+    from mmkd.distillers.detection.crosskd import CrossKD
     from mmkd.distillers.detection.erd import ERD
     from mmkd.distillers.detection.fgd import FGD
     from mmkd.distillers.detection.fgfi import FGFI
@@ -81,6 +83,7 @@ if find_spec('mmdet') is not None:  # segmentation needs no mmdet
     from mmkd.distillers.detection.quantization_mimic import QuantizationMimic
 
     __all__ += [
+        'BCKD',
         'ERD',
         'FGD',
         'FGFI',
@@ -89,6 +92,7 @@ if find_spec('mmdet') is not None:  # segmentation needs no mmdet
         'LD',
         'LGD',
         'Chen',
+        'CrossKD',
         'GDetKD',
         'LabelEnc',
         'Mimic',

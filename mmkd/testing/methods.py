@@ -33,6 +33,8 @@ DETECTION = {
         dict(
             ld=dict(type='LD'),
             erd=dict(type='ERD'),
+            bckd=dict(type='BCKD'),
+            crosskd=dict(type='CrossKD', position=1),
             gid=dict(type='GID'),
             cwd=dict(type='CWD', layer='bbox_head.gfl_cls'),
         ),

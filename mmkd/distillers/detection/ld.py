@@ -269,10 +269,7 @@ class LD(Distiller):
         s_out, t_out = student[self.head], teacher[self.teacher_head]
         require_gradient(self.head, [*s_out[0], *s_out[1]])
         positive, region = self.assign(student, data_samples, s)
-        s_classes, t_classes = (
-            torch.cat([level.permute(0, 3, 4, 1, 2).flatten(1, 3) for level in head.class_logits(outputs)], 1)
-            for head, outputs in ((s, s_out), (t, t_out))
-        )
+        s_classes, t_classes = s.slot_logits(s_out), t.slot_logits(t_out)
         score = s_classes.amax(2).sigmoid()
         divergence = distribution_divergence(s.distributions(s_out), t.distributions(t_out), self.tau, self.over_bins)
         main, valuable = region_losses(divergence, score, positive, region)

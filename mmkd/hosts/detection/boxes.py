@@ -58,6 +58,31 @@ def pairwise_diou(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
     return pairwise_iou(first, second) - distance / diagonal.clamp(min=1e-6)
 
 
+def giou(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+    r"""Generalized IoU of each box with the one at the same place.
+
+    .. math:: \operatorname{GIoU} = \operatorname{IoU} - (c - u) / c
+
+    with u the area of both together and c that of the smallest box around both.
+
+    Args:
+        first: (..., 4).
+        second: The same shape.
+
+    Returns:
+        (...), in [-1, 1].
+    """
+
+    def area(boxes: torch.Tensor) -> torch.Tensor:
+        return (boxes[..., 2] - boxes[..., 0]) * (boxes[..., 3] - boxes[..., 1])
+
+    least, largest = torch.minimum(first, second), torch.maximum(first, second)
+    overlap = (least[..., 2:] - largest[..., :2]).clamp(min=0).prod(-1)
+    around = (largest[..., 2:] - least[..., :2]).clamp(min=0).prod(-1).clamp(min=1e-6)
+    union = (area(first) + area(second) - overlap).clamp(min=1e-6)
+    return overlap / union - (around - union) / around
+
+
 def decode_deltas(
     priors: torch.Tensor,
     deltas: torch.Tensor,

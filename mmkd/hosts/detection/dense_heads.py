@@ -7,10 +7,12 @@ column, anchor. A head of another kind is added from anywhere:
     ... class MyDenseHead(DenseHead): ...
 """
 
+import copy
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
+from mmcv.cnn import ConvModule
 from mmdet.models.dense_heads import (
     AnchorHead,
     ATSSHead,
@@ -84,6 +86,10 @@ class DenseHead:
         """Per level (B, A, C, H, W): A slots at each location, C class logits each."""
         return [level.unflatten(1, (-1, self.classes)) for level in outputs[0]]
 
+    def slot_logits(self, outputs: tuple) -> torch.Tensor:
+        """(B, slots, C): the class logits of all levels."""
+        return torch.cat([level.permute(0, 3, 4, 1, 2).flatten(1, 3) for level in self.class_logits(outputs)], dim=1)
+
     def regression(self, outputs: tuple) -> torch.Tensor:
         """(B, slots, 4), in the head's unit."""
         return torch.cat([level.permute(0, 2, 3, 1).reshape(len(level), -1, 4) for level in outputs[1]], dim=1)
@@ -95,6 +101,13 @@ class DenseHead:
     def decode(self, priors: torch.Tensor, regression: torch.Tensor) -> torch.Tensor:
         """Boxes, xyxy in pixels, for priors and regression of shape (..., 4)."""
         raise NotImplementedError(f'{type(self).__name__} has no decode')
+
+    def in_image(self, outputs: tuple, metas: Sequence[dict]) -> torch.Tensor:
+        """(B, slots), bool: those whose location is not in what pads an image to the size of the batch."""
+        sizes, device = [tuple(level.shape[2:]) for level in outputs[0]], outputs[0][0].device
+        shapes = [meta.get('pad_shape', meta['img_shape']) for meta in metas]
+        flags = [self.head.prior_generator.valid_flags(sizes, shape, device=device) for shape in shapes]
+        return torch.stack([torch.cat(each) for each in flags])
 
     def check_assigner(self) -> None:
         """Raise ConfigError unless :meth:`assigned` can follow the head's assigner."""
@@ -174,6 +187,61 @@ def check_levels(
             f'{layer!r} of the {whose} has {len(levels)} levels and {name!r} {len(head.strides)} strides; name the layer that '
             f'the head reads'
         )
+
+
+TOWERS = ('cls_convs', 'reg_convs')
+"""The convolutions before a head's two predictors, as mmdet's heads call them."""
+
+
+def check_towers(head: nn.Module, name: str, least: int) -> None:
+    """Raise ConfigError unless a head has two towers of convolutions that its levels share, of at least so many each.
+
+    Args:
+        head: The head.
+        name: Its name, for the error.
+        least: The number.
+    """
+    for tower in TOWERS:
+        convolutions = getattr(head, tower, None)
+        if not isinstance(convolutions, nn.ModuleList) or not all(
+            isinstance(each, ConvModule) for each in convolutions
+        ):
+            raise ConfigError(
+                f'{name!r} ({type(head).__name__}) has no {tower} that its levels share, as the heads of RetinaNet, ATSS, GFL '
+                f'and FCOS have'
+            )
+        if len(convolutions) < least:
+            raise ConfigError(
+                f'{name!r} ({type(head).__name__}) has {len(convolutions)} {tower}, and position counts {least}; set position '
+                f'to at most {len(convolutions)}'
+            )
+
+
+def predict_from(head: nn.Module, position: int, features: Mapping[str, Sequence[torch.Tensor]]) -> tuple:
+    """What a head puts out for features that stand for what its first convolutions put out.
+
+    Args:
+        head: A head with :data:`TOWERS`.
+        position: How many convolutions of each tower they stand for.
+        features: By tower a map for each level, (B, C, H, W).
+    """
+    copied = copy.copy(head)  # with the same parameters
+    copied._modules = dict(head._modules)
+    for tower, levels in features.items():
+        copied._modules[tower] = nn.ModuleList([_Given(levels), *getattr(head, tower)[position:]])
+    # what each level's pass begins with is not looked at; and `forward`, as a compiled head would still call the original
+    return copied.forward(tuple(features[TOWERS[0]]))
+
+
+class _Given(nn.Module):
+    """Puts out, call by call, what it was given."""
+
+    def __init__(self, levels: Sequence[torch.Tensor]):
+        super().__init__()
+        self.levels = iter(levels)
+
+    def forward(self, feature: torch.Tensor) -> torch.Tensor:
+        return next(self.levels)
 
 
 @dense_head.register(AnchorHead)

@@ -104,6 +104,16 @@ DEFAULTS = {
         ('adapter', 'auto', f'{CODE}: 1x1 where channels differ'),
         ('match', 'stride', OURS),
     ],
+    'BCKD': [
+        ('cls_weight', 1.0, f'{CODE}, GFL'),
+        ('bbox_weight', 4.0, f'{CODE}, GFL'),
+    ],
+    'CrossKD': [
+        ('position', 3, QUOTED),
+        ('cls_weight', 1.0, QUOTED),
+        ('bbox_weight', 1.0, f'{QUOTED}, heads without distributions'),
+        ('adapter', 'auto', OURS),
+    ],
     'LD': [
         ('tau', 10.0, f'{PAPER} and {CODE}'),
         ('kd_tau', 2.0, CODE),

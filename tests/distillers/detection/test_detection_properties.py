@@ -13,6 +13,7 @@ from mmkd.testing.properties import assert_close, assert_differentiable, assert_
 
 ALL = {'zero', 'batch', 'bf16', 'padding'}
 UNBIASED = 'true up to the factor (n - 1) / n of the unbiased deviation, n the number of positions in the batch'
+WHOLE = 'statistics are of the whole map'
 OTHER = 'other networks or parts that are trained'
 SELECTED = (
     'slots are selected by their scores, those in the padding too where their box reaches into the image, as mmdet does'
@@ -148,6 +149,26 @@ METHODS = {
         'retinanet',
         dict(type='CanKD', layer='neck'),
         {'padding': 'the whole map counts'},
+    ),
+    'BCKD GFL': ('gfl', 'gfl', dict(type='BCKD'), {}),
+    'BCKD FCOS': ('fcos', 'fcos', dict(type='BCKD'), {}),
+    'CrossKD GFL': (
+        'gfl',
+        'gfl',
+        dict(type='CrossKD', position=1, bbox_weight=4.0),
+        {'batch': UNBIASED, 'padding': WHOLE},
+    ),
+    'CrossKD RetinaNet': (
+        'retinanet',
+        'retinanet',
+        dict(type='CrossKD', position=1),
+        {'batch': UNBIASED, 'padding': WHOLE},
+    ),
+    'CrossKD across families': (
+        'gfl',
+        'atss',
+        dict(type='CrossKD', position=1),
+        {'zero': OTHER, 'batch': UNBIASED, 'padding': WHOLE},
     ),
     'LD': ('gfl', 'gfl', dict(type='LD'), {}),
     'ERD': ('gfl', 'gfl', dict(type='ERD', alpha=0.5, tau=1.0, bbox_weight=100.0), {'bf16': SELECTED}),
