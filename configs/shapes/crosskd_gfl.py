@@ -4,4 +4,5 @@ model = dict(
     type='mmkd.Distill',
     student=_base_.model,
     teacher=dict(config='mmkd::shapes/gfl_teacher.py', checkpoint='work_dirs/gfl_teacher/iter_1500.pth'),
-    distillers=dict(crosskd=dict(type='CrossKD', bbox_weight=4.0)))
+    # the student's towers have two convolutions, the teacher's four
+    distillers=dict(crosskd=dict(type='CrossKD', position=1, bbox_weight=4.0)))

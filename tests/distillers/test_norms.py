@@ -2,7 +2,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mmkd.distillers.norms import BATCH, INSTANCE, normalized
+from mmkd.distillers.norms import BATCH, INSTANCE, counted_once, normalized
 
 
 @pytest.mark.parametrize('eps', [1e-5, 0.3])
@@ -20,3 +20,20 @@ def test_a_constant_and_a_single_value_are_zero_with_a_finite_gradient():
         found.square().sum().backward()
         assert (found == 0).all()
         assert torch.isfinite(feature.grad).all()
+
+
+@pytest.mark.parametrize('training', [True, False])
+def test_a_second_run_is_the_same_and_leaves_running_statistics(training):
+    norm = torch.nn.BatchNorm2d(3).train(training)
+    torch.nn.init.normal_(norm.running_mean)
+    feature = 3 * torch.randn(2, 3, 4, 5) + 1
+    expected = norm(feature)
+    before = {key: value.clone() for key, value in norm.state_dict().items()}
+    with counted_once(torch.nn.Sequential(norm)):
+        assert norm.training == training
+        if training:  # of the batch
+            torch.testing.assert_close(norm(feature), expected)
+        else:
+            assert torch.equal(norm(feature), expected)
+    assert norm.track_running_stats
+    assert all(torch.equal(value, before[key]) for key, value in norm.state_dict().items())

@@ -15,6 +15,7 @@ from mmkd.distillers.detection.bckd import binary_class_loss, box_loss, mean_pos
 from mmkd.distillers.detection.ld import distribution_divergence
 from mmkd.distillers.generic.pkd import standardize
 from mmkd.distillers.levels import require_gradient
+from mmkd.distillers.norms import counted_once
 from mmkd.distillers.schedule import Weight
 from mmkd.errors import ConfigError
 from mmkd.hosts.detection.dense_heads import TOWERS, DistributionDenseHead, check_towers, dense_head, predict_from
@@ -132,7 +133,8 @@ class CrossKD(Distiller):
         if self.position == 0:
             return list(levels)
         convolution = getattr(taps.model.get_submodule(name), tower)[self.position - 1]
-        return [convolution(level, activate=False) for level in levels]
+        with counted_once(convolution):
+            return [convolution(level, activate=False) for level in levels]
 
     def cross(self, student: Taps, teacher: Taps) -> tuple:
         """What the teacher's head puts out for the student's features."""

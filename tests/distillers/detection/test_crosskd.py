@@ -63,10 +63,10 @@ def test_a_head_predicts_from_its_own_features_what_it_predicts(family, position
     assert dict(model.named_parameters()).keys() == names.keys()  # the head itself is as it was
 
 
-def run(student='retinanet', teacher=None, size=(96, 128), t_options=None, **options):
+def run(student='retinanet', teacher=None, size=(96, 128), t_options=None, bbox_head=None, **options):
     """The method, its losses, the taps and the samples."""
     networks = [
-        models.build(FAMILIES[student](), seed=0),
+        models.build(FAMILIES[student](**({'bbox_head': bbox_head} if bbox_head else {})), seed=0),
         models.build(FAMILIES[teacher or student](**(t_options or {})), seed=1),
     ]
     networks[1].eval().requires_grad_(False)
@@ -125,6 +125,16 @@ def test_the_student_learns_up_to_the_crossing_and_the_teacher_nothing():
     assert s.model.neck.lateral_convs[0].conv.weight.grad.abs().sum() > 0
     assert all(each.grad is None for each in t.model.parameters())
     assert not list(distiller.parameters())
+
+
+def test_batch_norms_of_the_students_head_count_a_batch_once():
+    norm = dict(stacked_convs=2, norm_cfg=dict(type='BN'))
+    distiller, _, (s, t), (_, samples) = run('gfl', bbox_head=norm)
+    tracked = {key: value.clone() for key, value in s.model.state_dict().items() if 'running' in key}
+    assert tracked
+    s.model.train()
+    distiller(s, t, samples)
+    assert all(torch.equal(s.model.state_dict()[key], value) for key, value in tracked.items())
 
 
 def test_from_the_neck_the_head_learns_nothing():
