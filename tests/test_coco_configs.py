@@ -25,7 +25,7 @@ def test_two_training_steps(name, coco, tmp_path, full_size):
         dataset.filter_cfg = dict(filter_empty_gt=False)
         for step in dataset.pipeline:
             if step.type in ('Resize', 'RandomChoiceResize', 'RandomResize') and not full_size:
-                step.pop('scales', None)
+                step.pop('scales', None), step.pop('ratio_range', None)
                 step.update(type='Resize', scale=(167, 100), keep_ratio=True)
     model, steps = two_steps(config, tmp_path)
     check_steps(steps, config)

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from mmkd.distillers.base import FeatureDistiller
+from mmkd.distillers.norms import BATCH, normalized
 from mmkd.errors import ConfigError
 from mmkd.registry import DISTILLERS
 from mmkd.taps import Taps
@@ -60,6 +61,9 @@ class CWD(FeatureDistiller):
         adapter: ``'auto'`` (1x1 convolution exactly where channels differ), None or a dict.
         match: ``'stride'`` or ``'index'``: which levels belong together, see
             :class:`mmkd.distillers.levels.LevelPairs`.
+        standardize: Whether each channel of both, the student's adapted, is first brought to mean 0 and variance 1 over the
+            batch (:func:`mmkd.distillers.norms.normalized`): for features of unlike scale, as RTMDet and DAMO-YOLO are
+            published. Default False.
 
     Example:
         >>> distillers = dict(cwd=dict(type='CWD', layer='neck'))
@@ -73,18 +77,24 @@ class CWD(FeatureDistiller):
         teacher_layer: str | Sequence[str] | None = None,
         adapter: str | Mapping | None = 'auto',
         match: str = 'stride',
+        standardize: bool = False,
     ):
         super().__init__(layer, loss_weight, teacher_layer, adapter, match)
         if not (is_number(tau) and tau > 0):
             raise ConfigError(f'tau={tau!r}: expected a positive temperature')
-        self.tau = tau
+        if not isinstance(standardize, bool):
+            raise ConfigError(f'standardize={standardize!r}: expected True or False')
+        self.tau, self.standardize = tau, standardize
 
     def pictures(self, student: Taps, teacher: Taps, data_samples: list | None) -> dict[str, torch.Tensor]:
         return {
-            f'{name} channels, level {pair.student_level}': channel_maps(feature, self.tau).amax(1)
+            f'{name} channels, level {pair.student_level}': channel_maps(self._scaled(feature), self.tau).amax(1)
             for pair in self.levels(student, teacher)
             for name, feature in (('student', pair.student), ('teacher', pair.teacher))
         }
 
+    def _scaled(self, feature: torch.Tensor) -> torch.Tensor:
+        return normalized(feature, BATCH) if self.standardize else feature
+
     def compare(self, student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
-        return channel_wise_divergence(student, teacher, self.tau)
+        return channel_wise_divergence(self._scaled(student), self._scaled(teacher), self.tau)

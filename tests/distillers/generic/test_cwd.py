@@ -113,7 +113,22 @@ def test_layers_are_adapted_and_summed_at_their_temperature_and_weighed(tau, tmp
     assert all(each.grad.any() for each in (model.decode_head.conv_seg.weight, model.backbone.layer3[0].conv1.weight))
 
 
-@pytest.mark.parametrize('options', [dict(tau=0), dict(tau='4'), dict(match='size'), dict(loss_weight='2')])
+def test_standardized_it_compares_what_a_batch_norm_puts_out():
+    student, teacher = torch.randn(2, 2, 3, 4, 5, dtype=torch.float64)
+    method = CWD('neck', tau=2.0, standardize=True)
+    s, t = (F.batch_norm(5 * each + 2, None, None, training=True) for each in (student, teacher))
+    expected = plain_loops(s, t, 2.0)
+    assert method.compare(5 * student + 2, 5 * teacher + 2).item() == pytest.approx(expected, rel=1e-6)
+    # the scale of a channel does not matter any more
+    assert method.compare(7 * student, teacher).item() == pytest.approx(
+        method.compare(student, teacher).item(), rel=1e-4
+    )
+    assert CWD('neck', tau=2.0).compare(7 * student, teacher) > 2 * method.compare(student, teacher)
+
+
+@pytest.mark.parametrize(
+    'options', [dict(standardize='yes'), dict(tau=0), dict(tau='4'), dict(match='size'), dict(loss_weight='2')]
+)
 def test_options_out_of_range_are_errors(options):
     with pytest.raises(ConfigError, match=next(iter(options)).removeprefix('loss_')):
         CWD('neck', **options)

@@ -80,6 +80,7 @@ DEFAULTS = {
         'teacher_layer': (None, NAME),
         'adapter': ('auto', OURS),
         'match': ('stride', OURS),
+        'standardize': (False, f'{PAPER}; True in the recipes of RTMDet and DAMO-YOLO'),
     },
     'MGD': {
         'mask_ratio': (0.65, f'{PAPER}, one-stage detectors'),
