@@ -154,3 +154,18 @@ def test_a_head_of_mmdet_that_only_inherits_from_a_known_one_is_refused():
     head = TOODHead.__new__(TOODHead)
     with pytest.raises(ConfigError, match='TOODHead: how to read this head of mmdet is not known'):
         dense_head(head)
+
+
+@pytest.mark.parametrize('family', ['retinanet', 'gfl', 'fcos'])
+def test_slots_in_what_pads_an_image_to_the_size_of_the_batch_are_told_apart(family):
+    """An image of 64x96 in a batch of 96x128; the others are those of a pass over it alone."""
+    model = models.build(getattr(detectors, family)(), seed=0).eval()
+    head = dense_head(model.bbox_head)
+    with torch.no_grad():
+        large, small = (model.bbox_head(model.extract_feat(torch.zeros(1, 3, *size))) for size in ((96, 128), (64, 96)))
+    metas = [dict(img_shape=(60, 90), pad_shape=(64, 96)), dict(img_shape=(96, 128))]
+    found = head.in_image(large, metas)
+    assert found[1].all()
+    kept = head.priors(large)[found[0]]
+    assert torch.equal(kept, head.priors(small))
+    assert head.slot_logits(large).shape == (1, found.shape[1], 3)
