@@ -107,7 +107,8 @@ def test_the_table_of_configs_has_it_with_its_student_and_teacher(name):
     assert row.rstrip(' |').endswith('not run')
     config = Config.fromfile(ROOT / name)
     backbone = config.model.student.backbone
-    student = f'R{backbone.depth}' if 'depth' in backbone else {'CSPNeXt': 'tiny'}.get(backbone.type, 'B0')
+    others = {'CSPNeXt': 'tiny', 'MobileNetV2': 'MBV2', 'MixVisionTransformer': 'B0'}
+    student = f'R{backbone.depth}' if 'depth' in backbone else others[backbone.type]
     pair = row.split('|')[4]
     assert '→' in pair
     assert student in pair.partition('→')[2]

@@ -22,19 +22,27 @@ from mmkd.distillers.generic.reviewkd import ReviewKD
 from mmkd.distillers.generic.rkd import RKD
 from mmkd.distillers.generic.sp import SP
 from mmkd.distillers.levels import LevelPair, LevelPairs
+from mmkd.distillers.segmentation.afdcd import AfDCD
+from mmkd.distillers.segmentation.aicsd import AICSD
+from mmkd.distillers.segmentation.attnfd import AttnFD
+from mmkd.distillers.segmentation.bpkd import BPKD
 from mmkd.distillers.segmentation.cirkd import CIRKD
 from mmkd.distillers.segmentation.dakd import DAKD
 from mmkd.distillers.segmentation.dist import DIST
+from mmkd.distillers.segmentation.dsd import DSD
 from mmkd.distillers.segmentation.ifvd import IFVD
 from mmkd.distillers.segmentation.okddip import OKDDip
 from mmkd.distillers.segmentation.one import ONE
+from mmkd.distillers.segmentation.rmrkd import RMRKD
 from mmkd.distillers.segmentation.skd import SKD
 from mmkd.distillers.segmentation.trust import Trust
 from mmkd.distillers.segmentation.wsld import WSLD
 
 __all__ = [
     'AFD',
+    'AICSD',
     'AT',
+    'BPKD',
     'CFL',
     'CIRKD',
     'CRD',
@@ -42,6 +50,7 @@ __all__ = [
     'DAKD',
     'DIST',
     'DKD',
+    'DSD',
     'FSP',
     'IFVD',
     'IRG',
@@ -51,9 +60,12 @@ __all__ = [
     'ONE',
     'PKD',
     'RKD',
+    'RMRKD',
     'SKD',
     'SP',
     'WSLD',
+    'AfDCD',
+    'AttnFD',
     'CanKD',
     'Distiller',
     'Distillers',

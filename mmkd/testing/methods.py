@@ -95,6 +95,12 @@ SEGMENTATION = {
             ),
             afd=dict(type='AFD', layer=['backbone.layer3', 'backbone.layer4'], channels=16),
             crd=dict(type='CRD', layer='decode_head.bottleneck', channels=16, memory=64, samples=16),
+            afdcd=dict(type='AfDCD', groups=8),
+            rmrkd=dict(type='RMRKD', layer='backbone.layer4'),
+            bpkd=dict(type='BPKD'),
+            aicsd=dict(type='AICSD', loss_weight=10.0),
+            dsd=dict(type='DSD', pixel_weight=1.0),
+            attnfd=dict(type='AttnFD', layer=['backbone.layer4', 'decode_head.bottleneck']),
         ),
     ),
     'SegFormer of PSPNet': (

@@ -132,6 +132,26 @@ METHODS = {
         dict(type='CRD', layer='decode_head.bottleneck', channels=16, memory=64, samples=32),
         {'zero': OTHER, 'batch': 'of more images there are fewer cells each', 'ignored': ALL_PIXELS},
     ),
+    'AfDCD': (
+        'pspnet',
+        'pspnet',
+        dict(type='AfDCD', groups=8),
+        {
+            'zero': 'the generator is not the identity, and other groups are never infinitely far',
+            'batch': 'masks are random',
+            'ignored': ALL_PIXELS,
+        },
+    ),
+    'RMRKD': ('pspnet', 'pspnet', dict(type='RMRKD', layer='backbone.layer4'), {}),
+    'BPKD': ('pspnet', 'pspnet', dict(type='BPKD'), {}),
+    'AICSD': ('pspnet', 'pspnet', dict(type='AICSD'), {'ignored': ALL_PIXELS}),
+    'DSD': ('pspnet', 'pspnet', dict(type='DSD', category_weight=1e4), {'ignored': ALL_PIXELS}),
+    'AttnFD': (
+        'pspnet',
+        'pspnet',
+        dict(type='AttnFD', layer=['backbone.layer4', 'decode_head.bottleneck']),
+        {'zero': 'attention is trained, and so are adapters', 'ignored': ALL_PIXELS},
+    ),
     'DAKD': (
         'deeplabv3',
         'deeplabv3',

@@ -1,0 +1,16 @@
+_base_ = 'mmseg::mobilenet_v2/mobilenet-v2-d8_deeplabv3_4xb2-80k_cityscapes-512x1024.py'
+model = dict(
+    _delete_=True,
+    type='mmkd.Distill',
+    student=_base_.model,
+    teacher='mmseg::deeplabv3/deeplabv3_r101-d8_4xb2-80k_cityscapes-512x1024.py',
+    # the authors' has a third term, of logits: docs/methods/rmrkd.md
+    distillers=dict(
+        rmrkd=dict(type='RMRKD', layer='backbone.layer7', teacher_layer='backbone.layer4'),
+        mgd=dict(
+            type='MGD',
+            layer='backbone.layer7',
+            teacher_layer='backbone.layer4',
+            mask_ratio=0.75,
+            loss_weight=2e-5)))
+auto_scale_lr = dict(enable=False, base_batch_size=8)
