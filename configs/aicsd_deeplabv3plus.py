@@ -7,5 +7,5 @@ model = dict(
     # both fade, as the paper's adaptive weight has it
     distillers=dict(
         kd=dict(type='KD', loss_weight=dict(type='linear', start=1.0, value=0.0, end=80000)),
-        aicsd=dict(type='AICSD', loss_weight=dict(type='linear', start=1600.0, value=0.0, end=80000))))
+        aicsd=dict(type='AICSD', loss_weight=dict(type='linear', start=10.0, value=0.0, end=80000))))
 auto_scale_lr = dict(enable=False, base_batch_size=8)

@@ -6,4 +6,4 @@ model = dict(
     teacher=dict(config='mmkd::streets/pspnet_teacher.py', checkpoint='work_dirs/pspnet_teacher/iter_1500.pth'),
     distillers=dict(
         kd=dict(type='KD', loss_weight=dict(type='linear', start=1.0, value=0.0, end=600)),
-        aicsd=dict(type='AICSD', loss_weight=dict(type='linear', start=1600.0, value=0.0, end=600))))
+        aicsd=dict(type='AICSD', loss_weight=dict(type='linear', start=10.0, value=0.0, end=600))))

@@ -69,12 +69,12 @@ class AICSD(Distiller):
 
     ``loss = loss_weight * inter_class_loss``, see :func:`inter_class_loss`, between the class logits of both networks, summed
     over layers. All positions count, ignored ones too. No ground truth, and nothing is trained beside the student. The
-    published recipe has soft targets beside it and lets both fade: ``loss_weight=dict(type='linear', start=1600.0,
+    published recipe has soft targets beside it and lets both fade: ``loss_weight=dict(type='linear', start=10.0,
     value=0.0, end=80000)``.
 
     Args:
         layer: The student's layer that puts out class logits, or a list. Default: its decode head's.
-        loss_weight: A number or a schedule. Default 1600.
+        loss_weight: A number or a schedule. Default 10.
         tau: Temperature, positive. Default 1.
         teacher_layer: The teacher's layer, where its name differs from ``layer``. Default, without either: as ``layer``.
 
@@ -88,7 +88,7 @@ class AICSD(Distiller):
     def __init__(
         self,
         layer: str | Sequence[str] | None = None,
-        loss_weight: float | Mapping = 1600.0,
+        loss_weight: float | Mapping = 10.0,
         tau: float = 1.0,
         teacher_layer: str | Sequence[str] | None = None,
     ):

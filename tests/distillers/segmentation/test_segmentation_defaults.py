@@ -279,7 +279,7 @@ DEFAULTS = {
     },
     'AICSD': {
         'layer': (None, HEAD),
-        'loss_weight': (1600.0, f'{CODE} has 9500 in its command, divided by a batch of 6'),
+        'loss_weight': (10.0, f'{OURS}; its gradient is then a few times that of the task, for an untrained student'),
         'tau': (1.0, CODE),
         'teacher_layer': (None, NAME),
     },
