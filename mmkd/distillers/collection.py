@@ -26,7 +26,6 @@ class Distillers(nn.ModuleDict):
             ``teacher``, the name of the source it learns from or a list of names, ``combine``, how much it learns from each
             of these (:class:`mmkd.distillers.several.Several`), ``learner``, the source that learns instead of the student, and
             ``uncertainty``, options of :class:`mmkd.distillers.uncertainty.Uncertainty`.
-
         optional: Whether there may be none, as where a teacher's labels alone are learnt.
 
     Attributes:
