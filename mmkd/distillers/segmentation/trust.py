@@ -5,7 +5,7 @@ from torch import nn
 
 from mmkd.distillers.generic.kd import KD
 from mmkd.errors import ConfigError
-from mmkd.hosts.class_logits import ClassLogits, LogitsReader
+from mmkd.hosts.class_logits import ClassLogits
 from mmkd.hosts.segmentation.label_weights import check_label_weights
 from mmkd.hosts.segmentation.labels import ground_truth, ignore_index
 from mmkd.hosts.segmentation.logits import resize_logits
@@ -46,14 +46,14 @@ class Trust(KD):
 
     renamed = {}
 
-    def _reader_for(self, student: nn.Module) -> LogitsReader:
+    def prepare(self, student: nn.Module, teacher: nn.Module) -> None:
         if not hasattr(student, 'decode_head'):
             raise ConfigError(
                 f'{type(student).__name__} is no segmentor, and Trust weighs the label of each pixel; use KD for a detector'
             )
         check_label_weights(student)
         self.ignored = ignore_index(student)
-        return super()._reader_for(student)
+        super().prepare(student, teacher)
 
     def label_weights(self, teacher: Taps, data_samples: list | None) -> torch.Tensor:
         """How much the student's own losses count at each pixel of the labels, (B, H, W); asked before its pass."""

@@ -12,7 +12,7 @@ from torch import nn
 
 from mmkd.distillers.generic.kd import KD
 from mmkd.errors import ConfigError
-from mmkd.hosts.class_logits import ClassLogits, LogitsReader
+from mmkd.hosts.class_logits import ClassLogits
 from mmkd.registry import DISTILLERS
 from mmkd.taps import Taps
 
@@ -76,12 +76,12 @@ class WSLD(KD):
     ):
         super().__init__(layer, tau, loss_weight, reduction, label_size, teacher_layer=teacher_layer)
 
-    def _reader_for(self, student: nn.Module) -> LogitsReader:
+    def prepare(self, student: nn.Module, teacher: nn.Module) -> None:
         if not hasattr(student, 'decode_head'):
             raise ConfigError(
                 f'{type(student).__name__} is no segmentor, and WSLD weighs by the label of each pixel; use KD for a detector'
             )
-        return super()._reader_for(student)
+        super().prepare(student, teacher)
 
     def read(self, student: Taps, teacher: Taps, data_samples: list | None) -> list[ClassLogits]:
         found = []
