@@ -123,7 +123,7 @@ CASES = [
     ),
     cwd('an old name', 'weight=1', r"distillers.cwd: CWD calls 'weight' 'loss_weight' now"),
     cwd('a match with a typo', "match='strides'", r"match='strides': expected 'stride' or 'index'"),
-    cwd('a word for a switch', 'standardize=yes', r"distillers.cwd: standardize='yes': expected True or False"),
+    cwd('a word for a switch', "standardize='yes'", r"distillers.cwd: standardize='yes': expected True or False"),
     cwd('a temperature of 0', 'tau=0', r'distillers.cwd: tau=0: expected a positive temperature'),
     cwd('a negative temperature', 'tau=-1.0', r'tau=-1.0: expected a positive temperature'),
     cwd('a temperature of NaN', "tau=float('nan')", r'distillers.cwd: tau=nan: expected'),

@@ -78,7 +78,7 @@ CASES = [
     combined('a probability above one', "dict(type='drop', p=1.5)", r'p=1.5: expected a probability'),
     combined('an option that there is not', "dict(type='mean', p=0.5)", r'expected one of mean, entropy'),
     combined('by labels, of a detector', "'labels'", r"combine='labels': takes a segmentor"),
-    combined('the best, of a detector', "'best'", r"combine='best': takes a segmentor .* choose 'mean_logits'"),
+    combined('the best, of a detector', "'best'", r"combine='best': takes a segmentor.* choose 'mean_logits'"),
     combined('one target, of features', "'mean_logits'", r'reads class logits, which CWD does not compare', ''),
     combined('by entropy, of features', "'entropy'", r'reads class logits, which CWD does not compare', ''),
     combined('one teacher twice', "'mean'", r'expected a name, or a list of names, each once', KD, "['a', 'a']"),
