@@ -200,7 +200,7 @@ def test_a_teacher_without_weights_is_an_error(teacher_options):
         (dict(type='Average', momentum=1), 'momentum=1: expected a number'),
         (dict(type='Average', momentum='0.9'), "momentum='0.9': expected a number"),
         (dict(type='Snapshot', cycle=0), 'cycle=0: expected a whole number of training steps'),
-        (dict(type='Snapshot', cycle=1.5), 'cycle=1.5: expected a whole number of training steps'),
+        (dict(type='Snapshot', cycle=1.5), 'cycle=1.5: expected a whole number'),
         (dict(type='Average', interval=0), 'interval=0: expected a whole number of at least 1'),
         (dict(type='Average', begin=5, end=5), 'end=5: expected a whole number of at least 6'),
         (dict(loss=dict(config='x.py')), "teacher.loss: a name .* must not contain 'loss'"),
