@@ -7,4 +7,4 @@ model = dict(
     distillers=dict(
         cankd=dict(
             type='CanKD', layer=['neck.fpn_convs.0', 'neck.fpn_convs.1', 'neck.fpn_convs.2', 'neck.fpn_convs.3'])))
-optim_wrapper = dict(clip_grad=dict(max_norm=35, norm_type=2))
+optim_wrapper = dict(clip_grad=dict(_delete_=True, max_norm=35, norm_type=2))
