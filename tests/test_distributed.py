@@ -98,6 +98,7 @@ def test_both_processes_have_the_same_average_and_peer(tmp_path, family, make):
             assert torch.equal(value, second[name]), name
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ('make', 'model', 'metrics'),
     [
@@ -195,6 +196,7 @@ def with_group_norm(config):
     return config
 
 
+@pytest.mark.long
 @pytest.mark.parametrize('family', ['RetinaNet', 'PSPNet'])
 def test_two_times_four_images_are_one_time_eight_after_20_steps_with_all_sources(tmp_path, family):
     """A frozen teacher, an average, a peer and the student itself; all that is trained or averaged.

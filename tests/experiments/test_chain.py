@@ -93,7 +93,7 @@ def test_a_label_encoder_has_the_weights_of_the_stage_that_trained_it(folder):
         stages(['plain.py', 'second.py'], folder / 'work')
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_labels_are_encoded_and_then_followed(folder):
     labels(folder)
     runs = stages(['first.py', 'second.py'], folder / 'work')
