@@ -62,6 +62,7 @@ def picture(tmp_path):
     return str(path)
 
 
+@pytest.mark.long
 def test_stock_mmdet_shows_the_datas_own_classes(tmp_path, picture):
     config = shapes_config(tmp_path, distilled(tmp_path, dict(gid=dict(type='GID'))))
     names = config.train_dataloader.dataset.metainfo.classes
@@ -126,6 +127,7 @@ runpy.run_path({str(script)!r}, run_name='__main__')
     assert len(found) == 1
 
 
+@pytest.mark.long
 def test_stock_mmseg_shows_the_datas_own_classes_and_trains_on_its_labelled_domain(tmp_path, picture):
     student = segmentors.pspnet(classes=3)
     model = distilled(

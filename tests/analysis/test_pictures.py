@@ -128,6 +128,7 @@ def test_a_plain_model_and_values_that_are_none_are_one_line(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_two_processes_with_both_hooks_end_as_without(tmp_path):
     model = distilled(tmp_path, DETECTION)
     weights = {}
