@@ -7,6 +7,8 @@ import typing
 from collections.abc import Callable
 from typing import Any, TypeGuard
 
+from mmkd.errors import ConfigError
+
 # what a plain annotation is called in an error; others, such as Sequence[str], are left to who reads the option
 PLAIN = {bool: 'True or False', int: 'a whole number', float: 'a number', str: 'a string', type(None): 'None'}
 
@@ -19,6 +21,12 @@ def is_number(value: object) -> TypeGuard[float]:
 def is_whole(value: object) -> TypeGuard[int]:
     """Whether a value is a whole number, an ``int``; ``True`` is none."""
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def check_temperature(value: object, option: str = 'tau') -> None:
+    """Raise ConfigError for what is no positive number."""
+    if not (is_number(value) and value > 0):
+        raise ConfigError(f'{option}={value!r}: expected a positive temperature')
 
 
 def expected(kind: Callable, option: str, value: object) -> str | None:

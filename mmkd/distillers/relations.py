@@ -138,7 +138,8 @@ class RelationDistiller(Distiller):
         first = pairs[0].teacher
         each = max(self.samples // len(first), 1)
         parts = image_parts(data_samples, first)
-        points = torch.rand(len(first), each, 2, device=first.device) * parts[:, None]
+        if self.between == 'pixels':
+            points = torch.rand(len(first), each, 2, device=first.device) * parts[:, None]
 
         def embed(feature: torch.Tensor) -> torch.Tensor:
             if self.between == 'images':

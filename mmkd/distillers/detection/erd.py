@@ -18,7 +18,7 @@ from mmkd.hosts.detection.boxes import pairwise_iou
 from mmkd.hosts.detection.dense_heads import DistributionDenseHead, check_same_slots, dense_head
 from mmkd.registry import DISTILLERS
 from mmkd.taps import Taps, find_layer
-from mmkd.values import is_number
+from mmkd.values import check_temperature, is_number
 
 CANDIDATES = 1000
 """Of the slots that stand out of an image those that NMS looks at, the best first."""
@@ -152,8 +152,7 @@ class ERD(Distiller):
         super().__init__()
         if not is_number(alpha):
             raise ConfigError(f'alpha={alpha!r}: expected a number of standard deviations')
-        if not (is_number(tau) and tau > 0):
-            raise ConfigError(f'tau={tau!r}: expected a positive temperature')
+        check_temperature(tau)
         if not (is_number(nms_iou) and 0 <= nms_iou <= 1):
             raise ConfigError(f'nms_iou={nms_iou!r}: expected a number from 0 to 1')
         self.head, self.teacher_head = head, teacher_head or head

@@ -26,7 +26,7 @@ from mmkd.hosts.detection.roi_pool import pool_boxes
 from mmkd.hosts.detection.rois import RoIHead, best_predictions, check_same_predictions, to_rois
 from mmkd.registry import DISTILLERS
 from mmkd.taps import INPUT, Taps, find_layer
-from mmkd.values import is_number, is_whole
+from mmkd.values import check_temperature, is_number, is_whole
 
 
 def aggregate_levels(
@@ -249,8 +249,7 @@ class GDetKD(Distiller):
             if not (is_whole(value) and value >= 1):
                 raise ConfigError(f'{name}={value!r}: expected a whole number of at least 1')
         for name, value in (('tau', tau), ('ckd_tau', ckd_tau)):
-            if not (is_number(value) and value > 0):
-                raise ConfigError(f'{name}={value!r}: expected a positive temperature')
+            check_temperature(value, name)
         for name, value in (
             ('max_overlap', max_overlap),
             ('positive_fraction', positive_fraction),

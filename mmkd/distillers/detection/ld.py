@@ -22,7 +22,7 @@ from mmkd.hosts.detection.dense_heads import DistributionDenseHead, dense_head
 from mmkd.hosts.detection.ground_truth import ground_truth
 from mmkd.registry import DISTILLERS
 from mmkd.taps import Taps, find_layer
-from mmkd.values import is_number
+from mmkd.values import check_temperature, is_number
 
 
 def distribution_divergence(
@@ -195,8 +195,7 @@ class LD(Distiller):
     ):
         super().__init__()
         for name, value in (('tau', tau), ('kd_tau', kd_tau)):
-            if not (is_number(value) and value > 0):
-                raise ConfigError(f'{name}={value!r}: expected a positive temperature')
+            check_temperature(value, name)
         if not (is_number(gamma) and 0 <= gamma < 1):
             raise ConfigError(f'gamma={gamma!r}: expected a number of at least 0 and below 1')
         if normalize not in ('images', 'weights', 'none'):

@@ -16,7 +16,7 @@ from mmkd.distillers.schedule import Weight
 from mmkd.errors import ConfigError
 from mmkd.registry import DISTILLERS
 from mmkd.taps import Taps
-from mmkd.values import is_number, is_whole
+from mmkd.values import check_temperature, is_whole
 
 
 def contrast_scores(
@@ -104,8 +104,7 @@ class CRD(RelationDistiller):
         for name, value in (('channels', channels), ('memory', memory)):
             if not (is_whole(value) and value >= 1):
                 raise ConfigError(f'{name}={value!r}: expected a whole number of at least 1')
-        if not (is_number(tau) and tau > 0):
-            raise ConfigError(f'tau={tau!r}: expected a positive temperature')
+        check_temperature(tau)
         self.channels, self.tau, self.memory = channels, tau, memory
         self.loss_weight = Weight(loss_weight, 'loss_weight')
 

@@ -13,7 +13,7 @@ from mmkd.distillers.norms import BATCH, normalized
 from mmkd.errors import ConfigError
 from mmkd.registry import DISTILLERS
 from mmkd.taps import Taps
-from mmkd.values import is_number
+from mmkd.values import check_temperature
 
 
 def channel_wise_divergence(student: torch.Tensor, teacher: torch.Tensor, tau: float = 1.0) -> torch.Tensor:
@@ -80,8 +80,7 @@ class CWD(FeatureDistiller):
         standardize: bool = False,
     ):
         super().__init__(layer, loss_weight, teacher_layer, adapter, match)
-        if not (is_number(tau) and tau > 0):
-            raise ConfigError(f'tau={tau!r}: expected a positive temperature')
+        check_temperature(tau)
         if not isinstance(standardize, bool):
             raise ConfigError(f'standardize={standardize!r}: expected True or False')
         self.tau, self.standardize = tau, standardize

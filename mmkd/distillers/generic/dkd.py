@@ -15,7 +15,7 @@ from mmkd.errors import ConfigError
 from mmkd.hosts.segmentation.logits import PixelLogits
 from mmkd.registry import DISTILLERS
 from mmkd.taps import Taps
-from mmkd.values import is_number
+from mmkd.values import check_temperature
 
 
 def decoupled_divergence(
@@ -103,8 +103,7 @@ class DKD(Distiller):
         teacher_layer: str | Sequence[str] | None = None,
     ):
         super().__init__()
-        if not (is_number(tau) and tau > 0):
-            raise ConfigError(f'tau={tau!r}: expected a positive temperature')
+        check_temperature(tau)
         self.layer, self.teacher_layer, self.tau = layer, teacher_layer, tau
         self.tckd_weight, self.nckd_weight = Weight(tckd_weight, 'tckd_weight'), Weight(nckd_weight, 'nckd_weight')
 

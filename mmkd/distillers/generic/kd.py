@@ -17,7 +17,7 @@ from mmkd.hosts.class_logits import ClassLogits, LogitsReader
 from mmkd.hosts.segmentation.logits import PixelLogits
 from mmkd.registry import DISTILLERS
 from mmkd.taps import Taps
-from mmkd.values import is_number
+from mmkd.values import check_temperature
 
 REDUCTIONS = ('pixel_mean', 'image_sum', 'element_mean', 'sum')
 
@@ -199,8 +199,7 @@ class KD(Distiller):
         teacher_layer: str | Sequence[str] | None = None,
     ):
         super().__init__()
-        if not (is_number(tau) and tau > 0):
-            raise ConfigError(f'tau={tau!r}: expected a positive temperature')
+        check_temperature(tau)
         if reduction not in REDUCTIONS:
             raise ConfigError(f'reduction={reduction!r}: expected one of {", ".join(REDUCTIONS)}')
         for option, value in (('layer', layer), ('teacher_layer', teacher_layer)):

@@ -18,7 +18,7 @@ from mmkd.errors import ConfigError
 from mmkd.hosts.segmentation.heads import feature_layer
 from mmkd.registry import DISTILLERS
 from mmkd.taps import Taps
-from mmkd.values import is_number, is_whole
+from mmkd.values import check_temperature, is_number, is_whole
 
 
 def patches(feature: torch.Tensor, groups: int, patch: int) -> torch.Tensor:
@@ -139,8 +139,7 @@ class AfDCD(Distiller):
         self.levels = LevelPairs(layer or feature_layer, teacher_layer, adapter, match)
         if not (is_number(mask_ratio) and 0 <= mask_ratio < 1):
             raise ConfigError(f'mask_ratio={mask_ratio!r}: expected a probability of at least 0 and below 1')
-        if not (is_number(tau) and tau > 0):
-            raise ConfigError(f'tau={tau!r}: expected a positive temperature')
+        check_temperature(tau)
         for name, value, least in (('groups', groups, 2), ('pool', pool, 1), ('patch', patch, 1)):
             if not (is_whole(value) and value >= least):
                 raise ConfigError(f'{name}={value!r}: expected a whole number of at least {least}')

@@ -13,12 +13,11 @@ from torch import nn
 from mmkd.distillers.base import Distiller
 from mmkd.distillers.levels import LevelPairs
 from mmkd.distillers.schedule import Weight
-from mmkd.errors import ConfigError
 from mmkd.hosts.segmentation.heads import logits_layer
 from mmkd.hosts.segmentation.logits import compared_logits, require_class_logits
 from mmkd.registry import DISTILLERS
 from mmkd.taps import Taps
-from mmkd.values import is_number
+from mmkd.values import check_temperature
 
 EPS = 1e-4
 """The least length of a row of divergences that becomes 1."""
@@ -94,8 +93,7 @@ class AICSD(Distiller):
     ):
         super().__init__()
         self.levels = LevelPairs(layer or logits_layer, teacher_layer)
-        if not (is_number(tau) and tau > 0):
-            raise ConfigError(f'tau={tau!r}: expected a positive temperature')
+        check_temperature(tau)
         self.loss_weight = Weight(loss_weight, 'loss_weight')
         self.tau = tau
 

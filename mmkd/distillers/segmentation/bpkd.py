@@ -20,7 +20,7 @@ from mmkd.hosts.segmentation.labels import ground_truth, ignore_index, labeled, 
 from mmkd.hosts.segmentation.logits import compared_logits, require_class_logits
 from mmkd.registry import DISTILLERS
 from mmkd.taps import Taps
-from mmkd.values import is_number, is_whole
+from mmkd.values import check_temperature, is_whole
 
 ABSENT = -1e9
 """The logit of a position outside the body: its probability is 0, and what the divergence makes of it is finite."""
@@ -114,8 +114,7 @@ class BPKD(Distiller):
         self.levels = LevelPairs(layer or logits_layer, teacher_layer)
         if not (is_whole(width) and width >= 3 and width % 2):
             raise ConfigError(f'width={width!r}: expected an odd number of pixels of at least 3')
-        if not (is_number(tau) and tau > 0):
-            raise ConfigError(f'tau={tau!r}: expected a positive temperature')
+        check_temperature(tau)
         self.edge_weight, self.body_weight = Weight(edge_weight, 'edge_weight'), Weight(body_weight, 'body_weight')
         self.width, self.tau = width, tau
 

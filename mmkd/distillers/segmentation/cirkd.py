@@ -21,7 +21,7 @@ from mmkd.hosts.segmentation.heads import decode_head, feature_layer
 from mmkd.hosts.segmentation.labels import class_masks
 from mmkd.registry import DISTILLERS
 from mmkd.taps import Taps
-from mmkd.values import is_number, is_whole
+from mmkd.values import check_temperature, is_whole
 
 ABSENT = -1e9
 """The logit of what is not there: its probability is 0, and what the divergence makes of it is finite."""
@@ -234,8 +234,7 @@ class CIRKD(Distiller):
         for name, value in numbers.items():
             if not (is_whole(value) and value >= 1):
                 raise ConfigError(f'{name}={value!r}: expected a whole number of at least 1')
-        if not (is_number(tau) and tau > 0):
-            raise ConfigError(f'tau={tau!r}: expected a positive temperature')
+        check_temperature(tau)
         self.batch_weight = Weight(batch_weight, 'batch_weight')
         self.pixel_weight = Weight(pixel_weight, 'pixel_weight')
         self.region_weight = Weight(region_weight, 'region_weight')

@@ -11,13 +11,12 @@ from torch import nn
 from mmkd.distillers.base import Distiller
 from mmkd.distillers.levels import LevelPairs
 from mmkd.distillers.schedule import Weight
-from mmkd.errors import ConfigError
 from mmkd.hosts.segmentation.heads import logits_layer
 from mmkd.hosts.segmentation.labels import labeled
 from mmkd.hosts.segmentation.logits import compared_logits, require_class_logits
 from mmkd.registry import DISTILLERS
 from mmkd.taps import Taps
-from mmkd.values import is_number
+from mmkd.values import check_temperature
 
 EPS = 1e-8
 
@@ -122,8 +121,7 @@ class DIST(Distiller):
     ):
         super().__init__()
         self.levels = LevelPairs(layer or logits_layer, teacher_layer)
-        if not (is_number(tau) and tau > 0):
-            raise ConfigError(f'tau={tau!r}: expected a positive temperature')
+        check_temperature(tau)
         self.inter_weight = Weight(inter_weight, 'inter_weight')
         self.intra_weight = Weight(intra_weight, 'intra_weight')
         self.tau, self.use_labels = tau, use_labels

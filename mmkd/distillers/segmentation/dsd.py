@@ -19,7 +19,7 @@ from mmkd.hosts.segmentation import heads
 from mmkd.hosts.segmentation.logits import require_class_logits
 from mmkd.registry import DISTILLERS
 from mmkd.taps import Taps
-from mmkd.values import is_number
+from mmkd.values import check_temperature
 
 EPS = 1e-6
 """The least length of a residual that becomes 1."""
@@ -130,8 +130,7 @@ class DSD(Distiller):
         others = [name or each for name, each in zip(named, own)]
         self.attention = LevelPairs(own, others, same_channels=False, reduce=attention_map)
         self.logits = LevelPairs(own[-1], others[-1])
-        if not (is_number(tau) and tau > 0):
-            raise ConfigError(f'tau={tau!r}: expected a positive temperature')
+        check_temperature(tau)
         self.pixel_weight, self.category_weight = (
             Weight(pixel_weight, 'pixel_weight'),
             Weight(category_weight, 'category_weight'),

@@ -18,7 +18,7 @@ from mmkd.hosts.segmentation.branches import Branches
 from mmkd.hosts.segmentation.labels import labeled
 from mmkd.registry import DISTILLERS
 from mmkd.taps import Taps
-from mmkd.values import is_number, is_whole
+from mmkd.values import check_temperature, is_whole
 
 REDUCTION = 8
 """How many times fewer channels queries and keys have than features, as in the authors' code."""
@@ -98,8 +98,7 @@ class OKDDip(Distiller):
             raise ConfigError(
                 f'branches={branches!r}: expected a whole number of at least 3, two peers and the decode head'
             )
-        if not (is_number(tau) and tau > 0):
-            raise ConfigError(f'tau={tau!r}: expected a positive temperature')
+        check_temperature(tau)
         self.number, self.tau = branches, tau
         self.loss_weight = Weight(loss_weight, 'loss_weight')
 

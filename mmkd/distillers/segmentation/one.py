@@ -18,7 +18,7 @@ from mmkd.hosts.segmentation.branches import Branches, task_losses
 from mmkd.hosts.segmentation.labels import labeled
 from mmkd.registry import DISTILLERS
 from mmkd.taps import Taps
-from mmkd.values import is_number, is_whole
+from mmkd.values import check_temperature, is_whole
 
 
 def native_ensemble(logits: Sequence[torch.Tensor], gate: torch.Tensor) -> torch.Tensor:
@@ -72,8 +72,7 @@ class ONE(Distiller):
             raise ConfigError(
                 f'branches={branches!r}: expected a whole number of at least 2, the decode head among them'
             )
-        if not (is_number(tau) and tau > 0):
-            raise ConfigError(f'tau={tau!r}: expected a positive temperature')
+        check_temperature(tau)
         self.number, self.tau = branches, tau
         self.loss_weight = Weight(loss_weight, 'loss_weight')
 

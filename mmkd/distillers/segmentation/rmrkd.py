@@ -11,11 +11,10 @@ import torch.nn.functional as F
 
 from mmkd.distillers.base import FeatureDistiller
 from mmkd.distillers.generic.kd import pixel_divergence
-from mmkd.errors import ConfigError
 from mmkd.hosts.segmentation.labels import class_masks
 from mmkd.registry import DISTILLERS
 from mmkd.taps import Taps
-from mmkd.values import is_number
+from mmkd.values import check_temperature
 
 ABSENT = -1e9
 """The logit of a position outside a region: its probability is 0, and what the divergence makes of it is finite."""
@@ -95,8 +94,7 @@ class RMRKD(FeatureDistiller):
         match: str = 'stride',
     ):
         super().__init__(layer, loss_weight, teacher_layer, adapter, match)
-        if not (is_number(tau) and tau > 0):
-            raise ConfigError(f'tau={tau!r}: expected a positive temperature')
+        check_temperature(tau)
         self.tau = tau
 
     def forward(self, student: Taps, teacher: Taps, data_samples: list | None) -> dict[str, torch.Tensor]:

@@ -21,7 +21,7 @@ from mmkd.hosts.segmentation.labels import labeled
 from mmkd.hosts.segmentation.logits import require_class_logits
 from mmkd.registry import DISTILLERS
 from mmkd.taps import Taps
-from mmkd.values import is_number, is_whole
+from mmkd.values import check_temperature, is_number, is_whole
 
 IMAGE = 'backbone:input'
 
@@ -148,8 +148,7 @@ class SKD(Distiller):
         teacher_feature_layer: str | None = None,
     ):
         super().__init__()
-        if not (is_number(tau) and tau > 0):
-            raise ConfigError(f'tau={tau!r}: expected a positive temperature')
+        check_temperature(tau)
         if not (is_number(penalty_weight) and penalty_weight >= 0):
             raise ConfigError(f'penalty_weight={penalty_weight!r}: expected a number of at least 0')
         if pixel_reduction not in REDUCTIONS:

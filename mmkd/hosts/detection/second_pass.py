@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from mmkd.errors import ConfigError
+from mmkd.hosts.partial_labels import partly_labelled
 
 
 def check_heads(model: nn.Module, method: str) -> None:
@@ -41,7 +42,7 @@ def losses_of_maps(model: nn.Module, maps: Sequence[torch.Tensor], data_samples:
     Raises:
         ConfigError: for images that are labelled for some classes alone.
     """
-    if any(sample.metainfo.get('labelled_for') is not None for sample in data_samples):
+    if partly_labelled(data_samples):
         raise ConfigError(
             'a batch has images that are labelled for some classes alone, of whose labels no maps of all objects can be made; '
             'train on images with all labels'
