@@ -63,6 +63,7 @@ class TeacherLabels:
         self.teacher, self.score, self.uncertain = teacher, score, uncertain
         self._weight = Weight(weight, 'pseudo_labels.weight')
         self._classes: torch.Tensor | None = None
+        self._labelled_for: tuple[int, ...] | None = None
         self._ignore_index = 255
         self._source: Source
 
@@ -119,6 +120,8 @@ class TeacherLabels:
             for index, of in zip(source.classes.student, source.classes.teacher, strict=True):
                 table[of] = index
             self._classes = torch.tensor(table)
+            if len(source.classes.student) < own:  # it says nothing of the others, which are no background
+                self._labelled_for = tuple(source.classes.student)
         elif own != others:
             raise ConfigError(
                 f'pseudo_labels: the teacher has {others} classes, and the student {own}; say which are which by the '
@@ -169,12 +172,19 @@ class TeacherLabels:
             self._classes = self._classes.to(labels.device)
         return self._classes[labels]
 
+    def _labelled(self, sample: Any) -> Any:
+        """A copy without labels, marked as labelled for the classes that the teacher knows."""
+        labelled = sample.new()
+        if self._labelled_for is not None:
+            labelled.set_metainfo(dict(labelled_for=self._labelled_for))
+        return labelled
+
     def _of_boxes(self, sample: Any, found: InstanceData) -> Any:
         boxes, labels = found.bboxes.float(), self._own(found.labels)
         usable = (labels >= 0) & ((boxes[:, 2:] - boxes[:, :2]).amin(1) > LEAST_SIDE)
         certain = usable & (found.scores >= self.score)
         between = usable & ~certain & (found.scores >= (self.score if self.uncertain is None else self.uncertain))
-        labelled = sample.new()
+        labelled = self._labelled(sample)
         labelled.gt_instances = InstanceData(bboxes=boxes[certain], labels=labels[certain])
         labelled.ignored_instances = InstanceData(bboxes=boxes[between], labels=labels[between])
         return labelled
@@ -185,7 +195,7 @@ class TeacherLabels:
         labels = labels.where((labels >= 0) & (probability >= self.score), self._ignore_index)
         height, width = sample.metainfo['img_shape'][:2]
         labels[height:], labels[:, width:] = self._ignore_index, self._ignore_index  # padding
-        labelled = sample.new()
+        labelled = self._labelled(sample)
         labelled.gt_sem_seg = PixelData(data=labels[None])
         return labelled
 

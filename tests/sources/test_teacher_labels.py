@@ -158,6 +158,17 @@ def test_classes_are_the_students_own_and_others_are_no_objects():
     assert factor == 1.0
     assert sample.gt_instances.labels.tolist() == [0, 2]
     assert torch.equal(sample.gt_instances.bboxes, BOXES[:2])
+    assert sample.labelled_for == (0, 2)  # the student's class 1 is no background
+
+
+def test_a_class_that_the_teacher_does_not_know_gets_no_gradient_of_its_labels():
+    source = dict(config=models.build(detectors.retinanet(classes=4), seed=1), classes={0: 0, 2: 2})
+    model = predicts(build(source=source, labels=dict(score=0.3)), labels=torch.tensor([0, 2, 0, 2]))
+    found = losses(model, batch(model))
+    total = sum(value for value in of(found, 'unlabelled.loss').values())
+    gradient = torch.autograd.grad(total, model.bbox_head.retina_cls.bias)[0].view(-1, 3)
+    assert (gradient[:, 1] == 0).all()
+    assert (gradient[:, [0, 2]] != 0).any()
 
 
 def test_where_the_teacher_is_sure_of_nothing_nothing_is_learnt():
