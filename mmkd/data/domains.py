@@ -92,6 +92,11 @@ class LabelledFor:
     def __call__(self, results: dict) -> dict:
         results['labelled_for'] = self.classes
         if self.kept is not None:
+            if 'gt_bboxes_labels' not in results:
+                raise ConfigError(
+                    'LabelledFor: class_names takes out boxes of other classes, and there are none; put it behind '
+                    'LoadAnnotations(with_bbox=True), or leave class_names out'
+                )
             kept = np.isin(results['gt_bboxes_labels'], self.kept)
             for key in ('gt_bboxes', 'gt_bboxes_labels', 'gt_ignore_flags', 'gt_masks'):
                 if key in results:

@@ -1,11 +1,8 @@
-"""What a batch norm or an instance norm does to a feature, without scale, shift or running statistics; and norms run twice."""
+"""What a batch norm or an instance norm does to a feature, without scale, shift or running statistics."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 import torch
-from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 BATCH = (0, 2, 3)
 """The dimensions over which a batch norm takes its statistics."""
@@ -30,16 +27,3 @@ def normalized(feature: torch.Tensor, over: Sequence[int], eps: float = 1e-5) ->
     """
     variance, mean = torch.var_mean(feature, dim=tuple(over), correction=0, keepdim=True)
     return (feature - mean) * (variance + eps).rsqrt()
-
-
-@contextmanager
-def counted_once(module: nn.Module) -> Iterator[None]:
-    """Inside, batch norms do what they do in their mode, and their running statistics stay: of what is run a second time."""
-    norms = [each for each in module.modules() if isinstance(each, _BatchNorm) and each.track_running_stats]
-    try:
-        for each in norms:
-            each.track_running_stats = False
-        yield
-    finally:
-        for each in norms:
-            each.track_running_stats = True

@@ -1,7 +1,8 @@
 """Run a model of mmdet or mmseg no further than needed."""
 
 import inspect
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
@@ -9,6 +10,7 @@ import torch.nn.functional as F
 from mmengine.model import BaseModel
 from mmengine.structures import BaseDataElement, InstanceData
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from mmkd.data.domains import is_unlabelled
 from mmkd.errors import ConfigError
@@ -256,3 +258,16 @@ def at_first_size(sizes: Sequence[tuple[int, int]], attempt: Callable[[tuple[int
         except CannotRun:
             continue
     return attempt(sizes[-1])
+
+
+@contextmanager
+def counted_once(module: nn.Module) -> Iterator[None]:
+    """Inside, batch norms do what they do in their mode, and their running statistics stay: of what is run a second time."""
+    norms = [each for each in module.modules() if isinstance(each, _BatchNorm) and each.track_running_stats]
+    try:
+        for each in norms:
+            each.track_running_stats = False
+        yield
+    finally:
+        for each in norms:
+            each.track_running_stats = True

@@ -24,7 +24,7 @@ class Snapshot(Copied):
         student: The student; filled in.
         cycle: The number of training steps between two copies.
         interval: See :class:`mmkd.sources.source.Source`, as ``begin`` and ``end``.
-        begin: Default 0; steps of the first cycle are left out in any case.
+        begin: Default, and least, the end of the first cycle, from which ``interval`` counts.
         end: Default None.
 
     Raises:
@@ -36,13 +36,11 @@ class Snapshot(Copied):
     """
 
     def __init__(self, student: nn.Module, cycle: int, interval: int = 1, begin: int = 0, end: int | None = None):
-        super().__init__(student, interval=interval, begin=begin, end=end)
         if not (is_whole(cycle) and cycle >= 1):
             raise ConfigError(f'cycle={cycle!r}: expected a whole number of training steps, at least 1')
+        # before, there is nothing to learn from
+        super().__init__(student, interval=interval, begin=max(begin, cycle) if is_whole(begin) else begin, end=end)
         self.cycle = cycle
-
-    def due(self, iteration: int) -> bool:
-        return iteration >= self.cycle and super().due(iteration)
 
     @torch.no_grad()
     def start_step(self, student: nn.Module, iteration: int) -> None:

@@ -2,7 +2,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mmkd.distillers.norms import BATCH, INSTANCE, counted_once, normalized
+from mmkd.distillers.norms import BATCH, INSTANCE, normalized
+from mmkd.hosts.running import counted_once
 
 
 @pytest.mark.parametrize('eps', [1e-5, 0.3])

@@ -249,7 +249,7 @@ def snapshots(**options):
     ('options', 'expected'),
     [
         (dict(), [2, 3, 4, 5, 6]),
-        (dict(interval=3), [3, 6]),  # in some of which it was copied, and in others not
+        (dict(interval=3), [2, 5]),  # in some of which it was copied, and in others not
         (dict(begin=3, end=6), [3, 4, 5]),
         (dict(loss_weight=dict(type='linear', value=1.0, begin=2, end=4)), [3, 4, 5, 6]),
     ],

@@ -15,10 +15,10 @@ from mmkd.distillers.detection.bckd import binary_class_loss, box_loss, mean_pos
 from mmkd.distillers.detection.ld import distribution_divergence
 from mmkd.distillers.generic.pkd import standardize
 from mmkd.distillers.levels import require_gradient
-from mmkd.distillers.norms import counted_once
 from mmkd.distillers.schedule import Weight
 from mmkd.errors import ConfigError
 from mmkd.hosts.detection.dense_heads import TOWERS, DistributionDenseHead, check_towers, dense_head, predict_from
+from mmkd.hosts.running import counted_once
 from mmkd.registry import DISTILLERS
 from mmkd.taps import INPUT, Taps, find_layer
 from mmkd.values import is_whole

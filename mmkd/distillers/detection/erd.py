@@ -31,7 +31,7 @@ def outstanding(confidence: torch.Tensor, inside: torch.Tensor, alpha: float = 2
 
     .. math:: S_b = \{ i : c_{bi} > \mu_b + \alpha \sigma_b \}
 
-    with mean and unbiased standard deviation over the image's slots. Equal confidences all stay.
+    with mean and unbiased standard deviation over the image's slots. Of equal confidences none stands out.
 
     Args:
         confidence: c, (B, N).

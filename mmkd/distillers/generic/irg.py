@@ -63,7 +63,7 @@ def transformation_loss(
     def moves(before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
         length = min(before.shape[1], after.shape[1])
         before, after = (
-            rows if rows.shape[1] == length else pool_cells(rows[:, None, None], (1, length))[:, 0, 0]
+            rows if rows.shape[1] == length else pool_cells(rows[None, None], (len(rows), length))[0, 0]
             for rows in (before, after)
         )
         return largest_is_one((before - after).square().sum(1))

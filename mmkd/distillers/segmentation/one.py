@@ -84,7 +84,9 @@ class ONE(Distiller):
         self.branches.check(student)
         channels = maps(student, self.student_layers[0])[-1].shape[1]
         self.gate = nn.Sequential(
-            nn.Conv2d(channels, self.number, 1, bias=False), nn.BatchNorm2d(self.number), nn.ReLU(inplace=True)
+            nn.Conv2d(channels, self.number, 1, bias=False),
+            nn.BatchNorm2d(self.number, track_running_stats=False),
+            nn.ReLU(inplace=True),
         )
 
     def forward(self, student: Taps, teacher: Taps, data_samples: list | None) -> dict[str, torch.Tensor]:

@@ -77,8 +77,10 @@ def giou(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
         return (boxes[..., 2] - boxes[..., 0]) * (boxes[..., 3] - boxes[..., 1])
 
     least, largest = torch.minimum(first, second), torch.maximum(first, second)
-    overlap = (least[..., 2:] - largest[..., :2]).clamp(min=0).prod(-1)
-    around = (largest[..., 2:] - least[..., :2]).clamp(min=0).prod(-1).clamp(min=1e-6)
+    shared, whole = (least[..., 2:] - largest[..., :2]).clamp(min=0), largest[..., 2:] - least[..., :2]
+    # no `prod`, whose backward pass waits for the device
+    overlap = shared[..., 0] * shared[..., 1]
+    around = (whole[..., 0].clamp(min=0) * whole[..., 1].clamp(min=0)).clamp(min=1e-6)
     union = (area(first) + area(second) - overlap).clamp(min=1e-6)
     return overlap / union - (around - union) / around
 

@@ -6,10 +6,10 @@ from contextlib import contextmanager
 
 import torch
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from mmkd.errors import ConfigError
 from mmkd.hosts.partial_labels import partly_labelled
+from mmkd.hosts.running import counted_once
 
 
 def check_heads(model: nn.Module, method: str) -> None:
@@ -47,7 +47,7 @@ def losses_of_maps(model: nn.Module, maps: Sequence[torch.Tensor], data_samples:
             'a batch has images that are labelled for some classes alone, of whose labels no maps of all objects can be made; '
             'train on images with all labels'
         )
-    with _features(model, maps), _same_statistics(model):
+    with _features(model, maps), counted_once(model):
         losses = model.loss(None, copy.deepcopy(list(data_samples)))
     values = (value for key, value in losses.items() if 'loss' in key)
     terms = [each.mean() for value in values for each in (value if isinstance(value, (list, tuple)) else [value])]
@@ -62,15 +62,3 @@ def _features(model: nn.Module, maps: Sequence[torch.Tensor]) -> Iterator[None]:
         yield
     finally:
         del model.extract_feat
-
-
-@contextmanager
-def _same_statistics(model: nn.Module) -> Iterator[None]:
-    norms = [each for each in model.modules() if isinstance(each, _BatchNorm) and each.track_running_stats]
-    for norm in norms:
-        norm.track_running_stats = False
-    try:
-        yield
-    finally:
-        for norm in norms:
-            norm.track_running_stats = True
