@@ -205,7 +205,7 @@ def distill(
         labels.connect(model, sources)
     weight, frozen = Weight(task_weight, 'task_weight'), []
     if not weight.scheduled and weight() == 0 and labels is None:
-        frozen = _freeze_unread(model, collection)
+        frozen = _freeze_unread(model, collection, sources)
     model.__class__ = distilled_class(model.__class__)
     model._task_weight, model._class_names, model._frozen = weight.at, class_names, frozen
     model._teacher_labels = labels
@@ -233,6 +233,11 @@ def _connect(model: BaseModel, sources: Mapping[str, Source], distillers: Distil
     """Find out which layers are read, and how they look, by running all networks over an image."""
     distillers.connect(sources)
     distillers.prepare(model, sources)
+    for name in sorted({*distillers, *sources} & {'task', PREFIX}):
+        raise ConfigError(
+            f'{"distillers" if name in distillers else "teacher"}.{name}: losses of the student have log keys of this name; '
+            f'choose another'
+        )
     clash = sorted(set(distillers) & set(sources))
     if clash:
         raise ConfigError(f'distillers.{clash[0]}: a teacher has this name, and both start log keys; choose another')
@@ -279,9 +284,11 @@ def _connect(model: BaseModel, sources: Mapping[str, Source], distillers: Distil
         source.layers = tuple(dict.fromkeys(source.layers + of_learner))
 
 
-def _freeze_unread(model: nn.Module, distillers: Distillers) -> list[str]:
+def _freeze_unread(model: nn.Module, distillers: Distillers, sources: Mapping[str, Source]) -> list[str]:
     """Freeze heads, and the neck, that no distiller reads: nothing trains them without labels, and an optimizer would still
     shrink them by its weight decay. The names of what was trained before."""
+    if any(getattr(each, 'trains_heads', False) for each in (*distillers.values(), *sources.values())):
+        return []
     read = {layer.partition(':')[0].partition('.')[0] for layer in distillers.student_layers}
     frozen = []
     for name, part in model.named_children():

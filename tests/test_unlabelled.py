@@ -150,6 +150,19 @@ def test_a_head_that_is_read_is_trained_without_the_task():
     assert model.bbox_head.retina_cls.weight.grad.any()
 
 
+def test_heads_that_are_trained_by_labels_all_the_same_are_not_frozen():
+    for source, method in (('Own', 'LGD'), ('LabelEncoder', 'LabelEnc')):
+        entry = dict(it=dict(type=method))
+        model = mmkd.distill(models.build(detectors.retinanet()), dict(type=source), entry, task_weight=0)
+        assert all(each.requires_grad for each in model.bbox_head.parameters())
+
+
+@pytest.mark.parametrize('name', ['task', 'unlabelled'])
+def test_names_of_the_students_own_log_keys_are_refused(name):
+    with pytest.raises(ConfigError, match=f'distillers.{name}: losses of the student have log keys of this name'):
+        build(distillers={name: dict(type='CWD', layer='neck')})
+
+
 def test_the_tasks_weight_is_a_schedule():
     model = build(task_weight=dict(type='linear', start=1.0, value=0.0, end=2))
     plain = build()

@@ -39,6 +39,8 @@ class Distiller(nn.Module):
     its entry in the config names a list, and ``teacher_layers`` may be a dict as well."""
     maps_classes: bool = False
     """True for a method that compares classes by ``teacher.classes``, where those of the teacher are not the student's."""
+    trains_heads: bool = False
+    """True for a method that trains the student's heads by labels, though it reads no layer of them."""
     any_scale: bool = False
     """True for a method that compares maps of one size alone, whatever the size of the image that a teacher saw."""
     renamed: Mapping[str, str] = {}

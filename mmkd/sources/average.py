@@ -6,7 +6,6 @@ from torch import nn
 from mmkd.errors import ConfigError
 from mmkd.registry import SOURCES
 from mmkd.sources.copied import Copied, mean_of_processes
-from mmkd.taps import Taps
 from mmkd.values import is_number
 
 
@@ -16,8 +15,9 @@ class Average(Copied):
 
     .. math:: \theta'_n = \alpha_n \theta'_{n-1} + (1 - \alpha_n) \theta_n, \qquad \alpha_n = \min(\alpha, n / (n + 1))
 
-    with n = 0 where it is first read, so that it begins as the student and is a plain mean at first. It is averaged
-    where it is read, and only if the student's weights have changed since, so that gradient accumulation changes nothing.
+    with n = 0 in the first step in which it is due, so that it begins as the student and is a plain mean at first. It is
+    averaged in the steps in which it is due, whether it is read then or not, and only if the student's weights have
+    changed since, so that gradient accumulation changes nothing.
     Buffers, such as the statistics of batch norms, are averaged as well, over all processes. It runs in eval mode and
     without gradient, is in the checkpoint as ``sources.<name>.*``, and ``tools/export.py`` leaves it out.
 
@@ -51,16 +51,11 @@ class Average(Copied):
         self.kept.register_buffer('steps', torch.zeros(()))
         self._seen: int | None = None
 
-    def predict(self, student: nn.Module, inputs: torch.Tensor, data_samples: list) -> list:
-        self._follow(student)
-        return super().predict(student, inputs, data_samples)
-
-    def read(self, student: nn.Module, inputs: torch.Tensor, data_samples: list | None) -> tuple[Taps, dict]:
-        self._follow(student)
-        return super().read(student, inputs, data_samples)
-
     @torch.no_grad()
-    def _follow(self, student: nn.Module) -> None:
+    def start_step(self, student: nn.Module, iteration: int) -> None:
+        # not where it is read: processes whose images have no use for it must average with the others
+        if not self.due(iteration):
+            return
         own = dict(student.named_parameters()) | dict(student.named_buffers())
         names = [name for name, _ in self.model.named_parameters()]
         # each optimizer changes weights in place, which their versions count

@@ -181,6 +181,7 @@ class LabelEncoder(Source):
             )
         self.checkpoint, self._loaded = checkpoint, False
         self.has_gradient, self.frozen = checkpoint is None, checkpoint is not None
+        self.trains_heads = not self.frozen
         self.model = LabelPyramid(classes_of(student), student.neck)
         if not self.frozen:
             self.kept = Kept(self.model, trained=True)

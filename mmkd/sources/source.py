@@ -49,6 +49,8 @@ class Source:
     view: str | None = None
     labels: bool = False
     """Whether it is asked for pseudo labels; set by :func:`mmkd.distill`."""
+    trains_heads: bool = False
+    """Whether losses of its own train the student's heads."""
     has_gradient: bool = False
     """Whether its taps carry gradients, which those who learn from it must not follow."""
 

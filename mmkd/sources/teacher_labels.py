@@ -103,8 +103,6 @@ class TeacherLabels:
             raise ConfigError(
                 f'pseudo_labels.teacher={name!r}: a {kind} labels no images; a Teacher or an Average does'
             )
-        if PREFIX in sources:
-            raise ConfigError(f'teacher.{PREFIX}: pseudo labels have log keys of this name; choose another')
         source.labels = True
         segments = hasattr(student, 'decode_head')
         if segments != hasattr(source.model, 'decode_head'):

@@ -224,10 +224,7 @@ class ERD(Distiller):
         """The class logits of both networks for the classes that both know, (B, slots, C)."""
         heads = self._heads(student, teacher)
         outputs = student[self.head], teacher[self.teacher_head]
-        own, other = (
-            torch.cat([level.permute(0, 3, 4, 1, 2).flatten(1, 3) for level in head.class_logits(each)], 1)
-            for head, each in zip(heads, outputs)
-        )
+        own, other = (head.slot_logits(each) for head, each in zip(heads, outputs))
         if teacher.classes is not None:
             own = teacher.classes.of_student(own.transpose(1, 2)).transpose(1, 2)
             other = teacher.classes.of_teacher(other.transpose(1, 2)).transpose(1, 2)

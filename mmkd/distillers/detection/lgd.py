@@ -12,6 +12,7 @@ from torch import nn
 
 from mmkd.distillers.base import Distiller
 from mmkd.distillers.levels import maps, require_gradient
+from mmkd.distillers.norms import normalized
 from mmkd.distillers.schedule import Weight
 from mmkd.errors import ConfigError
 from mmkd.hosts.detection.ground_truth import covered_cells, ground_truth, ground_truth_labels, padded_shape
@@ -88,12 +89,8 @@ def normalized_distance(
         A scalar.
     """
 
-    def normal(level: torch.Tensor) -> torch.Tensor:
-        level = level - level.mean(dims, keepdim=True)
-        return level / (level.square().mean(dims, keepdim=True) + eps).sqrt()
-
     pairs = zip(student, teacher, strict=True)
-    squared = [(normal(s) - normal(t.detach())).square().sum() for s, t in pairs]
+    squared = [(normalized(s, dims, eps) - normalized(t.detach(), dims, eps)).square().sum() for s, t in pairs]
     return torch.stack(squared).sum() / sum(level.numel() for level in student)
 
 
@@ -239,7 +236,7 @@ class LGD(Distiller):
     """
 
     student_layers = ('neck',)
-    unweighted = True
+    unweighted = trains_heads = True
 
     def __init__(self, loss_weight: float | Mapping = 1.0):
         super().__init__()
