@@ -54,9 +54,8 @@ class Distilled(BaseModel if TYPE_CHECKING else object):  # type: ignore[misc]
                 losses.update({f'{name}.{key}': value for key, value in own.items()})
             else:
                 losses.update(idle_loss(name, source.kept))
-        student, own = self._learn(
-            inputs, data_samples, iteration, self.distillers.label_weights(knowledge, data_samples)
-        )
+        trust = self.distillers.label_weights(knowledge, data_samples) if self._task_weight(iteration) else None
+        student, own = self._learn(inputs, data_samples, iteration, trust)
         losses.update(own)
         losses.update(self.distillers(student, knowledge, data_samples))
         return losses
