@@ -6,20 +6,25 @@ import os
 import resource
 import statistics
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
-from mmengine.config import Config
+from mmengine.config import Config, ConfigDict
 from mmengine.device import get_device
+from mmengine.optim import build_optim_wrapper
 from mmengine.registry import MODELS, init_default_scope
 from mmengine.runner import Runner
 from torch import nn
+from torch.utils.data import DataLoader
 
-from mmkd.analysis.gradients import FAR_OFF, TASK, of_backbone, pulls
+from mmkd.analysis.gradients import FAR_OFF, TASK, figures_of, gradients_of, norm, of_backbone
 from mmkd.analysis.scores import silent
 from mmkd.hosts.datasets import without_workers
 from mmkd.testing.steps import training_step
+
+OPTIMIZER = ('optimizer', 'paramwise_cfg', 'constructor', 'clip_grad')
+"""What a warm-up takes of ``optim_wrapper``."""
 
 
 class Term(NamedTuple):
@@ -67,20 +72,58 @@ def build(config: Config) -> nn.Module:
 
 def batches(config: Config, number: int) -> list[dict]:
     """The first batches of the training data, as the data loader yields them; fewer where there are no more."""
+    return list(itertools.islice(_loader(config), number))
+
+
+def _loader(config: Config) -> DataLoader:
     with silent():
-        ready = Runner.build_dataloader(without_workers(config.train_dataloader), seed=0)
-    return list(itertools.islice(ready, number))
+        return Runner.build_dataloader(without_workers(config.train_dataloader), seed=0)
 
 
-def measure(model: nn.Module, data: Sequence[Mapping]) -> list[Term]:
-    """Each loss's value and gradient over some batches, none of which is trained on.
+def warm_up(model: nn.Module, config: Config, steps: int) -> None:
+    """Train the student for some steps by its own losses alone, as a training without distillers begins.
+
+    The learning rate rises linearly to that of the config. What distillers train stays as it is; what they remember, and an
+    average of the student, move on.
+
+    Args:
+        model: The distilled student, in training mode.
+        config: Its optimizer and data.
+        steps: How many; from the second pass over the data on, they are in the order of the first.
+    """
+    kept = {key: config.optim_wrapper[key] for key in OPTIMIZER if config.optim_wrapper.get(key) is not None}
+    wrapper = build_optim_wrapper(model, ConfigDict(kept, type='OptimWrapper'))
+    rates = [group['lr'] for group in wrapper.optimizer.param_groups]
+    for step, each in enumerate(itertools.islice(_endless(_loader(config)), steps), 1):
+        for group, rate in zip(wrapper.optimizer.param_groups, rates):
+            group['lr'] = rate * step / steps
+        losses = model(**model.data_preprocessor(each, True), mode='loss')
+        own = {key: value for key, value in losses.items() if key.partition('.')[0] not in model.distillers}
+        wrapper.update_params(model.parse_losses(own)[0])
+
+
+def _endless(loader: DataLoader) -> Iterator[dict]:
+    found = True
+    while found:
+        found = False
+        for each in loader:
+            found = True
+            yield each
+
+
+def measure(model: nn.Module, data: Sequence[Mapping]) -> tuple[list[Term], float]:
+    """Each loss's value and gradient over some batches, of which no step is taken.
 
     Args:
         model: The distilled student, in training mode.
         data: As :func:`batches` gives them.
+
+    Returns:
+        The task and the terms of the distillers; and how many times the task's gradient that of all these terms together is.
     """
     values: dict[str, list[float]] = {}
     figures: dict[str, list[tuple[float, float, float]]] = {}
+    together: list[float] = []
     for each in data:
         batch = model.data_preprocessor(each, True)
         losses = model(**batch, mode='loss')
@@ -94,17 +137,22 @@ def measure(model: nn.Module, data: Sequence[Mapping]) -> list[Term]:
                 else:
                     own += total
         values.setdefault(TASK, []).append(own)
-        found = pulls(losses, model.distillers, of_backbone(model))
+        gradients = gradients_of(losses, model.distillers, of_backbone(model))
+        found = figures_of(gradients)
         of_task = float(found[TASK].norm) if TASK in found else 0.0
+        terms = [gradient for name, gradient in gradients.items() if name != TASK]
+        of_terms = float(norm([torch.stack(each).sum(0) for each in zip(*terms)])) if terms else 0.0
+        together.append(of_terms / of_task if of_task else float('inf'))
         for name, pull in found.items():
             times = float(pull.norm) / of_task if of_task else float('inf')
             figures.setdefault(name, []).append((float(pull.share), float(pull.cosine), times))
     names = sorted(values, key=lambda name: (name != TASK, name))
-    return [
+    terms_of = [
         Term(name, statistics.median(values[name]), *map(statistics.median, zip(*figures[name])))
         for name in names
         if name in figures
     ]
+    return terms_of, statistics.median(together)
 
 
 class Memory(NamedTuple):

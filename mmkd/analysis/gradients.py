@@ -9,7 +9,6 @@ from mmengine.runner import Runner
 from torch import nn
 
 from mmkd.distill import Distilled
-from mmkd.distillers.schedule import Weight
 from mmkd.errors import ConfigError
 from mmkd.registry import HOOKS
 from mmkd.values import is_whole
@@ -45,6 +44,27 @@ def pulls(losses: Mapping[str, Any], names: Iterable[str], parameters: Sequence[
         By loss: ``'task'`` is the sum of the student's own losses; ``'gid.loss_feature'`` each term of a distiller.
         Losses that do not reach the parameters, a critic's for example, are left out.
     """
+    return figures_of(gradients_of(losses, names, parameters))
+
+
+def figures_of(found: Mapping[str, list[torch.Tensor]]) -> dict[str, Pull]:
+    """What :func:`pulls` gives of the gradients of :func:`gradients_of`; nothing where the task has none."""
+    norms = {name: norm(gradients) for name, gradients in found.items()}
+    total = sum(norms.values(), start=torch.tensor(1e-30))
+    task = found.get(TASK, [])
+    return {
+        name: Pull(
+            norms[name], norms[name] / total, _dot(gradients, task) / (norms[name] * norms[TASK]).clamp_min(1e-30)
+        )
+        for name, gradients in found.items()
+        if TASK in norms
+    }
+
+
+def gradients_of(
+    losses: Mapping[str, Any], names: Iterable[str], parameters: Sequence[nn.Parameter]
+) -> dict[str, list[torch.Tensor]]:
+    """The gradient of each loss, as :func:`pulls` names them."""
     starts = tuple(f'{name}.' for name in names)
     terms: dict[str, torch.Tensor] = {}
     for key, value in losses.items():
@@ -61,16 +81,7 @@ def pulls(losses: Mapping[str, Any], names: Iterable[str], parameters: Sequence[
                     torch.zeros_like(each) if gradient is None else gradient
                     for each, gradient in zip(parameters, gradients)
                 ]
-    norms = {name: _norm(gradients) for name, gradients in found.items()}
-    total = sum(norms.values(), start=torch.tensor(1e-30))
-    task = found.get(TASK, [])
-    return {
-        name: Pull(
-            norms[name], norms[name] / total, _dot(gradients, task) / (norms[name] * norms[TASK]).clamp_min(1e-30)
-        )
-        for name, gradients in found.items()
-        if TASK in norms
-    }
+    return found
 
 
 def without_loss(name: str) -> str:
@@ -80,7 +91,8 @@ def without_loss(name: str) -> str:
     return f'{entry}.{key}' if key else entry
 
 
-def _norm(gradients: Sequence[torch.Tensor]) -> torch.Tensor:
+def norm(gradients: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The Euclidean norm over all of them."""
     return _dot(gradients, gradients).sqrt()
 
 
@@ -155,9 +167,8 @@ def _add_pulls(model: nn.Module, inputs: tuple, losses: object) -> object:
         figures[f'share.{short}'] = pull.share
         if name != TASK:
             figures[f'cosine.{short}'] = pull.cosine
-    for name, distiller in model.distillers.items():
-        for option, weight in distiller.named_modules():
-            if isinstance(weight, Weight) and weight.scheduled:
-                term = f'{name}.{option.removesuffix("_weight")}'
-                figures[f'weight.{without_loss(term)}'] = torch.tensor(weight())
+    for name in model.distillers:
+        for option, weight in model.distillers.schedules(name).items():
+            term = f'{name}.{option.removesuffix("_weight")}'
+            figures[f'weight.{without_loss(term)}'] = torch.tensor(weight())
     return {**losses, **figures}

@@ -10,8 +10,6 @@ from mmengine.config import Config
 from mmengine.registry import PARAM_SCHEDULERS
 from torch import nn
 
-from mmkd.distillers.schedule import Weight
-
 BLOCKS = '▁▂▃▄▅▆▇█'
 POINTS = 1000
 
@@ -80,9 +78,8 @@ def weights(distillers: nn.Module, iterations: int) -> list[Curve]:
     """The loss weights of all distillers that change during the training."""
     found = [
         Curve(f'{name}.{option}'.replace('.loss_weight.', '.'), tuple(map(weight.at, _points(iterations))))
-        for name, distiller in distillers.items()
-        for option, weight in distiller.named_modules()
-        if isinstance(weight, Weight)
+        for name in distillers
+        for option, weight in distillers.schedules(name).items()
     ]
     return [each for each in found if not each.constant]
 

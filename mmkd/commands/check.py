@@ -2,6 +2,7 @@
 
 mmkd check configs/gid_retinanet.py                     # writes work_dirs/gid_retinanet/check.html
 mmkd check configs/gid_retinanet.py --images 200        # teachers on more validation images
+mmkd check configs/gid_retinanet.py --warm-up 500       # gradients after 500 steps of the student's own losses
 """
 
 import argparse
@@ -31,10 +32,17 @@ def main() -> None:
         '--images', type=int, default=32, help='validation images for each teacher; default 32, 0: none'
     )
     parser.add_argument('--batches', type=int, default=3, help='training batches for losses and gradients; default 3')
+    parser.add_argument(
+        '--warm-up',
+        type=int,
+        default=0,
+        metavar='STEPS',
+        help="train so many steps by the student's own losses before gradients are measured; default 0",
+    )
     cli.add_common_options(parser)
     args = parser.parse_args()
-    if args.images < 0 or args.batches < 1:
-        parser.error('--images: expected at least 0, and --batches at least 1')
+    if args.images < 0 or args.batches < 1 or args.warm_up < 0:
+        parser.error('--images and --warm-up: expected at least 0, and --batches at least 1')
     logging.disable(logging.INFO)
     with cli.clear_errors(args.debug):
         config = cli.read_config(args)
@@ -51,7 +59,8 @@ def main() -> None:
         data = first_steps.batches(config, args.batches)
         if not data:
             raise ConfigError('train_dataloader: it yields no batch')
-        terms = first_steps.measure(model, data)
+        first_steps.warm_up(model, config, args.warm_up)
+        terms, together = first_steps.measure(model, data)
         batch = model.data_preprocessor(data[0], True)
         pictures = embed(draw_batch(model, batch['inputs'], batch['data_samples']), 'png')
         memory = first_steps.memory(model, data[0])
@@ -64,6 +73,8 @@ def main() -> None:
                 config=args.config,
                 scores=scores or ['not evaluated'],
                 batches=len(data),
+                warm_up=args.warm_up,
+                together=together,
                 terms=terms,
                 memory=describe(memory),
                 warnings=warnings,
@@ -75,6 +86,8 @@ def main() -> None:
                 dict(
                     scores=scores,
                     losses=[{**each._asdict(), 'advice': each.advice} for each in terms],
+                    together=together,
+                    warm_up=args.warm_up,
                     memory=memory._asdict(),
                     warnings=warnings,
                     torch=torch.__version__,
@@ -87,6 +100,7 @@ def main() -> None:
     for line in scores:
         console.print(line, markup=False)
     console.print(losses(terms))
+    console.print(f'All of distillation together: {together:.2g} times the task.')
     for line in [*(f'{each.name}: {each.advice}' for each in terms if each.advice), describe(memory), *warnings]:
         console.print(textwrap.fill(line, 80), markup=False)
     console.print(f'Pictures: {page}', soft_wrap=True, markup=False)

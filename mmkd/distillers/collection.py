@@ -24,8 +24,9 @@ class Distillers(nn.ModuleDict):
     Args:
         specs: Name to config dict, as in a config file, or to a distiller. Beside a method's own options a dict may have
             ``teacher``, the name of the source it learns from or a list of names, ``combine``, how much it learns from each
-            of these (:class:`mmkd.distillers.several.Several`), ``learner``, the source that learns instead of the student, and
-            ``uncertainty``, options of :class:`mmkd.distillers.uncertainty.Uncertainty`.
+            of these (:class:`mmkd.distillers.several.Several`), ``learner``, the source that learns instead of the student,
+            ``uncertainty``, options of :class:`mmkd.distillers.uncertainty.Uncertainty`, and ``factor``, a number or a
+            schedule by which all its losses are multiplied (default 1).
         optional: Whether there may be none, as where a teacher's labels alone are learnt.
 
     Attributes:
@@ -43,6 +44,7 @@ class Distillers(nn.ModuleDict):
         self.teacher_of: dict[str, tuple[str, ...]] = {}
         self.learner_of: dict[str, str | None] = {}
         self._named: dict[str, Any] = {}
+        self._factors: dict[str, Weight] = {}
         for name, spec in specs.items():
             if 'loss' in name or '.' in name or hasattr(self, name):
                 raise ConfigError(
@@ -53,6 +55,7 @@ class Distillers(nn.ModuleDict):
             named = self._named[name] = options.pop('teacher', None)
             self.learner_of[name] = options.pop('learner', None)
             combine, uncertainty = options.pop('combine', None), options.pop('uncertainty', None)
+            self._factors[name] = Weight(options.pop('factor', 1.0), f'distillers.{name}.factor')
             made = spec if isinstance(spec, nn.Module) else build(DISTILLERS, f'distillers.{name}', options or spec)
             if not isinstance(spec, nn.Module) and not getattr(made, 'several_teachers', False):
                 made = _several(name, made, options, named, combine)
@@ -215,13 +218,15 @@ class Distillers(nn.ModuleDict):
             self.iteration = self._seen = of_runner
         elif counts:
             self.iteration += 1
-        for weights in self._weights.values():
+        for weights in (*self._weights.values(), self._factors.values()):
             for weight in weights:
                 weight.iteration = max(self.iteration, 0)
         return max(self.iteration, 0)
 
     def active(self, name: str) -> bool:
         """Whether a distiller's loss can be anything but 0 in this step."""
+        if not self._factors[name]():
+            return False
         if isinstance(self[name], Several):
             return self[name].active()
         weights = self._weights[name]
@@ -283,8 +288,16 @@ class Distillers(nn.ModuleDict):
                 if not needed <= knowledge.keys() or not self.active(name):
                     results.update(idle_loss(name, distiller))
                     continue
-                results.update(self._checked(name, distiller(*self._pair(name, student, knowledge), data_samples)))
+                losses = self._checked(name, distiller(*self._pair(name, student, knowledge), data_samples))
+                results.update(weighted(losses, self._factors[name]()))
         return results
+
+    def schedules(self, name: str) -> dict[str, Weight]:
+        """The weights of a distiller that change during the training, by option."""
+        weights = {
+            option: each for option, each in self[name].named_modules() if isinstance(each, Weight) and each.scheduled
+        }
+        return weights | ({'factor': self._factors[name]} if self._factors[name].scheduled else {})
 
     def _checked(self, name: str, losses: Any) -> dict[str, torch.Tensor]:
         """A distiller's losses under their log keys.

@@ -1,11 +1,12 @@
 """Train every method of a folder of configs, several seeds each, and compare it with its student alone."""
 
+import contextlib
 import dataclasses
 import fcntl
 import itertools
 import os
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO
 
@@ -18,7 +19,8 @@ from mmkd.experiments import suites
 from mmkd.experiments.configs import read, teachers_of
 from mmkd.experiments.discovery import Method, beside, discover, stages_before, teachers_there
 from mmkd.experiments.report import write_comparison
-from mmkd.experiments.runs import Run, train_all
+from mmkd.experiments.runs import Run, RunFailed, train_all
+from mmkd.experiments.shares import Share
 from mmkd.experiments.statistics import compare, ratio_of_medians, summary
 from mmkd.experiments.suites import SUITES, Suite
 from mmkd.experiments.tables import print_comparison
@@ -32,11 +34,20 @@ class Comparison:
         methods: What to compare.
         seeds: Each student is trained with each of them.
         folder: The runs' work directories go in here.
+        share: Of the gradient at the student's backbone, which every method is given by a factor of all its losses
+            (:class:`mmkd.experiments.shares.Share`); ``None``: all have the weights of their configs.
+
+    Attributes:
+        reported: Where the report goes: ``folder``, or that of the methods' runs with this share, which lies in it.
     """
 
-    def __init__(self, suite: Suite, methods: Sequence[Method], seeds: Sequence[int], folder: Path) -> None:
+    def __init__(
+        self, suite: Suite, methods: Sequence[Method], seeds: Sequence[int], folder: Path, share: float | None = None
+    ) -> None:
         self.suite = suite
         self.methods = list(methods)
+        self.share = share
+        self.reported = folder if share is None else folder / f'share_{share:g}'
         self.seeds = list(dict.fromkeys(seeds))
         self._taught_by: dict[str, list[str]] = {}
         for method in methods:
@@ -51,7 +62,20 @@ class Comparison:
             self.runs[name] = {seed: self._run(name, seed, folder) for seed in self.seeds}
         for method in methods:
             options = self._teaching(method.name)
-            self.runs[method.name] = {seed: self._run(method.name, seed, folder, options) for seed in self.seeds}
+            self.runs[method.name] = {seed: self._run(method.name, seed, self.reported, options) for seed in self.seeds}
+        self.shares: dict[str, Share] = {}
+        for method in methods if share is not None else ():
+            options = self._run(method.name, self.seeds[0], folder, self._teaching(method.name)).options
+            run = Run(method.name, suite.config(method.name), self.reported / f'{method.name}_check', options)
+            self.shares[method.name] = Share(run, share)
+            self._apply(method.name)
+
+    def _apply(self, name: str) -> None:
+        """Give the runs of a method its factor, once that is known."""
+        if self.shares[name].known:
+            with contextlib.suppress(RunFailed):  # there is none: it is not trained
+                for run in self.runs[name].values():
+                    run.options = {**run.options, **self.shares[name].changes()}
 
     def _run(self, name: str, seed: int, folder: Path, options: Mapping[str, object] = {}) -> Run:
         run = Run(f'{name}, seed {seed}', self.suite.config(name), folder / f'{name}_seed{seed}')
@@ -90,7 +114,7 @@ class Comparison:
 
     def check(self) -> None:
         """Raise ConfigError if a run was begun with another config."""
-        for run in [*self.teachers.values(), *self.queue()]:
+        for run in [*self.teachers.values(), *(each.run for each in self.shares.values()), *self.queue()]:
             run.check_unchanged()
 
     def check_inputs(self) -> None:
@@ -120,8 +144,36 @@ class Comparison:
                 [(self.teachers[name], self._taught_by[name]) for name in names], failed, jobs, threads
             )
         taught_by = {method.name: list(method.teachers.values()) for method in self.methods}
+        if self.shares:
+            failed |= self._measure(taught_by, failed, jobs, threads)
         queue = [(runs[seed], taught_by.get(name, [])) for seed in self.seeds for name, runs in self.runs.items()]
         return failed | self._train(queue, failed, jobs, threads)
+
+    def _measure(
+        self, taught_by: Mapping[str, Sequence[str]], failed: Mapping[str, str], jobs: int, threads: int
+    ) -> dict[str, str]:
+        """Find the factor of each method, and give it to its runs; the runs of those that have none, with why."""
+        taught = {
+            name: each
+            for name, each in self.shares.items()
+            if not any(str(self.teachers[teacher].folder) in failed for teacher in taught_by[name])
+        }
+        without: dict[str, str] = {}
+
+        def factor(name: str) -> str:
+            try:
+                taught[name].measure(threads)
+                return f'{name}: factor {taught[name].factor:g}'
+            except RunFailed as error:
+                without.update({str(run.folder): str(error) for run in self.runs[name].values()})
+                return f'error: {error}'
+
+        with ThreadPoolExecutor(jobs) as pool:
+            for line in pool.map(factor, taught):
+                tqdm.write(line)
+        for name in taught:
+            self._apply(name)
+        return without
 
     def _train(
         self, queue: Sequence[tuple[Run, Sequence[str]]], failed: Mapping[str, str], jobs: int, threads: int
@@ -132,7 +184,7 @@ class Comparison:
             for teacher in (self.teachers[name] for name in teachers):
                 if str(teacher.folder) in failed:
                     untaught[str(run.folder)] = f'{run.name} not trained: its teacher, {teacher.name}, failed'
-        ready = [run for run, _ in queue if str(run.folder) not in untaught]
+        ready = [run for run, _ in queue if str(run.folder) not in {*untaught, *failed}]
         return train_all(ready, jobs, threads, self.score) | untaught
 
     def score(self, run: Run) -> float:
@@ -189,6 +241,7 @@ class Comparison:
                 'teachers': [*method.teachers.values(), *method.given.values()],
                 **summary(scores(own)),
                 **compare(scores(alone), scores(own), max(known) if all_known else None),
+                **({'factor': self._factor(method.name)} if self.shares else {}),
                 'step_time': ratio_of_medians(times(own, common), times(alone, common)),
             }
         found = [score for score in teachers.values() if score is not None]
@@ -201,12 +254,19 @@ class Comparison:
             'score': dataclasses.asdict(self.suite.score)
             | {'digits': self.suite.score.digits or (3 if all(abs(score) <= 1 for score in found) else 2)},
             'seeds': self.seeds,
+            'share': self.share,
             'teachers': teachers,
             'students': students,
             'methods': methods,
             'failed': dict(failed),
             'missing': {folder: state for folder, state in missing.items() if folder not in failed},
         }
+
+    def _factor(self, name: str) -> float | None:
+        share = self.shares[name]
+        with contextlib.suppress(RunFailed):
+            return share.factor if share.known else None
+        return None
 
 
 def lock(folder: Path) -> IO:
@@ -246,6 +306,7 @@ def run_comparison(
     work_dir: Path | None = None,
     score: str | None = None,
     report_only: bool = False,
+    share: float | None = None,
 ) -> dict:
     """Train what is not finished, write table, chart and report, and print the table.
 
@@ -257,6 +318,7 @@ def run_comparison(
         work_dir: Where the runs and the report go; default ``work_dirs/compare_<name>``.
         score: The key in the logs of what ranks the models; default: the one that the configs name.
         report_only: Train nothing, report what is finished.
+        share: Of the gradient, which each method is given instead of its weights, see :class:`Comparison`.
 
     Returns:
         The results, as ``results.json`` holds them.
@@ -268,8 +330,8 @@ def run_comparison(
     suite, found = suite_of(name, methods, score)
     folder = work_dir or Path(f'work_dirs/compare_{suite.name}')
     failed: dict[str, str] = {}
-    with nullcontext() if report_only else lock(folder):
-        comparison = Comparison(suite, found, seeds, folder)
+    with contextlib.nullcontext() if report_only else lock(folder):
+        comparison = Comparison(suite, found, seeds, folder, share)
         comparison.check()
         if not report_only:
             if suite.generate:
@@ -279,5 +341,5 @@ def run_comparison(
             failed = comparison.train(jobs)
         results = comparison.results(failed)
         print_comparison(results)
-        print(f'Report: {write_comparison(results, folder)}')
+        print(f'Report: {write_comparison(results, comparison.reported)}')
     return results

@@ -161,9 +161,10 @@ class Run:
         log = self.folder / 'output.log'
         begin = log.stat().st_size if log.is_file() else 0
         total = self.length if self.unit == 'iter' else None  # of epochs, when their length is known
-        env = os.environ if threads is None else {**os.environ, 'OMP_NUM_THREADS': str(threads)}
         with (
-            subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env) as process,
+            subprocess.Popen(
+                command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment(threads)
+            ) as process,
             log.open('a') as output,
             tqdm(total=total, desc=title, unit='it', dynamic_ncols=True, mininterval=1) as bar,
         ):
@@ -208,6 +209,11 @@ class Run:
         """End the training process, if there is one; the run can be resumed."""
         if self._process is not None and self._process.poll() is None:
             self._process.terminate()
+
+
+def environment(threads: int | None) -> dict[str, str]:
+    """Of a process with so many threads; ``None`` leaves that alone."""
+    return {**os.environ} if threads is None else {**os.environ, 'OMP_NUM_THREADS': str(threads)}
 
 
 def reason_of_failure(status: int, output: str) -> str:

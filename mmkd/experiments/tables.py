@@ -12,13 +12,17 @@ LEGEND = (
     'standard error of the gain, sqrt(s1²/n + s2²/n), which of few seeds is itself a rough estimate. Gap closed: '
     "gain / (teacher - alone). Step time: median time of a training iteration over the student alone's."
 )
+FACTOR = (
+    ' Factor: of all losses of a method, instead of its own weights; with it the gradient of distillation at the '
+    "backbone, after a warm-up by the student's own losses, is {:g} % of its sum with the task's, norm by norm."
+)
 
 
 def columns(results: Mapping) -> tuple[str, ...]:
     score = results['score']['name']
     return (
         'method', 'student', 'teacher', score, f'{score} of seeds', 'gain', 'SE', 'gain / SE', '> 2 SE', 'gap closed',
-        'step time',
+        'step time', *(('factor',) if results.get('share') else ()),
     )  # fmt: skip
 
 
@@ -61,6 +65,7 @@ def rows(results: Mapping) -> list[dict[str, str]]:
                     'gap closed': text(each['gap_closed'], '.0%').replace('%', ' %'),
                     'step time': text(each['step_time'], '.2f'),
                 }
+                | ({'factor': text(each['factor'], '.3g')} if results.get('share') else {})
             )
     return table
 
@@ -89,7 +94,8 @@ def notes(results: Mapping) -> list[str]:
 
 
 def legend(results: Mapping) -> str:
-    return f'{results["about"]}; {LEGEND}'
+    share = results.get('share')
+    return f'{results["about"]}; {LEGEND}' + (FACTOR.format(100 * share) if share else '')
 
 
 def markdown(results: Mapping) -> str:

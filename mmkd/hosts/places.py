@@ -98,7 +98,9 @@ def _models(config: Config) -> Iterator[Place]:
             if isinstance(source.get('config'), Mapping) and source_kind(source) in ('Teacher', 'Peer'):
                 yield from _model(f'{option}.config', source['config'])
     for option, entry in _at(config, 'model.distillers.*'):
-        yield Place(option, entry, DISTILLERS, extra=frozenset({'teacher', 'learner', 'combine', 'uncertainty'}))
+        yield Place(
+            option, entry, DISTILLERS, extra=frozenset({'teacher', 'learner', 'combine', 'uncertainty', 'factor'})
+        )
 
 
 def _model(option: str, spec: Mapping) -> Iterator[Place]:

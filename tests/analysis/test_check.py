@@ -123,7 +123,8 @@ def test_losses_of_first_steps_are_those_of_the_model(detection):
     model = first_steps.build(detection)
     data = first_steps.batches(detection, 1)
     expected = model(**model.data_preprocessor(data[0], True), mode='loss')
-    terms = {each.name: each for each in first_steps.measure(model, data)}
+    found, together = first_steps.measure(model, data)
+    terms = {each.name: each for each in found}
     assert set(terms) == {TASK, 'gid.loss_feature', 'gid.loss_relation', 'gid.loss_cls', 'gid.loss_bbox'}
     assert terms['gid.loss_feature'].value == pytest.approx(float(expected['gid.loss_feature']), rel=1e-4)
     own = sum(
@@ -132,6 +133,32 @@ def test_losses_of_first_steps_are_those_of_the_model(detection):
     assert terms[TASK].value == pytest.approx(own, rel=1e-4)
     assert sum(each.share for each in terms.values()) == pytest.approx(1, abs=1e-4)
     assert terms[TASK].times == 1
+    # the norm of a sum: no larger than the sum of norms, no smaller than their largest difference
+    others = [each.times for each in found if each.name != TASK]
+    assert max(others) - sum(sorted(others)[:-1]) <= together <= sum(others)
+
+
+def test_a_factor_multiplies_how_strongly_a_method_pulls(detection):
+    data = first_steps.batches(detection, 1)
+    plain = first_steps.build(detection)
+    weaker = detection.copy()
+    weaker.model.distillers.gid.factor = 0.25
+    weak = first_steps.build(weaker)
+    weak.load_state_dict(plain.state_dict())
+    (terms, together), (lower, less) = first_steps.measure(plain, data), first_steps.measure(weak, data)
+    assert less == pytest.approx(0.25 * together, rel=1e-3)
+    for one, other in zip(terms[1:], lower[1:]):
+        assert (other.value, other.times) == pytest.approx((0.25 * one.value, 0.25 * one.times), rel=1e-3)
+
+
+def test_a_warm_up_trains_the_student_by_its_own_losses(detection):
+    model = first_steps.build(detection)
+    before = {name: each.clone() for name, each in model.named_parameters()}
+    first_steps.warm_up(model, detection, 3)
+    moved = {name for name, each in model.named_parameters() if not torch.equal(each, before[name])}
+    assert {'backbone.layer1.0.conv1.weight', 'bbox_head.retina_cls.weight'} <= moved
+    assert not [name for name in moved if name.startswith('distillers')]
+    first_steps.warm_up(model, detection, 0)
 
 
 def test_an_image_is_shown_as_it_was_loaded():

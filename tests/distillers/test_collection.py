@@ -174,3 +174,42 @@ def test_a_method_of_several_teachers_gets_a_dict_of_one_as_well(teacher_options
         build(both, own('Several'))
     with pytest.raises(ConfigError, match='teacher_layers names lagre; its teachers are a, b'):
         build(both, own('SeveralOfNames', teacher=['a', 'b']))
+
+
+# what an entry may have beside its method's options
+
+
+def losses_with(factor, steps=1):
+    distilled = mmkd.distill(
+        models.build(detectors.retinanet()),
+        models.build(detectors.retinanet()),
+        dict(it=dict(type='GID', **({} if factor is None else dict(factor=factor)))),
+    )
+    distilled.init_weights()
+    batch = distilled.data_preprocessor(random_batch(distilled, (2, 3, 96, 96)), True)
+    return [distilled.train()(**batch, mode='loss') for _ in range(steps)]
+
+
+def test_a_factor_multiplies_all_losses_of_an_entry_and_nothing_else():
+    torch.manual_seed(0)
+    (plain,) = losses_with(None)
+    torch.manual_seed(0)
+    (halved,) = losses_with(0.5)
+    assert plain.keys() == halved.keys()
+    for key, value in plain.items():
+        for one, other in zip(*(each if isinstance(each, list) else [each] for each in (value, halved[key]))):
+            expected = 0.5 * one if key.startswith('it.loss') else one
+            torch.testing.assert_close(other, expected, rtol=1e-5, atol=0)
+
+
+def test_a_factor_is_a_schedule_and_at_0_the_method_is_not_run():
+    first, second, third = losses_with(dict(type='constant', value=2.0, begin=1, end=2), steps=3)
+    assert 'it.loss_feature' in second
+    assert 'it.loss_feature' not in first
+    assert 'it.loss_feature' not in third
+
+
+@pytest.mark.parametrize('factor', ['half', -1.0, dict(type='linear')])
+def test_a_factor_that_is_none(factor):
+    with pytest.raises(ConfigError, match=r'^distillers\.it\.factor='):
+        losses_with(factor)
