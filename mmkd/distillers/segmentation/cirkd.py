@@ -9,10 +9,10 @@ from collections.abc import Mapping
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd.function import once_differentiable
 
 from mmkd.adapters import ConvAdapter
 from mmkd.distillers.base import Distiller
-from mmkd.distillers.generic.kd import pixel_divergence
 from mmkd.distillers.levels import LevelPairs
 from mmkd.distillers.memory import ClassMemory
 from mmkd.distillers.schedule import Weight
@@ -72,18 +72,11 @@ def batch_loss(student: torch.Tensor, teacher: torch.Tensor, valid: torch.Tensor
     Returns:
         A scalar; 0 where nothing is valid.
     """
-    batch = len(valid)
     valid = valid.flatten(1)
-
-    def logits(feature: torch.Tensor) -> torch.Tensor:
-        """(B * B, A, A): of each pair (i, j) the positions of j, then those of i."""
-        feature = F.normalize(feature.flatten(2), dim=1)
-        similarity = feature.mT[None] @ feature[:, None] / tau
-        return similarity.masked_fill(~valid[None, :, :, None], ABSENT).flatten(0, 1)
-
-    anchors = valid.repeat_interleave(batch, 0)
-    total = pixel_divergence(logits(student), logits(teacher.detach()), reduction='image_sum', valid=anchors)
-    return total / valid.any(1).sum().clamp(min=1).square()
+    student, teacher = (F.normalize(each.flatten(2), dim=1).mT for each in (student, teacher.detach()))
+    images = valid.any(1).sum().clamp(min=1)
+    weights = valid.to(student.dtype) / (valid.sum(1, keepdim=True).clamp(min=1) * images.square())
+    return _Relations.apply(student, student, teacher, teacher, valid, weights, tau)
 
 
 def memory_loss(
@@ -114,14 +107,11 @@ def memory_loss(
     Returns:
         A scalar; 0 where nothing is valid, or no entry is there.
     """
-    memory = F.normalize(memory, dim=1)
-
-    def logits(feature: torch.Tensor) -> torch.Tensor:
-        """(B, M, A)."""
-        similarity = memory @ F.normalize(feature.flatten(2), dim=1) / tau
-        return similarity.masked_fill(~there[:, None], ABSENT)
-
-    return pixel_divergence(logits(student), logits(teacher.detach()), valid=valid)
+    valid = valid.flatten(1)
+    student, teacher = (F.normalize(each.flatten(2), dim=1).mT for each in (student, teacher.detach()))
+    memory = F.normalize(memory, dim=1)[None]
+    weights = valid.to(student.dtype) / valid.sum().clamp(min=1)
+    return _Relations.apply(student, memory, teacher, memory, there[None], weights, tau)
 
 
 def draw_pixels(embedding: torch.Tensor, masks: torch.Tensor, number: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -159,6 +149,45 @@ def class_means(embedding: torch.Tensor, masks: torch.Tensor) -> tuple[torch.Ten
     """
     sums = torch.einsum('bkhw,bchw->bkc', masks.to(embedding.dtype), embedding)
     return F.normalize(sums, dim=2), masks.flatten(2).any(2)
+
+
+class _Relations(torch.autograd.Function):
+    r"""The weighted sum of the divergences of all rows of cosines, whose gradient is found on the way.
+
+    With rows :math:`z_{ija} = q_{ia} k_j / \tau` of queries q_ia, (B, A, C), and groups of keys k_j, (J, M, C), the gradient of
+    the sum with respect to z is :math:`w_{ia} (\sigma(z^S) - \sigma(z^T))`. It is taken image by image, so that no matrix of
+    all similarities is there, and none is kept for the backward pass.
+    """
+
+    @staticmethod
+    def forward(ctx, queries, keys, teacher_queries, teacher_keys, there, weights, tau):
+        groups, rows = there.shape[0], len(queries[0])
+
+        def log_softmax(queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+            similarity = (queries @ keys.flatten(0, 1).t()).div_(tau).view(rows, groups, -1)
+            return similarity.masked_fill_(~there, ABSENT).log_softmax(2)
+
+        total = queries.new_zeros(())
+        of_queries, of_keys = torch.zeros_like(queries), torch.zeros_like(keys.flatten(0, 1))
+        for image, own in enumerate(queries):
+            student = log_softmax(own, keys)
+            teacher = log_softmax(teacher_queries[image], teacher_keys)
+            weight = weights[image]
+            probability = teacher.exp()
+            total += weight @ teacher.sub_(student).mul_(probability).sum((1, 2))
+            if any(ctx.needs_input_grad[:2]):
+                gradient = student.exp_().sub_(probability).mul_((weight / tau)[:, None, None]).flatten(1)
+                of_queries[image] = gradient @ keys.flatten(0, 1)
+                if ctx.needs_input_grad[1]:
+                    of_keys += gradient.t() @ own
+        ctx.save_for_backward(of_queries, of_keys.view_as(keys))
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, outer):
+        of_queries, of_keys = (outer * each for each in ctx.saved_tensors)
+        return of_queries, of_keys if ctx.needs_input_grad[1] else None, None, None, None, None, None
 
 
 @DISTILLERS.register_module()
