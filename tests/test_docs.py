@@ -28,7 +28,7 @@ from mmkd import checks, cli
 from mmkd.__main__ import COMMANDS
 from mmkd.hosts.config_files import read_config_file
 from mmkd.hosts.configs import fill_in_class_names
-from mmkd.registry import DISTILLERS
+from mmkd.registry import DISTILLERS, SOURCES
 from mmkd.testing import detectors, models
 from mmkd.testing.batches import random_batch
 
@@ -277,6 +277,23 @@ def test_links_lead_to_files(page):
     for link in re.findall(r'\]\(([^)\s]+)\)', (ROOT / page).read_text()):
         if '://' not in link and not link.startswith('#'):
             assert ((ROOT / page).parent / link.partition('#')[0]).exists(), link
+
+
+def own_classes(registry):
+    return {
+        f'{each.__module__}.{each.__name__}'
+        for each in registry.module_dict.values()
+        if each.__module__.startswith('mmkd.')
+    }
+
+
+def test_the_api_has_every_method_and_every_source():
+    """And each name on the page is there."""
+    named = set(re.findall(r'^::: (\S+)', (ROOT / 'docs/api.md').read_text(), re.MULTILINE))
+    assert own_classes(DISTILLERS) | own_classes(SOURCES) <= named
+    for name in named:
+        module, _, last = name.rpartition('.')
+        assert hasattr(import_module(module), last) or import_module(name), name
 
 
 def test_versions_agree():
