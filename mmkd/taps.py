@@ -11,6 +11,7 @@ from mmkd.classes import ClassMap
 from mmkd.errors import ConfigError, nearest
 
 INPUT = ':input'
+LAST_INPUT = ':last_input'
 KWARGS = ':kwargs'
 
 
@@ -19,14 +20,14 @@ class _Reached(BaseException):
 
 
 def find_layer(model: nn.Module, layer: str, whose: str = '') -> nn.Module:
-    """The module that ``layer`` names, a dotted name with an optional ``:input`` or ``:kwargs`` at its end.
+    """The module that ``layer`` names, a dotted name with an optional ``:input``, ``:last_input`` or ``:kwargs`` at its end.
 
     Raises:
         ConfigError: if the model has no such module; the message has the nearest existing names.
     """
     if not isinstance(layer, str) or not layer:
         raise ConfigError(f"{whose}layer {layer!r}: expected a module's dotted name, such as 'neck'")
-    name = layer.removesuffix(INPUT).removesuffix(KWARGS)
+    name = layer.removesuffix(INPUT).removesuffix(LAST_INPUT).removesuffix(KWARGS)
     try:
         return model.get_submodule(name)
     except AttributeError:
@@ -45,14 +46,15 @@ class Taps(Mapping):
     ``taps[layer]`` is always a tuple: the layer's output where that is a tuple or list already (an FPN's levels), a
     single output in a tuple of one, or one entry per call where the layer was called several times (a convolution that
     a head shares between levels). ``taps['name:input']`` holds what a layer takes in, in the same form: its one
-    positional input, or a tuple of them. ``taps['name:kwargs']`` holds its keyword inputs, a dict for each call.
-    :meth:`per_call` gives one entry per call, however many there were. Half-precision tensors are handed out as float32,
-    so that losses are computed in float32 whatever the autocast state.
+    positional input, or a tuple of them; that of an activation that works in place is a copy. ``taps['name:last_input']``
+    is that of its last call alone, for an activation that a block calls several times. ``taps['name:kwargs']`` holds its
+    keyword inputs, a dict for each call. :meth:`per_call` gives one entry per call, however many there were. Half-precision
+    tensors are handed out as float32, so that losses are computed in float32 whatever the autocast state.
 
     Args:
         model: The model to read from; also ``taps.model``, for its prior generator, coder or assigner.
-        layers: Dotted names, as in ``model.get_submodule``, with ``:input`` or ``:kwargs`` appended for what a layer
-            takes in.
+        layers: Dotted names, as in ``model.get_submodule``, with ``:input``, ``:last_input`` or ``:kwargs`` appended for
+            what a layer takes in.
         stop_after: How often each layer is called in a full forward pass. If given, the forward pass ends
             as soon as all layers have been called as often, and what comes after them is never run.
         images: How many images the forward pass is over, if that is known; also ``taps.images``.
@@ -89,9 +91,7 @@ class Taps(Mapping):
     def __enter__(self: AnyTaps) -> AnyTaps:
         self._records = {layer: [] for layer in self._modules}
         self._read = {}
-        self._handles = [
-            module.register_forward_hook(self._hook(layer), with_kwargs=True) for layer, module in self._modules.items()
-        ]
+        self._handles = [self._register(layer, module) for layer, module in self._modules.items()]
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: Any) -> bool:
@@ -100,18 +100,26 @@ class Taps(Mapping):
         self._handles = []
         return kind is _Reached
 
-    def _hook(self, layer: str):
-        def hook(module: nn.Module, inputs: tuple, kwargs: dict, output: Any) -> None:
-            value = output
-            if layer.endswith(INPUT):
-                value = inputs[0] if len(inputs) == 1 else inputs
-            elif layer.endswith(KWARGS):
-                value = kwargs
-            self._records[layer].append((value, [(each, each._version) for each in tensors(value)]))
-            if self._stop_after is not None and self.calls == self._stop_after:
-                raise _Reached
+    def _register(self, layer: str, module: nn.Module) -> Any:
+        def before(module: nn.Module, inputs: tuple, kwargs: dict) -> None:
+            value: Any = kwargs if layer.endswith(KWARGS) else inputs[0] if len(inputs) == 1 else inputs
+            if getattr(module, 'inplace', False) is True:  # else what it puts out would be read
+                value = _map(torch.Tensor.clone, value)
+            if layer.endswith(LAST_INPUT) and self._records[layer]:
+                self._records[layer][-1] = (None, [])  # counts as a call, and is not read
+            self._record(layer, value)
 
-        return hook
+        def after(module: nn.Module, inputs: tuple, output: Any) -> None:
+            self._record(layer, output)
+
+        if layer.endswith((INPUT, LAST_INPUT, KWARGS)):
+            return module.register_forward_pre_hook(before, with_kwargs=True)
+        return module.register_forward_hook(after)
+
+    def _record(self, layer: str, value: Any) -> None:
+        self._records[layer].append((value, [(each, each._version) for each in tensors(value)]))
+        if self._stop_after is not None and self.calls == self._stop_after:
+            raise _Reached
 
     @property
     def calls(self) -> dict[str, int]:
@@ -119,7 +127,10 @@ class Taps(Mapping):
         return {layer: len(records) for layer, records in self._records.items()}
 
     def per_call(self, layer: str) -> tuple:
-        """What a layer put out (or took in, with ``:input`` and ``:kwargs``), one entry for each call."""
+        """What a layer put out (or took in, with ``:input`` and ``:kwargs``), one entry for each call.
+
+        With ``:last_input`` one entry.
+        """
         if layer not in self._modules:
             raise ConfigError(f'layer {layer!r} is not tapped; tapped are {sorted(self._modules)}')
         records = self._records.get(layer, [])
@@ -127,10 +138,13 @@ class Taps(Mapping):
             raise ConfigError(
                 f'layer {layer!r} of {type(self.model).__name__} was never called in the forward pass; {self._advice(layer)}'
             )
+        if layer.endswith(LAST_INPUT):
+            records = records[-1:]
         if any(tensor._version != version for _, versions in records for tensor, version in versions):
             raise ConfigError(
                 f'layer {layer!r} of {type(self.model).__name__}: its output is changed in place by a later module (an '
-                f'activation with inplace=True, most likely); tap that module instead'
+                f'activation with inplace=True, most likely); tap that module instead, or what it takes in, by '
+                f"':input' behind its name"
             )
         if layer not in self._read:
             self._read[layer] = tuple(_map(_float32, value) for value, _ in records)

@@ -4,7 +4,7 @@ from torch import nn
 
 from mmkd.errors import ConfigError
 from mmkd.hosts.running import probe
-from mmkd.taps import Taps, find_layer
+from mmkd.taps import Taps, find_layer, join
 from mmkd.testing import detectors, models
 
 
@@ -61,6 +61,49 @@ def test_several_inputs_of_a_layer_are_a_tuple(images):
     ((first, second),) = taps.per_call('join:input')
     assert first is one
     assert second is other
+
+
+class Block(nn.Module):
+    """Calls one activation twice, as the blocks of ResNets do."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 3, 1)
+        self.relu = nn.ReLU(inplace=True)
+
+    def forward(self, images):
+        return self.relu(self.relu(self.conv(images)) + images)
+
+
+def test_an_activation_in_place_shows_what_it_took_in(images):
+    model = Block()
+    with Taps(model, ['relu:input', 'relu:last_input']) as taps:
+        model(images)
+    first = model.conv(images)
+    second = first.relu() + images
+    assert second.min() < 0
+    assert [torch.equal(*each) for each in zip(taps['relu:input'], (first, second), strict=True)] == [True, True]
+    (last,) = taps['relu:last_input']
+    assert torch.equal(last, second)
+    assert taps.per_call('relu:last_input')[0] is last
+    last.sum().backward()
+    assert model.conv.weight.grad.any()
+
+
+def test_the_last_input_waits_for_all_calls(images):
+    model = Block()
+    with Taps(model, ['relu:last_input']) as full:
+        model(images)
+    assert full.calls == {'relu:last_input': 2}
+    with Taps(model, ['relu:last_input'], stop_after=full.calls) as taps:
+        model(images)
+    assert torch.equal(taps['relu:last_input'][0], full['relu:last_input'][0])
+    one, other = Taps(model, ['relu:last_input']), Taps(model, ['relu:last_input'])
+    for part, image in ((one, images), (other, 2 * images)):
+        with part:
+            model(image)
+    (joined,) = join([([1], one), ([0], other)])['relu:last_input']
+    assert torch.equal(joined[1:], full['relu:last_input'][0])
 
 
 def test_the_nearest_names_are_those_of_the_plain_model():

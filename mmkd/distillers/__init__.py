@@ -17,6 +17,7 @@ from mmkd.distillers.generic.irg import IRG
 from mmkd.distillers.generic.kd import KD
 from mmkd.distillers.generic.mgd import MGD
 from mmkd.distillers.generic.nst import NST
+from mmkd.distillers.generic.ofd import OFD
 from mmkd.distillers.generic.pkd import PKD
 from mmkd.distillers.generic.reviewkd import ReviewKD
 from mmkd.distillers.generic.rkd import RKD
@@ -57,6 +58,7 @@ __all__ = [
     'KD',
     'MGD',
     'NST',
+    'OFD',
     'ONE',
     'PKD',
     'RKD',

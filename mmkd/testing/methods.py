@@ -23,6 +23,7 @@ DETECTION = {
             irg=dict(type='IRG', layer='neck'),
             fsp=dict(type='FSP', layer='neck', loss_weight=1e-3),
             reviewkd=dict(type='ReviewKD', layer='neck', channels=16),
+            ofd=dict(type='OFD', layer='neck', loss_weight=1e-4),
             afd=dict(type='AFD', layer='neck', channels=16),
             crd=dict(type='CRD', layer='neck', channels=16, memory=64, samples=16),
         ),
@@ -93,6 +94,7 @@ SEGMENTATION = {
             reviewkd=dict(
                 type='ReviewKD', layer=['backbone.layer2', 'backbone.layer3', 'backbone.layer4'], channels=16
             ),
+            ofd=dict(type='OFD', layer=['backbone.layer3', 'decode_head.bottleneck'], loss_weight=1e-6),
             afd=dict(type='AFD', layer=['backbone.layer3', 'backbone.layer4'], channels=16),
             crd=dict(type='CRD', layer='decode_head.bottleneck', channels=16, memory=64, samples=16),
             afdcd=dict(type='AfDCD', groups=8),

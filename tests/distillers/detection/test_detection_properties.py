@@ -228,6 +228,12 @@ METHODS = {
         {'zero': TRAINED, 'bf16': 'of a level of 1x1 positions its batch norm leaves the signs', 'padding': WHOLE},
     ),
     'AFD': ('retinanet', 'retinanet', dict(type='AFD', layer='neck', channels=16), {'zero': TRAINED, 'padding': WHOLE}),
+    'OFD': (
+        'retinanet',
+        'retinanet',
+        dict(type='OFD', layer='neck', loss_weight=1e-3, adapter='auto'),
+        {'padding': WHOLE},
+    ),
     'CRD': (
         'retinanet',
         'retinanet',

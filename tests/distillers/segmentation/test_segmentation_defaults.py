@@ -158,6 +158,12 @@ DEFAULTS = {
         'loss_weight': (200.0, CODE),
         'teacher_layer': (None, NAME),
     },
+    'OFD': {
+        'loss_weight': (1e-5, f'{CODE}, for segmentation and detection'),
+        'teacher_layer': (None, NAME),
+        'adapter': (dict(type='ConvAdapter', bias=False, norm=True), CODE),
+        'match': ('stride', OURS),
+    },
     'CRD': {
         'channels': (128, CODE),
         'tau': (0.07, CODE),

@@ -126,6 +126,18 @@ METHODS = {
         dict(type='AFD', layer=[f'backbone.layer{i}' for i in (2, 3, 4)], teacher_layer='backbone.layer4', channels=16),
         {'zero': OTHER, 'ignored': ALL_PIXELS},
     ),
+    'OFD': (
+        'pspnet',
+        'pspnet',
+        dict(type='OFD', layer=['backbone.layer4', 'decode_head.bottleneck'], loss_weight=1e-3, adapter='auto'),
+        {'ignored': ALL_PIXELS},
+    ),
+    'OFD with adapters': (
+        'pspnet',
+        'deeplabv3',
+        dict(type='OFD', layer=['backbone.layer4', 'decode_head.bottleneck'], loss_weight=1e-3),
+        {'zero': OTHER, 'ignored': ALL_PIXELS},
+    ),
     'CRD': (
         'pspnet',
         'pspnet',
