@@ -5,8 +5,4 @@ model = dict(
     student=_base_.model,
     teacher=dict(config='mmkd::streets/pspnet_teacher.py', checkpoint='work_dirs/pspnet_teacher/iter_1500.pth'),
     distillers=dict(
-        ofd=dict(
-            type='OFD',
-            layer=[*(f'backbone.layer{i}' for i in (1, 2, 3, 4)), 'decode_head.bottleneck'],
-            # the published 1e-5, for smaller maps of fewer channels: the loss is a sum
-            loss_weight=1e-4)))
+        ofd=dict(type='OFD', layer=[*(f'backbone.layer{i}' for i in (1, 2, 3, 4)), 'decode_head.bottleneck'])))

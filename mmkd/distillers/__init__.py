@@ -15,6 +15,7 @@ from mmkd.distillers.generic.fitnet import FitNet
 from mmkd.distillers.generic.fsp import FSP
 from mmkd.distillers.generic.irg import IRG
 from mmkd.distillers.generic.kd import KD
+from mmkd.distillers.generic.matching_guided import MatchingGuided
 from mmkd.distillers.generic.mgd import MGD
 from mmkd.distillers.generic.nst import NST
 from mmkd.distillers.generic.ofd import OFD
@@ -75,6 +76,7 @@ __all__ = [
     'FitNet',
     'LevelPair',
     'LevelPairs',
+    'MatchingGuided',
     'OKDDip',
     'ReviewKD',
     'Trust',

@@ -24,6 +24,7 @@ DETECTION = {
             fsp=dict(type='FSP', layer='neck', loss_weight=1e-3),
             reviewkd=dict(type='ReviewKD', layer='neck', channels=16),
             ofd=dict(type='OFD', layer='neck', loss_weight=1e-4),
+            matching=dict(type='MatchingGuided', layer='neck', interval=2, track=1, loss_weight=1e-4),
             afd=dict(type='AFD', layer='neck', channels=16),
             crd=dict(type='CRD', layer='neck', channels=16, memory=64, samples=16),
         ),
@@ -95,6 +96,7 @@ SEGMENTATION = {
                 type='ReviewKD', layer=['backbone.layer2', 'backbone.layer3', 'backbone.layer4'], channels=16
             ),
             ofd=dict(type='OFD', layer=['backbone.layer3', 'decode_head.bottleneck'], loss_weight=1e-6),
+            matching=dict(type='MatchingGuided', layer='backbone.layer4', interval=2, track=1, loss_weight=1e-6),
             afd=dict(type='AFD', layer=['backbone.layer3', 'backbone.layer4'], channels=16),
             crd=dict(type='CRD', layer='decode_head.bottleneck', channels=16, memory=64, samples=16),
             afdcd=dict(type='AfDCD', groups=8),

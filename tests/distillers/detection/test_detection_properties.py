@@ -234,6 +234,12 @@ METHODS = {
         dict(type='OFD', layer='neck', loss_weight=1e-3, adapter='auto'),
         {'padding': WHOLE},
     ),
+    'MatchingGuided': (
+        'retinanet',
+        'retinanet',
+        dict(type='MatchingGuided', layer='neck', loss_weight=1e-3),
+        {'zero': TRAINED, 'bf16': 'rounding decides which channels are alike', 'padding': WHOLE},
+    ),
     'CRD': (
         'retinanet',
         'retinanet',

@@ -164,6 +164,14 @@ DEFAULTS = {
         'adapter': (dict(type='ConvAdapter', bias=False, norm=True), CODE),
         'match': ('stride', OURS),
     },
+    'MatchingGuided': {
+        'reduction': ('absmax', PAPER),
+        'interval': (5000, f'{CODE}, for a detector'),
+        'track': (1000, f'{CODE}, for a detector'),
+        'loss_weight': (2e-7, f'{CODE}, for a detector'),
+        'teacher_layer': (None, NAME),
+        'match': ('stride', OURS),
+    },
     'CRD': {
         'channels': (128, CODE),
         'tau': (0.07, CODE),

@@ -138,6 +138,16 @@ METHODS = {
         dict(type='OFD', layer=['backbone.layer4', 'decode_head.bottleneck'], loss_weight=1e-3),
         {'zero': OTHER, 'ignored': ALL_PIXELS},
     ),
+    'MatchingGuided': (
+        'pspnet',
+        'deeplabv3',
+        dict(type='MatchingGuided', layer=['backbone.layer3', 'decode_head.bottleneck'], loss_weight=1e-3),
+        {
+            'zero': 'the batch norm, always there',
+            'bf16': 'rounding decides which channels are alike',
+            'ignored': ALL_PIXELS,
+        },
+    ),
     'CRD': (
         'pspnet',
         'pspnet',
