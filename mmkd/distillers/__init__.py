@@ -37,6 +37,7 @@ from mmkd.distillers.segmentation.okddip import OKDDip
 from mmkd.distillers.segmentation.one import ONE
 from mmkd.distillers.segmentation.rmrkd import RMRKD
 from mmkd.distillers.segmentation.skd import SKD
+from mmkd.distillers.segmentation.tofd import TOFD
 from mmkd.distillers.segmentation.trust import Trust
 from mmkd.distillers.segmentation.wsld import WSLD
 
@@ -66,6 +67,7 @@ __all__ = [
     'RMRKD',
     'SKD',
     'SP',
+    'TOFD',
     'WSLD',
     'AfDCD',
     'AttnFD',

@@ -102,6 +102,7 @@ SEGMENTATION = {
             afdcd=dict(type='AfDCD', groups=8),
             rmrkd=dict(type='RMRKD', layer='backbone.layer4'),
             bpkd=dict(type='BPKD'),
+            tofd=dict(type='TOFD'),
             aicsd=dict(type='AICSD'),
             dsd=dict(type='DSD', pixel_weight=1.0),
             attnfd=dict(type='AttnFD', layer=['backbone.layer4', 'decode_head.bottleneck']),

@@ -59,9 +59,34 @@ def feature_layer(model: nn.Module) -> str:
         ConfigError: for a head without a classifier, ``conv_seg``.
     """
     name, head = _classifier(model)
+    return name.removesuffix('conv_seg') + _classified(head)
+
+
+def auxiliary_feature_layers(model: nn.Module) -> list[str]:
+    """As :func:`feature_layer`, of each of the auxiliary heads; none where there are none.
+
+    Raises:
+        ConfigError: for a head without a classifier, ``conv_seg``.
+    """
+    heads = getattr(model, 'auxiliary_head', None)
+    several = isinstance(heads, nn.ModuleList)
+    found = []
+    for index, head in enumerate(heads if several else [heads] if heads is not None else ()):
+        name = f'auxiliary_head.{index}' if several else 'auxiliary_head'
+        if not hasattr(head, 'conv_seg'):
+            raise ConfigError(
+                f'{type(model).__name__}: {name} is a {type(head).__name__}, which has no conv_seg from which its layer is '
+                f'known; name the layers to compare'
+            )
+        found.append(f'{name}.{_classified(head)}')
+    return found
+
+
+def _classified(head: nn.Module) -> str:
+    """The layer of a head that holds the map that it classifies."""
     kinds = [each.__name__ for each in type(head).__mro__ if each.__name__ in OTHERS]
     last = 'conv_seg' + INPUT if getattr(head, 'dropout', None) is None else 'dropout' + INPUT
-    return name.removesuffix('conv_seg') + (OTHERS[kinds[0]] if kinds else last)
+    return OTHERS[kinds[0]] if kinds else last
 
 
 def auxiliary_layer(model: nn.Module) -> str:

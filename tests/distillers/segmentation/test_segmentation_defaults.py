@@ -181,6 +181,12 @@ DEFAULTS = {
         'teacher_layer': (None, NAME),
         'match': ('stride', OURS),
     },
+    'TOFD': {
+        'layer': (None, HEAD),
+        'feature_weight': (0.5, f'{CODE}: 0.05, for the root of 128 samples'),
+        'orthogonal_weight': (0.03, CODE),
+        'teacher_layer': (None, NAME),
+    },
     'SKD': {
         'layer': (None, HEAD),
         'feature_layer': (None, HEAD),

@@ -174,6 +174,15 @@ METHODS = {
         dict(type='AttnFD', layer=['backbone.layer4', 'decode_head.bottleneck']),
         {'zero': 'attention is trained, and so are adapters', 'ignored': ALL_PIXELS},
     ),
+    'TOFD': (
+        'pspnet',
+        'pspnet',
+        dict(type='TOFD'),
+        {
+            'zero': 'the adapter, always there',
+            'ignored': dict.fromkeys(('it.loss_feature',), ALL_PIXELS),
+        },
+    ),
     'DAKD': (
         'deeplabv3',
         'deeplabv3',
