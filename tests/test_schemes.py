@@ -244,6 +244,17 @@ def encoded(folder):
     return config
 
 
+def stage_by_stage(folder):
+    """Channels are assigned in the steps 0 and 2, tracked in 0 to 2, 4 and 5; a stage begins and one ends between."""
+    layers = [f'backbone.layer{i}' for i in (2, 3)]
+    distillers = dict(
+        matched=dict(type='MatchingGuided', layer=layers, interval=4, track=3, loss_weight=1e-4),
+        first=dict(type='OFD', layer=layers[0], loss_weight=dict(type='constant', value=1e-4, end=4)),
+        second=dict(type='OFD', layer=layers[1], loss_weight=dict(type='constant', value=1e-4, begin=2)),
+    )
+    return detector(folder, dict(teacher=(wide(), {})), distillers)
+
+
 SCHEMES = {
     'mean': several('mean', 'CWD'),
     'entropy': several('entropy'),
@@ -266,6 +277,7 @@ SCHEMES = {
     'without the task': without_the_task,
     'task from step 3': task_from_step_3,
     'one target': collaborative,
+    'stage by stage': stage_by_stage,
     'ONE': heads('ONE'),
     'OKDDip': heads('OKDDip'),
     'snapshot': snapshot,

@@ -97,6 +97,21 @@ CASES = [
     cwd(
         'the data preprocessor', "layer='data_preprocessor'", r"layer 'data_preprocessor' of RetinaNet was never called"
     ),
+    distillers(
+        'OFD of a layer that is not there',
+        "ofd=dict(type='OFD', layer='backbone.layer9')",
+        r"distillers.ofd: student layer 'backbone.layer9': \w+ has no such module; the nearest are 'backbone.layer",
+    ),
+    distillers(
+        'more steps to track than there are',
+        "matching=dict(type='MatchingGuided', layer='neck', interval=100)",
+        r'distillers.matching: track=1000: expected at most interval=100',
+    ),
+    distillers(
+        'TOFD of a detector',
+        "tofd=dict(type='TOFD')",
+        r'distillers.tofd: RetinaNet has no decode_head; name the layers to',
+    ),
     cwd(
         'a layer that is changed in place', "layer='backbone.bn1'", r'its output is changed in place by a later module'
     ),
