@@ -23,6 +23,7 @@ from mmkd.distillers.generic.pkd import PKD
 from mmkd.distillers.generic.reviewkd import ReviewKD
 from mmkd.distillers.generic.rkd import RKD
 from mmkd.distillers.generic.sp import SP
+from mmkd.distillers.generic.ssim import SSIM
 from mmkd.distillers.levels import LevelPair, LevelPairs
 from mmkd.distillers.segmentation.afdcd import AfDCD
 from mmkd.distillers.segmentation.aicsd import AICSD
@@ -68,6 +69,7 @@ __all__ = [
     'SKD',
     'SP',
     'TOFD',
+    'SSIM',
     'WSLD',
     'AfDCD',
     'AttnFD',

@@ -144,6 +144,7 @@ METHODS = {
         dict(type='PKD', layer='neck'),
         {'zero': OTHER, 'batch': UNBIASED, 'padding': 'statistics are of the whole map'},
     ),
+    'SSIM': ('retinanet', 'retinanet', dict(type='SSIM', layer='neck'), {'padding': WHOLE}),
     'CanKD': (
         'retinanet',
         'retinanet',

@@ -74,6 +74,12 @@ DEFAULTS = {
         'adapter': ('auto', CODE),
         'match': ('stride', OURS),
     },
+    'SSIM': {
+        'loss_weight': (4.0, f'{PAPER}, as quoted in reading notes: 2 or 4; for which models is not known'),
+        'teacher_layer': (None, NAME),
+        'adapter': ('auto', f'{PAPER} has none and a 1x1 convolution, as quoted in reading notes'),
+        'match': ('stride', OURS),
+    },
     'CWD': {
         'tau': (1.0, MMRAZOR),
         'loss_weight': (10.0, f'{MMRAZOR}, for the neck of a detector'),

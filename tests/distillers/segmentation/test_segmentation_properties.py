@@ -85,6 +85,7 @@ METHODS = {
         dict(type='MGD', layer='backbone.layer4'),
         {'zero': 'the generator is not the identity', 'batch': 'masks are random', 'ignored': ALL_PIXELS},
     ),
+    'SSIM': ('pspnet', 'pspnet', dict(type='SSIM', layer='backbone.layer4'), {'ignored': ALL_PIXELS}),
     'CanKD': (
         'pspnet',
         'pspnet',
