@@ -12,6 +12,7 @@ from mmkd.distillers.generic.crd import CRD
 from mmkd.distillers.generic.cwd import CWD
 from mmkd.distillers.generic.dkd import DKD
 from mmkd.distillers.generic.fitnet import FitNet
+from mmkd.distillers.generic.fkd import FKD
 from mmkd.distillers.generic.fsp import FSP
 from mmkd.distillers.generic.irg import IRG
 from mmkd.distillers.generic.kd import KD
@@ -55,6 +56,7 @@ __all__ = [
     'DIST',
     'DKD',
     'DSD',
+    'FKD',
     'FSP',
     'IFVD',
     'IRG',

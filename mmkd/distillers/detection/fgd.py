@@ -9,34 +9,13 @@ import torch
 from torch import nn
 
 from mmkd.distillers.base import Distiller
+from mmkd.distillers.generic.fkd import attention
 from mmkd.distillers.levels import LevelPairs
 from mmkd.distillers.schedule import Weight
-from mmkd.errors import ConfigError
 from mmkd.hosts.detection.ground_truth import covered_cells, ground_truth, padded_shape
 from mmkd.registry import DISTILLERS
 from mmkd.taps import Taps
-from mmkd.values import is_number
-
-
-def attention(feature: torch.Tensor, tau: float = 0.5) -> tuple[torch.Tensor, torch.Tensor]:
-    r"""Where, and in which channels, a feature is large.
-
-    .. math::
-        A^S_i = H W \operatorname{softmax}_i \Big( \frac{1}{C} \sum_c |F_{ci}| / T \Big), \qquad
-        A^C_c = C \operatorname{softmax}_c \Big( \frac{1}{H W} \sum_i |F_{ci}| / T \Big)
-
-    Args:
-        feature: (B, C, H, W).
-        tau: Temperature, T.
-
-    Returns:
-        The spatial attention, (B, H, W), and that of the channels, (B, C); the mean of both is 1 in each image.
-    """
-    size = feature.abs()
-    channels, positions = size.shape[1], size[0, 0].numel()
-    spatial = positions * (size.mean(1).flatten(1) / tau).softmax(1)
-    channel = channels * (size.mean((2, 3)) / tau).softmax(1)
-    return spatial.view_as(size[:, 0]), channel
+from mmkd.values import check_temperature
 
 
 def scale_masks(
@@ -202,8 +181,7 @@ class FGD(Distiller):
         super().__init__()
         self.levels = LevelPairs(layer, teacher_layer, adapter, match)
         self.student_layers, self.teacher_layers = self.levels.student_layers, self.levels.teacher_layers
-        if not (is_number(tau) and tau > 0):
-            raise ConfigError(f'tau={tau!r}: expected a positive number')
+        check_temperature(tau)
         self.tau = tau
         self.foreground_weight = Weight(foreground_weight, 'foreground_weight')
         self.background_weight = Weight(background_weight, 'background_weight')

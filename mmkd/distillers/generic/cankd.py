@@ -38,7 +38,7 @@ def cross_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor)
 
 
 class NonLocal(nn.Module):
-    """Adds to the student's feature what it attends to in the teacher's; the identity at first.
+    """Adds to a feature what it attends to in another one, or in itself; the identity at first.
 
     Args:
         channels: Of both features.
@@ -52,12 +52,11 @@ class NonLocal(nn.Module):
         self.norm = nn.BatchNorm2d(channels, track_running_stats=False)  # it runs in training alone
         nn.init.zeros_(self.norm.weight)
 
-    def forward(self, student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
-        """(B, C, H, W) of both to the same; no gradient flows into the teacher's."""
-        teacher = teacher.detach()
+    def forward(self, feature: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+        """(B, C, H, W) of both to the same."""
         # a last odd row or column has a cell of its own, so that a map of one row has one
-        key, value = (F.max_pool2d(conv(teacher), 2, ceil_mode=True) for conv in (self.key, self.value))
-        return student + self.norm(self.output(cross_attention(self.query(student), key, value)))
+        key, value = (F.max_pool2d(conv(other), 2, ceil_mode=True) for conv in (self.key, self.value))
+        return feature + self.norm(self.output(cross_attention(self.query(feature), key, value)))
 
 
 def attended_loss(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
@@ -114,5 +113,5 @@ class CanKD(FeatureDistiller):
 
     def forward(self, student: Taps, teacher: Taps, data_samples: list | None) -> dict[str, torch.Tensor]:
         pairs = zip(self.levels(student, teacher), self.blocks, strict=True)
-        levels = [attended_loss(block(pair.student, pair.teacher), pair.teacher) for pair, block in pairs]
+        levels = [attended_loss(block(pair.student, pair.teacher.detach()), pair.teacher) for pair, block in pairs]
         return {'loss': self.loss_weight() * sum(levels)}

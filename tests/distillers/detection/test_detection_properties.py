@@ -24,6 +24,7 @@ WHOLE = 'the whole map counts'
 FEWER = 'of more images there are fewer cells each'
 FLAT = 'differences of cells that are nearly alike are rounded'
 TRAINED = 'parts that are trained'
+DISTANCE = 'a distance over the batch grows with the root of the number of images'
 REMEMBERS = 'the second step reads what the first has left in the queue'
 # method: (student, teacher, distiller, properties that do not hold and why)
 METHODS = {
@@ -145,6 +146,12 @@ METHODS = {
         {'zero': OTHER, 'batch': UNBIASED, 'padding': 'statistics are of the whole map'},
     ),
     'SSIM': ('retinanet', 'retinanet', dict(type='SSIM', layer='neck'), {'padding': WHOLE}),
+    'FKD': (
+        'retinanet',
+        'retinanet',
+        dict(type='FKD', layer='neck', feature_weight=1.0, channel_weight=1.0, spatial_weight=1.0, relation_weight=1.0),
+        {'zero': TRAINED, 'batch': DISTANCE, 'padding': WHOLE},
+    ),
     'CanKD': (
         'retinanet',
         'retinanet',

@@ -74,6 +74,15 @@ DEFAULTS = {
         'adapter': ('auto', CODE),
         'match': ('stride', OURS),
     },
+    'FKD': {
+        'feature_weight': (7e-5, MMRAZOR),
+        'channel_weight': (4e-3, MMRAZOR),
+        'spatial_weight': (4e-3, MMRAZOR),
+        'relation_weight': (7e-5, MMRAZOR),
+        'tau': (0.5, MMRAZOR),
+        'teacher_layer': (None, NAME),
+        'match': ('stride', OURS),
+    },
     'SSIM': {
         'loss_weight': (4.0, f'{PAPER}, as quoted in reading notes: 2 or 4; for which models is not known'),
         'teacher_layer': (None, NAME),

@@ -86,6 +86,16 @@ METHODS = {
         {'zero': 'the generator is not the identity', 'batch': 'masks are random', 'ignored': ALL_PIXELS},
     ),
     'SSIM': ('pspnet', 'pspnet', dict(type='SSIM', layer='backbone.layer4'), {'ignored': ALL_PIXELS}),
+    'FKD': (
+        'pspnet',
+        'pspnet',
+        dict(type='FKD', layer='backbone.layer4'),
+        {
+            'zero': 'parts that are trained are not the identity',
+            'batch': 'a distance over the batch grows with the root of the number of images',
+            'ignored': ALL_PIXELS,
+        },
+    ),
     'CanKD': (
         'pspnet',
         'pspnet',
