@@ -92,6 +92,7 @@ if find_spec('mmdet') is not None:  # segmentation needs no mmdet
     from mmkd.distillers.detection.bckd import BCKD
     from mmkd.distillers.detection.chen import Chen
     from mmkd.distillers.detection.crosskd import CrossKD
+    from mmkd.distillers.detection.defeat import DeFeat
     from mmkd.distillers.detection.erd import ERD
     from mmkd.distillers.detection.fgd import FGD
     from mmkd.distillers.detection.fgfi import FGFI
@@ -115,6 +116,7 @@ if find_spec('mmdet') is not None:  # segmentation needs no mmdet
         'LGD',
         'Chen',
         'CrossKD',
+        'DeFeat',
         'GDetKD',
         'LabelEnc',
         'Mimic',

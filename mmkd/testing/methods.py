@@ -54,6 +54,7 @@ DETECTION = {
             chen=dict(type='Chen'),
             fgfi=dict(type='FGFI', loss_weight=0.01),
             dkd=dict(type='DKD'),
+            defeat=dict(type='DeFeat'),
             gdetkd=dict(type='GDetKD', cls_weight=1.0, bbox_weight=1.0, memory=64, keys_per_step=16),
         ),
     ),

@@ -90,6 +90,14 @@ DEFAULTS = {
         ('loss_weight', dict(type='constant', value=0.01, begin=400), CODE),
         ('adapter', dict(type='ConvAdapter', kernel_size=3, relu=True, init_std=1e-4), CODE),
     ],
+    'DeFeat': [
+        ('object_weight', 4.0, f'{CODE}: its author, of COCO'),
+        ('background_weight', 16.0, f'{CODE}: its author, of COCO'),
+        ('cls_object_weight', 2.0, f'{CODE}, VOC'),
+        ('cls_background_weight', 2.0, f'{CODE}, VOC'),
+        ('tau', 1.0, f'{CODE}, VOC'),
+        ('adapter', CONV3, CODE),
+    ],
     'FRS': [
         ('feature_weight', dict(type='linear', value=0.005, end=500), f'{CODE}, RetinaNet'),
         ('cls_weight', dict(type='linear', value=0.02, end=500), f'{CODE}, RetinaNet'),

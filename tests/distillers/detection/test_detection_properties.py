@@ -186,6 +186,23 @@ METHODS = {
         dict(type='FGFI', head='bbox_head', loss_weight=0.01),
         {'zero': 'its adapter, always there, is not the identity'},
     ),
+    'DeFeat RetinaNet': (
+        'retinanet',
+        'retinanet',
+        dict(type='DeFeat', cls_object_weight=0, cls_background_weight=0),
+        {'zero': 'its adapters, always there, are not the identity', 'padding': 'the background is of the whole map'},
+    ),
+    'DeFeat Faster R-CNN': (
+        'faster_rcnn',
+        'faster_rcnn',
+        dict(type='DeFeat'),
+        {
+            'zero': 'its adapters, always there, are not the identity',
+            'batch': SAMPLED,
+            'bf16': NO_NMS,
+            'padding': SAMPLED,
+        },
+    ),
     'FRS': (
         'retinanet',
         'retinanet',
