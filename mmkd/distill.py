@@ -122,6 +122,7 @@ class Distilled(BaseModel if TYPE_CHECKING else object):  # type: ignore[misc]
 
     def _inherit_from(self, name: str, teacher: nn.Module) -> None:
         inherit_weights(self, teacher, self._inherit.get(name, ()), self.sources[name].classes)
+        self.distillers.start_from(name, teacher)
 
     def plain(self) -> BaseModel:
         """The student as the plain model again, in place: without distillers and without what it learnt from."""

@@ -99,6 +99,7 @@ if find_spec('mmdet') is not None:  # segmentation needs no mmdet
     from mmkd.distillers.detection.frs import FRS
     from mmkd.distillers.detection.gdetkd import GDetKD
     from mmkd.distillers.detection.gid import GID
+    from mmkd.distillers.detection.head import HEAD
     from mmkd.distillers.detection.labelenc import LabelEnc
     from mmkd.distillers.detection.ld import LD
     from mmkd.distillers.detection.lgd import LGD
@@ -112,6 +113,7 @@ if find_spec('mmdet') is not None:  # segmentation needs no mmdet
         'FGFI',
         'FRS',
         'GID',
+        'HEAD',
         'LD',
         'LGD',
         'Chen',

@@ -64,6 +64,9 @@ class Distiller(nn.Module):
             ConfigError: naming the option and what to do.
         """
 
+    def start_from(self, teacher: nn.Module) -> None:
+        """Called with the teacher once it has its weights, before it is changed for speed: trained parts that start from them."""
+
     def forward(self, student: Taps, teacher: Taps, data_samples: list | None) -> dict[str, torch.Tensor]:
         """Losses by name. A key that starts with ``loss`` is optimised; a statistic must not contain that word.
 

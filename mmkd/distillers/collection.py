@@ -211,6 +211,13 @@ class Distillers(nn.ModuleDict):
                 raise ConfigError(f'distillers.{name}: {error}') from None
             self._weights[name] = [each for each in distiller.modules() if isinstance(each, Weight)]
 
+    def start_from(self, source: str, model: nn.Module) -> None:
+        """Let each distiller of a source take weights of it, see :meth:`mmkd.distillers.Distiller.start_from`."""
+        for name in filter(self.taught_by(source), self):
+            each = self[name].methods[source] if isinstance(self[name], Several) else self[name]
+            if hasattr(each, 'start_from'):
+                each.start_from(model)
+
     def start_step(self, counts: bool = True) -> int:
         """Count a training step and set the schedules; its number."""
         of_runner = _iteration_of_runner()

@@ -61,7 +61,10 @@ DETECTION = {
     'RetinaNet of Faster R-CNN': (
         detectors.retinanet,
         detectors.faster_rcnn,
-        dict(gdetkd=dict(type='GDetKD', head='bbox_head', memory=64, keys_per_step=16)),
+        dict(
+            gdetkd=dict(type='GDetKD', head='bbox_head', memory=64, keys_per_step=16),
+            head=dict(type='HEAD', regions_per_image=32, candidates=64),
+        ),
     ),
 }
 SEGMENTATION = {

@@ -85,6 +85,26 @@ def giou(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
     return overlap / union - (around - union) / around
 
 
+def encode_deltas(
+    priors: torch.Tensor, boxes: torch.Tensor, means: tuple[float, ...], stds: tuple[float, ...]
+) -> torch.Tensor:
+    """Deltas (dx, dy, dw, dh) of boxes relative to priors, equal to mmdet's ``bbox2delta``; :func:`decode_deltas` undoes it.
+
+    Args:
+        priors: (..., 4).
+        boxes: (..., 4).
+        means: Means of the four deltas.
+        stds: Standard deviations of the four deltas.
+
+    Returns:
+        (..., 4); not finite for a box or a prior without width or height.
+    """
+    sides, own = (each[..., 2:] - each[..., :2] for each in (priors, boxes))
+    shift = (boxes[..., :2] + boxes[..., 2:] - priors[..., :2] - priors[..., 2:]) * 0.5 / sides
+    deltas = (*shift.unbind(-1), *(own / sides).log().unbind(-1))
+    return torch.stack([(delta - mean) / std for delta, mean, std in zip(deltas, means, stds)], dim=-1)
+
+
 def decode_deltas(
     priors: torch.Tensor,
     deltas: torch.Tensor,

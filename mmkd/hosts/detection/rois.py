@@ -198,12 +198,22 @@ def best_predictions(head: DenseHead, outputs: tuple, number: int, metas: Sequen
     Returns:
         (B, number, 4), xyxy in pixels, best first. Fewer than ``number`` where there are fewer slots.
     """
+    return boxes_of_slots(head, outputs, best_slots(head, outputs, number), metas)
+
+
+@torch.no_grad()
+def best_slots(head: DenseHead, outputs: tuple, number: int) -> torch.Tensor:
+    """(B, number), the slots with the highest class score of each image, best first; fewer where there are fewer."""
     logits = head.class_logits(outputs)
     best = torch.cat([level.amax(2).permute(0, 2, 3, 1).flatten(1) for level in logits], 1)
-    slots = best.topk(min(number, best.shape[1]), dim=1)[1]
+    return best.topk(min(number, best.shape[1]), dim=1)[1]
+
+
+@torch.no_grad()
+def boxes_of_slots(head: DenseHead, outputs: tuple, slots: torch.Tensor, metas: Sequence[dict]) -> torch.Tensor:
+    """(B, K, 4): what a dense head predicts at slots, (B, K), xyxy in pixels, clipped to each image's ``img_shape``."""
     regression = head.regression(outputs).gather(1, slots[..., None].expand(-1, -1, 4))
-    boxes = head.decode(head.priors(outputs)[slots], regression)
-    return clip(boxes, metas)
+    return clip(head.decode(head.priors(outputs)[slots], regression), metas)
 
 
 def clip(boxes: torch.Tensor, metas: Sequence[dict]) -> torch.Tensor:

@@ -84,6 +84,14 @@ DEFAULTS = {
         ('cls_weight', 2.0, f'{CODE}: 1, of a sum over the 2 images of a process'),
         ('bbox_weight', 0.5, f'{CODE}: 0.25, of a sum over the 2 images of a process'),
     ],
+    'HEAD': [
+        ('assistant_weight', 1.0, CODE),
+        ('akd_weight', dict(type='linear', value=2.0, end=2000), CODE),
+        ('ckd_weight', dict(type='linear', value=2.0, end=2000), CODE),
+        ('regions_per_image', 512, "mmdet's RoI heads"),
+        ('candidates', 1000, OURS),
+        ('adapter', 'auto', f'{OURS}; {CODE} has equal channels'),
+    ],
     'FGFI': [
         ('psi', 0.5, f'{QUOTED}; {CODE}'),
         ('levels', 'best', OURS),

@@ -25,6 +25,7 @@ FEWER = 'of more images there are fewer cells each'
 FLAT = 'differences of cells that are nearly alike are rounded'
 TRAINED = 'parts that are trained'
 DISTANCE = 'a distance over the batch grows with the root of the number of images'
+DRAWN = 'regions are drawn at random'
 REMEMBERS = 'the second step reads what the first has left in the queue'
 # method: (student, teacher, distiller, properties that do not hold and why)
 METHODS = {
@@ -117,6 +118,12 @@ METHODS = {
         'faster_rcnn',
         dict(type='GDetKD', head='bbox_head'),
         {'zero': OTHER, 'batch': 'more regions are more negatives', 'bf16': SELECTED, 'padding': SELECTED},
+    ),
+    'HEAD': (
+        'retinanet',
+        'faster_rcnn',
+        dict(type='HEAD', akd_weight=2.0, ckd_weight=2.0),
+        {'zero': OTHER, 'batch': DRAWN, 'bf16': SELECTED, 'padding': SELECTED},
     ),
     'FGD': (
         'retinanet',
