@@ -104,6 +104,7 @@ if find_spec('mmdet') is not None:  # segmentation needs no mmdet
     from mmkd.distillers.detection.ld import LD
     from mmkd.distillers.detection.lgd import LGD
     from mmkd.distillers.detection.mimic import Mimic
+    from mmkd.distillers.detection.pgd import PGD
     from mmkd.distillers.detection.quantization_mimic import QuantizationMimic
 
     __all__ += [
@@ -116,6 +117,7 @@ if find_spec('mmdet') is not None:  # segmentation needs no mmdet
         'HEAD',
         'LD',
         'LGD',
+        'PGD',
         'Chen',
         'CrossKD',
         'DeFeat',

@@ -38,6 +38,7 @@ DETECTION = {
             ld=dict(type='LD'),
             erd=dict(type='ERD'),
             bckd=dict(type='BCKD'),
+            pgd=dict(type='PGD'),
             crosskd=dict(type='CrossKD', position=1),
             gid=dict(type='GID'),
             cwd=dict(type='CWD', layer='bbox_head.gfl_cls'),

@@ -120,6 +120,17 @@ DEFAULTS = {
         ('adapter', 'auto', f'{CODE}: 1x1 where channels differ'),
         ('match', 'stride', OURS),
     ],
+    'PGD': [
+        ('foreground_weight', 0.04, f'alpha: {CODE}, FCOS and GFL'),
+        ('background_weight', 0.02, f'beta: {CODE}, half of alpha'),
+        ('bbox_weight', 0.064, f'gamma: {CODE}, 1.6 alpha'),
+        ('attention_weight', 8e-4, f'delta: {CODE}'),
+        ('topk', 30, CODE),
+        ('cls_share', 0.8, CODE),
+        ('bbox_share', 0.6, CODE),
+        ('tau', 0.8, CODE),
+        ('adapter', 'auto', f'{OURS}; {CODE} has equal channels'),
+    ],
     'BCKD': [
         ('cls_weight', 1.0, f'{CODE}, GFL'),
         ('bbox_weight', 4.0, f'{CODE}, GFL'),

@@ -185,6 +185,18 @@ METHODS = {
         dict(type='CrossKD', position=1),
         {'zero': OTHER, 'batch': UNBIASED, 'padding': WHOLE},
     ),
+    'PGD GFL': (
+        'gfl',
+        'gfl',
+        dict(type='PGD'),
+        {'bf16': SELECTED, 'padding': 'attention is of the whole map'},
+    ),
+    'PGD RetinaNet': (
+        'retinanet',
+        'retinanet',
+        dict(type='PGD'),
+        {'bf16': SELECTED, 'padding': 'attention is of the whole map'},
+    ),
     'LD': ('gfl', 'gfl', dict(type='LD'), {}),
     'ERD': ('gfl', 'gfl', dict(type='ERD', alpha=0.5, tau=1.0, bbox_weight=100.0), {'bf16': SELECTED}),
     'FGFI': (

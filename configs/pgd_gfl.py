@@ -1,0 +1,8 @@
+_base_ = 'mmdet::gfl/gfl_r50_fpn_1x_coco.py'
+model = dict(
+    _delete_=True,
+    type='mmkd.Distill',
+    student=_base_.model,
+    teacher='mmdet::gfl/gfl_r101_fpn_ms-2x_coco.py',
+    distillers=dict(pgd=dict(type='PGD')),
+    inherit=['neck', 'bbox_head'])
