@@ -6,3 +6,4 @@ model = dict(
     teacher='mmdet::gfl/gfl_r101_fpn_ms-2x_coco.py',
     distillers=dict(pgd=dict(type='PGD')),
     inherit=['neck', 'bbox_head'])
+optim_wrapper = dict(clip_grad=dict(max_norm=35, norm_type=2))
