@@ -255,6 +255,12 @@ def stage_by_stage(folder):
     return detector(folder, dict(teacher=(wide(), {})), distillers)
 
 
+def tokens(folder):
+    """Which learn for two steps, stay, and are read in both networks from the fifth on."""
+    entry = dict(type='MasKD', token_steps=2, both_begin=4)
+    return detector(folder, dict(a=(wide(), {})), dict(it=entry))
+
+
 SCHEMES = {
     'mean': several('mean', 'CWD'),
     'entropy': several('entropy'),
@@ -284,6 +290,7 @@ SCHEMES = {
     'LGD': of_labels('Own', 'LGD'),
     'LabelEnc, first': of_labels('LabelEncoder', 'LabelEnc'),
     'LabelEnc, second': encoded,
+    'tokens': tokens,
 }
 
 

@@ -5,6 +5,7 @@ from importlib.util import find_spec
 from mmkd.distillers.base import Distiller, FeatureDistiller
 from mmkd.distillers.collection import Distillers
 from mmkd.distillers.generic.afd import AFD
+from mmkd.distillers.generic.affinity import Affinity
 from mmkd.distillers.generic.at import AT
 from mmkd.distillers.generic.cankd import CanKD
 from mmkd.distillers.generic.cfl import CFL
@@ -16,6 +17,7 @@ from mmkd.distillers.generic.fkd import FKD
 from mmkd.distillers.generic.fsp import FSP
 from mmkd.distillers.generic.irg import IRG
 from mmkd.distillers.generic.kd import KD
+from mmkd.distillers.generic.maskd import MasKD
 from mmkd.distillers.generic.matching_guided import MatchingGuided
 from mmkd.distillers.generic.mgd import MGD
 from mmkd.distillers.generic.nst import NST
@@ -74,6 +76,7 @@ __all__ = [
     'SSIM',
     'WSLD',
     'AfDCD',
+    'Affinity',
     'AttnFD',
     'CanKD',
     'Distiller',
@@ -82,6 +85,7 @@ __all__ = [
     'FitNet',
     'LevelPair',
     'LevelPairs',
+    'MasKD',
     'MatchingGuided',
     'OKDDip',
     'ReviewKD',
@@ -96,6 +100,7 @@ if find_spec('mmdet') is not None:  # segmentation needs no mmdet
     from mmkd.distillers.detection.erd import ERD
     from mmkd.distillers.detection.fgd import FGD
     from mmkd.distillers.detection.fgfi import FGFI
+    from mmkd.distillers.detection.freekd import FreeKD
     from mmkd.distillers.detection.frs import FRS
     from mmkd.distillers.detection.gdetkd import GDetKD
     from mmkd.distillers.detection.gid import GID
@@ -121,6 +126,7 @@ if find_spec('mmdet') is not None:  # segmentation needs no mmdet
         'Chen',
         'CrossKD',
         'DeFeat',
+        'FreeKD',
         'GDetKD',
         'LabelEnc',
         'Mimic',

@@ -34,6 +34,14 @@ CASES = [
         "dict(_delete_=True, type='GID', topk=3)",
         r'distillers=.*: expected a dict such as dict.gid=',
     ),
+    distillers(
+        'a single token', "it=dict(type='MasKD', tokens=1)", r'distillers.it: .*tokens=1: expected a whole number'
+    ),
+    distillers(
+        'tokens on another layer',
+        "it=dict(type='FreeKD', layer='backbone')",
+        r"distillers.it: 'backbone': FreeKD runs the heads of a RetinaNet over its maps",
+    ),
     distillers('one that is a string', "gid='GID'", r"distillers.gid='GID': expected a dict with type"),
     distillers('one that is None', 'gid=None', r'distillers.gid=None: expected a dict with type'),
     distillers('one without a type', 'gid=dict(topk=3)', r'model.distillers.gid: it names no class; give it a type'),

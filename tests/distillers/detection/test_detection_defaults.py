@@ -152,6 +152,12 @@ DEFAULTS = {
         ('kd_mean', 'all', f'{OURS}; {CODE}: level'),
         ('over_bins', 'mean', CODE),
     ],
+    'FreeKD': [
+        ('loss_weight', 1.0, f'{CODE}, in the shipped config for RetinaNet'),
+        ('tokens', 6, f'{CODE}, in the shipped configs'),
+        ('token_steps', 2000, f"{OURS}: that of MasKD's code, as the first training is not in this one's"),
+        ('adapter', 'auto', OURS),
+    ],
     'LGD': [('loss_weight', 1.0, f'lambda: {CODE}, all shipped configs, which begin with it late')],
     'LabelEnc': [('loss_weight', 1.0, f'{CODE}, in both trainings')],
 }

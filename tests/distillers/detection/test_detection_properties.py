@@ -12,6 +12,7 @@ from mmkd.testing.batches import random_batch
 from mmkd.testing.properties import assert_close, assert_differentiable, assert_zero, losses
 
 ALL = {'zero', 'batch', 'bf16', 'padding'}
+PHASE = 'tokens learn first, then features are compared: one of the two is 0; test_maskd and test_freekd have the other'
 UNBIASED = 'true up to the factor (n - 1) / n of the unbiased deviation, n the number of positions in the batch'
 WHOLE = 'statistics are of the whole map'
 OTHER = 'other networks or parts that are trained'
@@ -23,6 +24,7 @@ SAMPLED = 'the RoIs of a two-stage student are drawn at random and differ with t
 WHOLE = 'the whole map counts'
 FEWER = 'of more images there are fewer cells each'
 FLAT = 'differences of cells that are nearly alike are rounded'
+TOKENS = "it is the loss of the teacher's heads, with what mmdet does"
 TRAINED = 'parts that are trained'
 DISTANCE = 'a distance over the batch grows with the root of the number of images'
 DRAWN = 'regions are drawn at random'
@@ -158,6 +160,29 @@ METHODS = {
         'retinanet',
         dict(type='FKD', layer='neck', feature_weight=1.0, channel_weight=1.0, spatial_weight=1.0, relation_weight=1.0),
         {'zero': TRAINED, 'batch': DISTANCE, 'padding': WHOLE},
+    ),
+    'MasKD': (
+        'retinanet',
+        'retinanet',
+        dict(type='MasKD', token_steps=0),
+        {'zero': PHASE, 'padding': WHOLE},
+    ),
+    'MasKD, its tokens': (
+        'retinanet',
+        'retinanet',
+        dict(type='MasKD'),
+        {
+            'zero': PHASE,
+            'batch': TOKENS,
+            'bf16': TOKENS,
+            'padding': TOKENS,
+        },
+    ),
+    'FreeKD': (
+        'retinanet',
+        'retinanet',
+        dict(type='FreeKD', token_steps=0),
+        {'zero': PHASE, 'padding': WHOLE},
     ),
     'CanKD': (
         'retinanet',

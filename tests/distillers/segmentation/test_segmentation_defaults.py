@@ -68,6 +68,15 @@ DEFAULTS = {
         'teacher_layer': (None, NAME),
         'match': ('stride', OURS),
     },
+    'MasKD': {
+        'layer': (None, f'{CODE}: the neck, the class logits'),
+        'loss_weight': (1.0, f'{CODE}, for Faster R-CNN'),
+        'tokens': (6, f'{CODE} for detectors; 8 for segmentors'),
+        'token_steps': (2000, f'{CODE} for detectors; 10000 for segmentors'),
+        'both_begin': (7000, f'{CODE} for RetinaNet; 5000 to 8500 for others'),
+        'teacher_layer': (None, NAME),
+        'adapter': ('auto', OURS),
+    },
     'CanKD': {
         'loss_weight': (10.0, f'{CODE}; {PAPER} is 5, without the half'),
         'teacher_layer': (None, NAME),
@@ -139,6 +148,12 @@ DEFAULTS = {
         'distance_weight': (25.0, f"{MMRAZOR} and mdistiller's"),
         'angle_weight': (50.0, f"{MMRAZOR} and mdistiller's"),
         'teacher_layer': (None, NAME),
+        'match': ('stride', OURS),
+    },
+    'Affinity': {
+        'loss_weight': (1.0, "torchdistill's"),
+        'teacher_layer': (None, NAME),
+        'adapter': ('auto', OURS),
         'match': ('stride', OURS),
     },
     'SP': {

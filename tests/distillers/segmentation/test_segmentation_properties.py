@@ -10,6 +10,7 @@ from mmkd.testing import models, segmentors
 from mmkd.testing.batches import random_batch
 from mmkd.testing.properties import assert_close, assert_differentiable, assert_zero, losses
 
+PHASE = 'tokens learn first, then features are compared: one of the two is 0; test_maskd has the other'
 ALL_PIXELS = 'its features or logits are compared at every position, as published'
 OTHER = 'other networks, or parts that are trained'
 PROJECTED = {f'it.loss_{key}': 'the projection is trained' for key in ('pixel', 'region')}
@@ -96,6 +97,13 @@ METHODS = {
             'ignored': ALL_PIXELS,
         },
     ),
+    'MasKD': ('pspnet', 'pspnet', dict(type='MasKD', token_steps=0), {'zero': PHASE, 'ignored': ALL_PIXELS}),
+    'MasKD, its tokens': (
+        'pspnet',
+        'pspnet',
+        dict(type='MasKD'),
+        {'zero': PHASE, 'ignored': ALL_PIXELS},
+    ),
     'CanKD': (
         'pspnet',
         'pspnet',
@@ -112,6 +120,12 @@ METHODS = {
         'pspnet',
         'pspnet',
         dict(type='NST', layer='backbone.layer4'),
+        {'ignored': ALL_PIXELS},
+    ),
+    'Affinity': (
+        'pspnet',
+        'pspnet',
+        dict(type='Affinity', layer='decode_head.bottleneck', loss_weight=100.0),
         {'ignored': ALL_PIXELS},
     ),
     'FitNet': ('pspnet', 'pspnet', dict(type='FitNet', layer='decode_head.bottleneck'), {'ignored': ALL_PIXELS}),

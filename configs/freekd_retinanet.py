@@ -1,0 +1,10 @@
+_base_ = 'mmdet::retinanet/retinanet_r50_fpn_2x_coco.py'
+model = dict(
+    _delete_=True,
+    type='mmkd.Distill',
+    student=_base_.model,
+    teacher='mmdet::retinanet/retinanet_r101_fpn_2x_coco.py',
+    distillers=dict(
+        freekd=dict(type='FreeKD', adapter=dict(type='ConvAdapter')),
+        mse=dict(type='FitNet', layer='neck', loss_weight=5.0, adapter=dict(type='ConvAdapter'))))
+optim_wrapper = dict(clip_grad=dict(max_norm=35, norm_type=2))

@@ -1,0 +1,9 @@
+_base_ = 'mmdet::retinanet/retinanet_r50_fpn_2x_coco.py'
+model = dict(
+    _delete_=True,
+    type='mmkd.Distill',
+    student=_base_.model,
+    teacher='mmdet::retinanet/retinanet_r101_fpn_2x_coco.py',
+    distillers=dict(maskd=dict(type='MasKD', loss_weight=7.0, adapter=dict(type='ConvAdapter'))),
+    inherit=['neck', 'bbox_head'])
+optim_wrapper = dict(clip_grad=dict(max_norm=35, norm_type=2))
