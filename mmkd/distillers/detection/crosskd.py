@@ -3,7 +3,7 @@
 Wang et al., "CrossKD: Cross-Head Knowledge Distillation for Object Detection", CVPR 2024, arXiv 2306.11369.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from mmdet.utils import reduce_mean
@@ -17,8 +17,8 @@ from mmkd.distillers.generic.pkd import standardize
 from mmkd.distillers.levels import require_gradient
 from mmkd.distillers.schedule import Weight
 from mmkd.errors import ConfigError
+from mmkd.hosts.activations import before_activation
 from mmkd.hosts.detection.dense_heads import TOWERS, DistributionDenseHead, check_towers, dense_head, predict_from
-from mmkd.hosts.running import counted_once
 from mmkd.registry import DISTILLERS
 from mmkd.taps import INPUT, Taps, find_layer
 from mmkd.values import is_whole
@@ -94,13 +94,12 @@ class CrossKD(Distiller):
         self.head, self.teacher_head, self.position = head, teacher_head or head, position
         self.cls_weight, self.bbox_weight = Weight(cls_weight, 'cls_weight'), Weight(bbox_weight, 'bbox_weight')
         self.adapter = adapter
-        self.student_layers, self.teacher_layers = (
-            (name, *(self._tower(name, tower) for tower in TOWERS)) for name in (self.head, self.teacher_head)
-        )
+        self.student_layers, self.teacher_layers = (self.head,), (self.teacher_head,)
 
-    def _tower(self, head: str, tower: str) -> str:
-        # what the last convolution takes in: what it puts out is changed in place by its activation
-        return f'{head}.{tower}.{max(self.position - 1, 0)}{INPUT}'
+    def _tower(self, model: nn.Module, head: str, tower: str) -> str:
+        if self.position == 0:
+            return f'{head}.{tower}.0{INPUT}'
+        return before_activation(model, f'{head}.{tower}.{self.position - 1}')
 
     def prepare(self, student: nn.Module, teacher: nn.Module) -> None:
         for model, name in ((student, self.head), (teacher, self.teacher_head)):
@@ -112,10 +111,13 @@ class CrossKD(Distiller):
                 f'CrossKD sends the student through {self.teacher_head!r} of its teacher, which must not learn from that; use a '
                 f'frozen teacher or an average'
             )
+        self.student_layers, self.teacher_layers = (
+            (name, *(self._tower(model, name, tower) for tower in TOWERS))
+            for model, name in ((student, self.head), (teacher, self.teacher_head))
+        )
 
     def setup(self, student: Taps, teacher: Taps) -> None:
-        features = [self._features(student, self.head, tower) for tower in TOWERS]
-        targets = [self._features(teacher, self.teacher_head, tower) for tower in TOWERS]
+        features, targets = self._features(student, self.student_layers), self._features(teacher, self.teacher_layers)
         sizes = [[tuple(each.shape[2:]) for each in levels] for levels in (features[0], targets[0])]
         if sizes[0] != sizes[1]:
             raise ConfigError(
@@ -127,23 +129,17 @@ class CrossKD(Distiller):
             Adapters(self.adapter, own[:1], others[:1], names) for own, others in zip(features, targets, strict=True)
         )
 
-    def _features(self, taps: Taps, name: str, tower: str) -> list[torch.Tensor]:
-        """Of each level what a tower has after ``position`` convolutions and their norm, before the activation."""
-        levels = taps.per_call(self._tower(name, tower))
-        if self.position == 0:
-            return list(levels)
-        convolution = getattr(taps.model.get_submodule(name), tower)[self.position - 1]
-        with counted_once(convolution):
-            return [convolution(level, activate=False) for level in levels]
+    @staticmethod
+    def _features(taps: Taps, layers: Sequence[str]) -> list[tuple]:
+        """Of each tower, and each level, what it has after ``position`` convolutions and their norm, before the activation."""
+        return [taps.per_call(layer) for layer in layers[1:]]
 
     def cross(self, student: Taps, teacher: Taps) -> tuple:
         """What the teacher's head puts out for the student's features."""
         head, features = teacher.model.get_submodule(self.teacher_head), {}
-        for tower, adapt in zip(TOWERS, self.adapters, strict=True):
-            own = self._features(student, self.head, tower)
+        towers = self._features(student, self.student_layers), self._features(teacher, self.teacher_layers)
+        for tower, adapt, own, others in zip(TOWERS, self.adapters, *towers, strict=True):
             require_gradient(self.head, own)
-            with torch.no_grad():
-                others = self._features(teacher, self.teacher_head, tower)
             pairs = [(*adapt([s], [t]), t) for s, t in zip(own, others, strict=True)]
             features[tower] = [self._activate(head, tower, aligned(s, t)) for s, t in pairs]
         return predict_from(head, self.position, features)
