@@ -19,7 +19,10 @@ class Stopped(RuntimeError):
 def nearest(name: str, names: Iterable[str]) -> str:
     """The existing names most like ``name``, whatever their case, best first, for an error message."""
     existing = {each.lower(): each for each in names}
-    found = [existing[each] for each in difflib.get_close_matches(name.lower(), list(existing), n=3, cutoff=0.3)]
+    close = difflib.get_close_matches(name.lower(), list(existing), n=10, cutoff=0.3)
+    letters = sorted(name.lower())
+    # of names as close, those come first that differ by the order of letters alone
+    found = [existing[each] for each in sorted(close, key=lambda each: sorted(each) != letters)[:3]]
     return ', '.join(repr(each) for each in found) or 'none'
 
 

@@ -23,6 +23,7 @@ def edit(path, old, new):
 STUDENTS = {
     'dakd_pspnet': 'pspnet_dusk',
     'byot_pspnet': 'pspnet_auxiliary',
+    'tofd_pspnet': 'pspnet_auxiliary',
     'kd_pspnet_middle': 'pspnet_middle',
 }
 
