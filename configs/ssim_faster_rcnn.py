@@ -3,5 +3,5 @@ model = dict(
     _delete_=True,
     type='mmkd.Distill',
     student=_base_.model,
-    teacher='mmdet::cascade_rcnn/cascade-rcnn_x101-64x4d_fpn_20e_coco.py',
+    teacher='mmdet::cascade_rcnn/cascade-rcnn_x101_64x4d_fpn_20e_coco.py',
     distillers=dict(ssim=dict(type='SSIM', layer='neck', adapter=dict(type='ConvAdapter'))))
