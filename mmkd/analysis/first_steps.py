@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader
 
 from mmkd.analysis.gradients import FAR_OFF, TASK, figures_of, gradients_of, norm, of_backbone
 from mmkd.analysis.scores import silent
+from mmkd.errors import ConfigError
 from mmkd.hosts.datasets import without_workers
 from mmkd.testing.steps import training_step
 
@@ -90,7 +91,14 @@ def warm_up(model: nn.Module, config: Config, steps: int) -> None:
         model: The distilled student, in training mode.
         config: Its optimizer and data.
         steps: How many; from the second pass over the data on, they are in the order of the first.
+
+    Raises:
+        ConfigError: for a config without an optimizer.
     """
+    if not config.get('optim_wrapper'):
+        raise ConfigError(
+            'optim_wrapper: the config has none, and a warm-up takes steps; name one, or leave --warm-up out'
+        )
     kept = {key: config.optim_wrapper[key] for key in OPTIMIZER if config.optim_wrapper.get(key) is not None}
     wrapper = build_optim_wrapper(model, ConfigDict(kept, type='OptimWrapper'))
     rates = [group['lr'] for group in wrapper.optimizer.param_groups]

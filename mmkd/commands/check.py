@@ -59,7 +59,8 @@ def main() -> None:
         data = first_steps.batches(config, args.batches)
         if not data:
             raise ConfigError('train_dataloader: it yields no batch')
-        first_steps.warm_up(model, config, args.warm_up)
+        if args.warm_up:
+            first_steps.warm_up(model, config, args.warm_up)
         terms, together = first_steps.measure(model, data)
         batch = model.data_preprocessor(data[0], True)
         pictures = embed(draw_batch(model, batch['inputs'], batch['data_samples']), 'png')

@@ -75,11 +75,11 @@ class LevelTokens(nn.Module):
 
     def mask(self, teacher: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """What the teacher's feature is behind the masks that are learnt, (B, C, H, W), and their :func:`overlap`."""
-        raise NotImplementedError
+        raise NotImplementedError(f'{type(self).__name__} has no mask')
 
     def compare(self, student: torch.Tensor, teacher: torch.Tensor, step: int) -> torch.Tensor:
         """The distance of both features behind the masks that were learnt, in a step of the training."""
-        raise NotImplementedError
+        raise NotImplementedError(f'{type(self).__name__} has no compare')
 
 
 class TokenDistiller(Distiller):
@@ -124,7 +124,7 @@ class TokenDistiller(Distiller):
 
     def level_tokens(self, channels: int, teacher: nn.Module) -> LevelTokens:
         """The tokens of a level whose teacher's feature has as many channels."""
-        raise NotImplementedError
+        raise NotImplementedError(f'{type(self).__name__} has no level_tokens')
 
     def prepare(self, student: nn.Module, teacher: nn.Module) -> None:
         self.levels.prepare(student, teacher)

@@ -6,7 +6,6 @@ import fcntl
 import itertools
 import os
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO
 
@@ -66,13 +65,13 @@ class Comparison:
         self.shares: dict[str, Share] = {}
         for method in methods if share is not None else ():
             options = self._run(method.name, self.seeds[0], folder, self._teaching(method.name)).options
-            run = Run(method.name, suite.config(method.name), self.reported / f'{method.name}_check', options)
-            self.shares[method.name] = Share(run, share)
+            folder_of = self.reported / f'{method.name}_check'
+            self.shares[method.name] = Share(method.name, suite.config(method.name), folder_of, options, share=share)
             self._apply(method.name)
 
     def _apply(self, name: str) -> None:
         """Give the runs of a method its factor, once that is known."""
-        if self.shares[name].known:
+        if self.shares[name].finished:
             with contextlib.suppress(RunFailed):  # there is none: it is not trained
                 for run in self.runs[name].values():
                     run.options = {**run.options, **self.shares[name].changes()}
@@ -114,7 +113,7 @@ class Comparison:
 
     def check(self) -> None:
         """Raise ConfigError if a run was begun with another config."""
-        for run in [*self.teachers.values(), *(each.run for each in self.shares.values()), *self.queue()]:
+        for run in [*self.teachers.values(), *self.shares.values(), *self.queue()]:
             run.check_unchanged()
 
     def check_inputs(self) -> None:
@@ -153,27 +152,20 @@ class Comparison:
         self, taught_by: Mapping[str, Sequence[str]], failed: Mapping[str, str], jobs: int, threads: int
     ) -> dict[str, str]:
         """Find the factor of each method, and give it to its runs; the runs of those that have none, with why."""
-        taught = {
-            name: each
+        taught = [
+            each
             for name, each in self.shares.items()
             if not any(str(self.teachers[teacher].folder) in failed for teacher in taught_by[name])
-        }
-        without: dict[str, str] = {}
-
-        def factor(name: str) -> str:
-            try:
-                taught[name].measure(threads)
-                return f'{name}: factor {taught[name].factor:g}'
-            except RunFailed as error:
-                without.update({str(run.folder): str(error) for run in self.runs[name].values()})
-                return f'error: {error}'
-
-        with ThreadPoolExecutor(jobs) as pool:
-            for line in pool.map(factor, taught):
-                tqdm.write(line)
-        for name in taught:
+        ]
+        unmeasured = train_all(taught, jobs, threads)
+        for name in self.shares:
             self._apply(name)
-        return without
+        return {
+            str(run.folder): unmeasured[str(share.folder)]
+            for name, share in self.shares.items()
+            if str(share.folder) in unmeasured
+            for run in self.runs[name].values()
+        }
 
     def _train(
         self, queue: Sequence[tuple[Run, Sequence[str]]], failed: Mapping[str, str], jobs: int, threads: int
@@ -265,7 +257,7 @@ class Comparison:
     def _factor(self, name: str) -> float | None:
         share = self.shares[name]
         with contextlib.suppress(RunFailed):
-            return share.factor if share.known else None
+            return share.factor if share.finished else None
         return None
 
 

@@ -144,41 +144,68 @@ class Run:
             ConfigError: if the run was begun with another config.
             RunFailed: if the training fails, with its error line.
         """
-        fingerprint = self.check_unchanged()
-        self.folder.mkdir(parents=True, exist_ok=True)
-        (self.folder / 'fingerprint').write_text(fingerprint)
+        file = self.begin()
         title = f'{position} {self.name}'
         if self.finished:
             tqdm.write(f'{title}: finished before, reused ({self.folder})')
             return
         self._step_back()
-        config = self.read()
-        file = self.folder / Path(self.config.rpartition('::')[2]).name  # where mmengine will put it as well
-        file.write_text(text_of(config))
         command = [*TRAIN, str(file), '--work-dir', str(self.folder), '--no-check']
         if (self.folder / 'last_checkpoint').is_file():  # else it would forget the config's load_from
             command += ['--resume']
+        total = self.length if self.unit == 'iter' else None  # of epochs, when their length is known
+        with tqdm(total=total, desc=title, unit='it', dynamic_ncols=True, mininterval=1) as bar:
+            self.call(command, threads, 'failed', lambda line: self._show(line, bar))
+
+    def begin(self) -> Path:
+        """Write the config with its changes, and its fingerprint, into the folder; the config's file.
+
+        Raises:
+            ConfigError: if the run was begun with another config.
+        """
+        fingerprint = self.check_unchanged()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / 'fingerprint').write_text(fingerprint)
+        file = self.folder / Path(self.config.rpartition('::')[2]).name  # where mmengine will put it as well
+        file.write_text(text_of(self.read()))
+        return file
+
+    def call(
+        self,
+        command: Sequence[str],
+        threads: int | None,
+        failed: str,
+        show: Callable[[str], object] = lambda line: None,
+    ) -> None:
+        """Run a process until the run is finished; what it says is added to ``output.log``.
+
+        Args:
+            command: The process.
+            threads: Its ``OMP_NUM_THREADS``; ``None`` leaves that alone.
+            failed: What the run did otherwise, for the error.
+            show: Called with each line.
+
+        Raises:
+            RunFailed: if it fails, or leaves the run unfinished, with its error line.
+        """
         log = self.folder / 'output.log'
         begin = log.stat().st_size if log.is_file() else 0
-        total = self.length if self.unit == 'iter' else None  # of epochs, when their length is known
+        env = os.environ if threads is None else {**os.environ, 'OMP_NUM_THREADS': str(threads)}
         with (
-            subprocess.Popen(
-                command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment(threads)
-            ) as process,
+            subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env) as process,
             log.open('a') as output,
-            tqdm(total=total, desc=title, unit='it', dynamic_ncols=True, mininterval=1) as bar,
         ):
             self._process = process
             try:
                 for line in process.stdout or ():
                     output.write(line)
-                    self._show(line, bar)
+                    show(line)
             except BaseException:
                 process.terminate()
                 raise
         if process.returncode or not self.finished:
             said = log.read_bytes()[begin:].decode(errors='replace')
-            raise RunFailed(f'{self.name} failed: {reason_of_failure(process.returncode, said)} (see {log})')
+            raise RunFailed(f'{self.name} {failed}: {reason_of_failure(process.returncode, said)} (see {log})')
 
     def _step_back(self) -> None:
         """Forget a last checkpoint that was not evaluated: mmengine would find nothing left to train, and end."""
@@ -209,11 +236,6 @@ class Run:
         """End the training process, if there is one; the run can be resumed."""
         if self._process is not None and self._process.poll() is None:
             self._process.terminate()
-
-
-def environment(threads: int | None) -> dict[str, str]:
-    """Of a process with so many threads; ``None`` leaves that alone."""
-    return {**os.environ} if threads is None else {**os.environ, 'OMP_NUM_THREADS': str(threads)}
 
 
 def reason_of_failure(status: int, output: str) -> str:

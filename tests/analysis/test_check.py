@@ -158,7 +158,13 @@ def test_a_warm_up_trains_the_student_by_its_own_losses(detection):
     moved = {name for name, each in model.named_parameters() if not torch.equal(each, before[name])}
     assert {'backbone.layer1.0.conv1.weight', 'bbox_head.retina_cls.weight'} <= moved
     assert not [name for name in moved if name.startswith('distillers')]
-    first_steps.warm_up(model, detection, 0)
+
+
+def test_a_warm_up_without_an_optimizer_is_one_line(detection):
+    config = detection.copy()
+    config.optim_wrapper = None
+    with pytest.raises(ConfigError, match=r'^optim_wrapper: the config has none'):
+        first_steps.warm_up(first_steps.build(config), config, 3)
 
 
 def test_an_image_is_shown_as_it_was_loaded():

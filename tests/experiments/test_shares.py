@@ -7,7 +7,7 @@ import pytest
 from mmengine.config import Config
 
 from mmkd.experiments import shares
-from mmkd.experiments.runs import Run, RunFailed
+from mmkd.experiments.runs import RunFailed
 from mmkd.experiments.shares import Share, times, warm_up
 from mmkd.hosts.mmengine import CONFIG_ROOT
 
@@ -34,7 +34,7 @@ def checked(tmp_path, monkeypatch):
 @pytest.mark.parametrize(('share', 'together', 'factor'), [(0.5, 4.0, 0.25), (0.5, 0.02, 50.0), (0.2, 2.0, 0.125)])
 def test_with_the_factor_the_share_is_the_one_that_was_asked_for(tmp_path, share, together, factor):
     (tmp_path / 'check.json').write_text(json.dumps(dict(together=together)))
-    found = Share(Run('gid', str(CONFIG_ROOT / 'shapes' / 'gid_retinanet.py'), tmp_path), share)
+    found = Share('gid', str(CONFIG_ROOT / 'shapes' / 'gid_retinanet.py'), tmp_path, share=share)
     assert found.factor == pytest.approx(factor)
     assert found.factor * together / (found.factor * together + 1) == pytest.approx(share)
     assert found.changes() == {'model.distillers.gid.factor': found.factor}
@@ -44,7 +44,7 @@ def test_with_the_factor_the_share_is_the_one_that_was_asked_for(tmp_path, share
 def test_no_factor_gives_a_share_to_what_has_no_gradient(tmp_path, together):
     (tmp_path / 'check.json').write_text(json.dumps(dict(together=together)))
     with pytest.raises(RunFailed, match='no factor makes its share 0.5'):
-        _ = Share(Run('gid', 'gid.py', tmp_path), 0.5).factor
+        _ = Share('gid', 'gid.py', tmp_path, share=0.5).factor
 
 
 def test_a_factor_of_the_config_is_multiplied():
