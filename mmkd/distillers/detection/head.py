@@ -92,8 +92,9 @@ def head_loss(
     target = torch.where(objects[:, None], target, 0.0)
     of_class = labels.clamp(max=head.num_classes - 1) if deltas.shape[1] > 4 else torch.zeros_like(labels)
     own = deltas.unflatten(1, (-1, 4)).gather(1, of_class[:, None, None].expand(-1, 1, 4))[:, 0]
-    weight = objects[:, None].to(own.dtype).expand(-1, 4)
-    return head.loss_cls(logits, labels, avg_factor=count) + head.loss_bbox(own, target, weight, avg_factor=count)
+    # a weight of 0 would do, but mmdet's losses of boxes ask the device whether all of them are
+    own = torch.where(objects[:, None], own, 0.0)
+    return head.loss_cls(logits, labels, avg_factor=count) + head.loss_bbox(own, target, avg_factor=count)
 
 
 @DISTILLERS.register_module()
