@@ -101,7 +101,7 @@ SEGMENTATION = {
             at=dict(type='AT', layer=['backbone.layer3', 'backbone.layer4']),
             fitnet=dict(type='FitNet', layer='decode_head.bottleneck'),
             dkd=dict(type='DKD'),
-            rkd=dict(type='RKD', layer='decode_head.bottleneck', between='images'),
+            rkd=dict(type='RKD', layer='decode_head.bottleneck', between='pixels', samples=16),
             sp=dict(type='SP', layer='decode_head.bottleneck'),
             irg=dict(type='IRG', layer=['backbone.layer3', 'backbone.layer4'], between='pixels'),
             fsp=dict(type='FSP', layer=['backbone.layer1', 'backbone.layer2']),

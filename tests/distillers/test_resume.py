@@ -31,7 +31,7 @@ def trained(model, steps):
     return found
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize('name', CASES)
 def test_a_resumed_method_goes_on_as_if_it_never_stopped(name):
     with_all = build(*CASES[name], torch.device('cpu'))

@@ -242,12 +242,14 @@ class HEAD(Distiller):
     def pool(self, levels: Sequence[torch.Tensor], boxes: torch.Tensor) -> torch.Tensor:
         """(B * K, C, h, w): the student's features of boxes, (B, K, 4), each of the level that its size gives."""
         rois, of_box = to_rois(boxes), box_levels(boxes, self.strides).flatten()
-        # mmcv's RoIAlign reads memory in the order of NCHW, whatever the strides say
-        pooled = [
-            (of_box == index)[:, None, None, None] * pool(level.contiguous(), rois)
-            for index, (pool, level) in enumerate(zip(self.poolers, levels, strict=True))
-        ]
-        return torch.stack(pooled).sum(0)
+        pooled: torch.Tensor | float = 0.0
+        for index, (pool, level) in enumerate(zip(self.poolers, levels, strict=True)):
+            here = (of_box == index).to(level.dtype)
+            # a region of another level is an empty box, of which nothing is sampled;
+            # mmcv's RoIAlign reads memory in the order of NCHW, whatever the strides say
+            found = pool(level.contiguous(), rois * here[:, None])
+            pooled = pooled + here[:, None, None, None] * found
+        return pooled
 
     def forward(self, student: Taps, teacher: Taps, data_samples: list | None) -> dict[str, torch.Tensor]:
         levels, samples = maps(student, self.layer), data_samples or []

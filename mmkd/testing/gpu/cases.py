@@ -79,6 +79,14 @@ def build(student: dict, teacher: Any, distillers: dict, device: Any) -> Any:
     return model
 
 
+def build_like(other: Any, student: dict, teacher: Any, distillers: dict, device: Any) -> Any:
+    """What :func:`build` makes, as far in its training as another one of the same configs."""
+    model = build(student, teacher, distillers, device)
+    model.load_state_dict(other.state_dict())
+    model.distillers.iteration = other.distillers.iteration
+    return model
+
+
 def batch_of(model: Any, seed: int = 0) -> dict:
     """A batch on the model's device."""
     shape = (2, 3, 64, 128) if hasattr(model, 'decode_head') else (2, 3, 128, 160)
@@ -120,7 +128,9 @@ def evaluate(model: Any, seed: int, of_student: bool = False) -> tuple[dict[str,
         {key: value for key, value in losses.items() if 'loss' in key} if of_student else of_distillers(model, losses)
     )
     trained = {name: each for name, each in model.named_parameters() if each.requires_grad}
-    found = torch.autograd.grad(total(losses), list(trained.values()), allow_unused=True)
+    # as a runner does: a backward pass under autocast would take its products in half precision
+    with torch.autocast(next(iter(trained.values())).device.type, enabled=False):
+        found = torch.autograd.grad(total(losses), list(trained.values()), allow_unused=True)
     gradients = {name: each for name, each in zip(trained, found) if each is not None}
     return {key: torch.stack(list(flat(value))).sum().detach() for key, value in losses.items()}, gradients
 

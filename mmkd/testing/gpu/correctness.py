@@ -18,6 +18,7 @@ from mmkd.testing.gpu.cases import (
     SEEDS,
     batch_of,
     build,
+    build_like,
     compare,
     evaluate,
     finite,
@@ -33,7 +34,7 @@ from mmkd.testing.gpu.section import Cases, Finding, Setting, Skip
 SAME_LOSS, SAME_GRADIENT = 1e-4, 5e-3
 # Of a loss under autocast to that in float32: fp16 has 11 bits, bf16 has 8.
 CLOSE = {'float16': 0.01, 'bfloat16': 0.05}
-SELECTS = ('GID', 'Mimic', 'QuantizationMimic', 'Chen', 'GDetKD')
+SELECTS = ('GID', 'Mimic', 'QuantizationMimic', 'Chen', 'GDetKD', 'HEAD')
 """Methods that choose slots or regions by scores, or draw regions: rounding chooses others, so the value is another's."""
 
 
@@ -85,8 +86,7 @@ def values(setting: Setting) -> Cases:
     def same(student: dict, teacher: Any, distillers: dict) -> Callable[[], Finding]:
         def check() -> Finding:
             exact = prepare(build(student, teacher, distillers, torch.device('cpu')))
-            other = build(student, teacher, distillers, setting.device)
-            other.load_state_dict(exact.state_dict())
+            other = build_like(exact, student, teacher, distillers, setting.device)
             differences = []
             for seed in SEEDS:
                 expected = evaluate(exact, seed)
@@ -189,8 +189,7 @@ def precision(setting: Setting) -> Cases:
         def check() -> Finding:
             require_plain(student, dtype, setting)
             exact = prepare(build(student, teacher, distillers, setting.device))
-            model = build(student, teacher, distillers, setting.device)
-            model.load_state_dict(exact.state_dict())
+            model = build_like(exact, student, teacher, distillers, setting.device)
             differences, ok = [], True
             for seed in SEEDS:
                 expected, _ = evaluate(exact, seed)
