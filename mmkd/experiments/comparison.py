@@ -64,8 +64,8 @@ class Comparison:
             self.runs[method.name] = {seed: self._run(method.name, seed, self.reported, options) for seed in self.seeds}
         self.shares: dict[str, Share] = {}
         for method in methods if share is not None else ():
-            options = self._run(method.name, self.seeds[0], folder, self._teaching(method.name)).options
-            folder_of = self.reported / f'{method.name}_check'
+            # with the config's own seed: one factor for all seeds, those that are added later too
+            folder_of, options = self.reported / f'{method.name}_check', self._teaching(method.name)
             self.shares[method.name] = Share(method.name, suite.config(method.name), folder_of, options, share=share)
             self._apply(method.name)
 

@@ -90,6 +90,10 @@ def test_methods_are_measured_and_trained_with_their_factor_beside_the_plain_run
     assert len(notes()) == 6
     assert len(checked()) == 2
     assert capsys.readouterr().out.count('finished before, reused') == 2 + 4
+    compare(*command[:3], '--seeds', '4', '--work-dir', folder, '--share', '0.5')
+    assert len(checked()) == 2  # one factor for seeds that come later too
+    added = [Config.fromfile(call['arguments'][0]) for call in notes()[6:]]
+    assert [each.model.distillers.gid.factor for each in added if 'gid' in each.model.get('distillers', {})] == [0.25]
 
 
 @pytest.mark.parametrize(
