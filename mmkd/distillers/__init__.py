@@ -9,6 +9,7 @@ from mmkd.distillers.generic.affinity import Affinity
 from mmkd.distillers.generic.at import AT
 from mmkd.distillers.generic.cankd import CanKD
 from mmkd.distillers.generic.cfl import CFL
+from mmkd.distillers.generic.crcd import CRCD
 from mmkd.distillers.generic.crd import CRD
 from mmkd.distillers.generic.cwd import CWD
 from mmkd.distillers.generic.dkd import DKD
@@ -52,6 +53,7 @@ __all__ = [
     'BPKD',
     'CFL',
     'CIRKD',
+    'CRCD',
     'CRD',
     'CWD',
     'DAKD',

@@ -31,6 +31,7 @@ DETECTION = {
             matching=dict(type='MatchingGuided', layer='neck', interval=2, track=1, loss_weight=1e-4),
             afd=dict(type='AFD', layer='neck', channels=16),
             crd=dict(type='CRD', layer='neck', channels=16, memory=64, samples=16),
+            crcd=dict(type='CRCD', layer='neck', channels=16, memory=64, samples=16),
         ),
     ),
     'GFL': (
@@ -112,6 +113,7 @@ SEGMENTATION = {
             matching=dict(type='MatchingGuided', layer='backbone.layer4', interval=2, track=1, loss_weight=1e-6),
             afd=dict(type='AFD', layer=['backbone.layer3', 'backbone.layer4'], channels=16),
             crd=dict(type='CRD', layer='decode_head.bottleneck', channels=16, memory=64, samples=16),
+            crcd=dict(type='CRCD', layer='decode_head.bottleneck', channels=16, memory=64, samples=16),
             afdcd=dict(type='AfDCD', groups=8),
             rmrkd=dict(type='RMRKD', layer='backbone.layer4'),
             bpkd=dict(type='BPKD'),

@@ -124,13 +124,19 @@ class CRD(RelationDistiller):
             project = self.teacher_projections[level]
             # copies: the queue changes before the backward pass
             keys, there = memory.keys.clone(), memory.filled.clone()
-            positive, negative = contrast_scores(self.projections[level](s), project(t), project(keys), self.tau)
+            positive, negative = self.scores(self.projections[level](s), project(t), project(keys))
             log_partition = self._log_partition(level, positive.detach(), negative.detach(), there)
             loss = loss + contrast_loss(positive, negative, there, log_partition)
             seen.append(t)
         for memory, rows in zip(self.memories, seen, strict=True):
             memory.add(rows)
         return {'loss': self.loss_weight() * loss}
+
+    def scores(
+        self, student: torch.Tensor, teacher: torch.Tensor, memory: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of a level's projected embeddings; what :func:`contrast_loss` takes."""
+        return contrast_scores(student, teacher, memory, self.tau)
 
     @torch.no_grad()
     def _log_partition(

@@ -315,6 +315,12 @@ METHODS = {
         dict(type='CRD', layer='neck', channels=16, memory=64, samples=16),
         {'zero': TRAINED, 'batch': FEWER, 'bf16': REMEMBERS, 'padding': REMEMBERS},
     ),
+    'CRCD': (
+        'retinanet',
+        'retinanet',
+        dict(type='CRCD', layer='neck', channels=16, memory=64, samples=16),
+        {'zero': TRAINED, 'batch': FEWER, 'bf16': REMEMBERS, 'padding': REMEMBERS},
+    ),
 }
 
 

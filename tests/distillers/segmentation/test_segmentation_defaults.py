@@ -211,6 +211,15 @@ DEFAULTS = {
         'teacher_layer': (None, NAME),
         'match': ('stride', OURS),
     },
+    'CRCD': {
+        'channels': (128, CODE),
+        'tau': (0.05, CODE),
+        'memory': (500, f'{CODE}: the number of negatives'),
+        'samples': (64, f'{CODE}: the batch'),
+        'loss_weight': (1.0, CODE),
+        'teacher_layer': (None, NAME),
+        'match': ('stride', OURS),
+    },
     'TOFD': {
         'layer': (None, HEAD),
         'feature_weight': (0.5, f'{CODE}: 0.05, for the root of 128 samples'),

@@ -179,6 +179,12 @@ METHODS = {
         dict(type='CRD', layer='decode_head.bottleneck', channels=16, memory=64, samples=32),
         {'zero': OTHER, 'batch': 'of more images there are fewer cells each', 'ignored': ALL_PIXELS},
     ),
+    'CRCD': (
+        'pspnet',
+        'pspnet',
+        dict(type='CRCD', layer='decode_head.bottleneck', channels=16, memory=64, samples=32),
+        {'zero': OTHER, 'batch': 'of more images there are fewer cells each', 'ignored': ALL_PIXELS},
+    ),
     'AfDCD': (
         'pspnet',
         'pspnet',
