@@ -104,9 +104,14 @@ class RelationDistiller(Distiller):
         samples: Cells or pixels of all images of a process's batch together, see above.
         teacher_layer: The teacher's, where its name differs.
         match: See :class:`mmkd.distillers.levels.LevelPairs`.
+
+    Raises:
+        ConfigError: in the first step, if a process's batch has fewer samples than :attr:`least`.
     """
 
     any_scale = True
+    least = 1
+    """Samples without which there is nothing to compare; a later batch, the last of an epoch, may have fewer."""
 
     def __init__(
         self,
@@ -121,7 +126,7 @@ class RelationDistiller(Distiller):
             raise ConfigError(f'between={between!r}: expected one of {", ".join(BETWEEN)}')
         if not (is_whole(samples) and samples >= 1):
             raise ConfigError(f'samples={samples!r}: expected a whole number of at least 1')
-        self.between, self.samples = between, samples
+        self.between, self.samples, self._enough = between, samples, False
         self.levels = LevelPairs(layer, teacher_layer, match=match, same_channels=False)
         self.student_layers, self.teacher_layers = self.levels.student_layers, self.levels.teacher_layers
 
@@ -149,4 +154,17 @@ class RelationDistiller(Distiller):
             side = math.isqrt(each)
             return pool_cells(feature, (side, side), parts).flatten(2).transpose(1, 2).flatten(0, 1)
 
-        return [(embed(pair.student), embed(pair.teacher.detach())) for pair in pairs]
+        rows = [(embed(pair.student), embed(pair.teacher.detach())) for pair in pairs]
+        number = len(rows[0][1])
+        if not self._enough and number < self.least:
+            advice = (
+                "take between='cells', or a larger train_dataloader.batch_size"
+                if self.between == 'images'
+                else f'raise samples, found {self.samples}'
+            )
+            raise ConfigError(
+                f'between={self.between!r}: a batch of {len(first)} images has {number} samples, and {type(self).__name__} '
+                f'needs {self.least} to relate; {advice}'
+            )
+        self._enough = True
+        return rows

@@ -118,6 +118,45 @@ def test_how_many_samples_there_are(between, samples, number, channels, tmp_path
     assert s.requires_grad
 
 
+@pytest.mark.parametrize(
+    ('method', 'options', 'images', 'message'),
+    [
+        (
+            'RKD',
+            dict(between='images'),
+            2,
+            'a batch of 2 images has 2 samples, and RKD needs 3 to relate; take between=',
+        ),
+        (
+            'RKD',
+            dict(samples=2),
+            2,
+            'a batch of 2 images has 2 samples, and RKD needs 3 to relate; raise samples, found 2',
+        ),
+        ('SP', dict(between='images'), 1, 'a batch of 1 images has 1 samples, and SP needs 2 to relate; take between='),
+    ],
+)
+def test_a_first_batch_too_small_to_relate_is_refused_and_a_later_one_is_not(method, options, images, message):
+    config = segmentors.pspnet()
+    model = distill(
+        models.build(config, seed=0),
+        models.build(config, seed=1),
+        dict(it=dict(type=method, layer='decode_head.bottleneck', **options)),
+    )
+    model.sources['teacher'].accept_current_weights()
+    model.eval()
+
+    def losses(number):
+        batch = model.data_preprocessor(random_batch(model, (number, 3, 64, 128)), True)
+        found = model(**batch, mode='loss')
+        return sum(float(value.detach()) for key, value in found.items() if key.startswith('it.loss'))
+
+    with pytest.raises(ConfigError, match=message):
+        losses(images)
+    assert losses(3) > 0
+    assert losses(images) == pytest.approx(0, abs=1e-5)
+
+
 def test_pixels_are_drawn_anew_within_each_image():
     parts = torch.tensor([[0.5, 0.25]])
     feature = torch.zeros(1, 1, 8, 8)

@@ -85,6 +85,8 @@ class CRCD(CRD):
         >>> distillers = dict(crcd=dict(type='CRCD', layer='backbone.layer4'))
     """
 
+    least = 2
+
     def __init__(
         self,
         layer: str | Sequence[str],

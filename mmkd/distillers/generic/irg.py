@@ -103,6 +103,8 @@ class IRG(RelationDistiller):
         >>> distillers = dict(irg=dict(type='IRG', layer=['backbone.layer3', 'backbone.layer4']))
     """
 
+    least = 2
+
     def __init__(
         self,
         layer: str | Sequence[str],

@@ -85,8 +85,7 @@ class RKD(RelationDistiller):
     ============= ==========================================================================
 
     Samples are images, cells of a grid or pixels, see :class:`mmkd.distillers.relations.RelationDistiller`; the relations are
-    those within a process's batch. With ``between='images'`` less than 3 images teach nothing: the
-    distance of two is their mean.
+    those within a process's batch, of 3 at least: the distance of two is their mean.
     Numbers of channels may differ, nothing is trained beside the student, no ground truth.
 
     Args:
@@ -102,6 +101,8 @@ class RKD(RelationDistiller):
     Example:
         >>> distillers = dict(rkd=dict(type='RKD', layer='backbone.layer4'))
     """
+
+    least = 3
 
     def __init__(
         self,

@@ -55,6 +55,8 @@ class SP(RelationDistiller):
         >>> distillers = dict(sp=dict(type='SP', layer='backbone.layer4'))
     """
 
+    least = 2
+
     def __init__(
         self,
         layer: str | Sequence[str],

@@ -266,17 +266,13 @@ METHODS = {
         dict(type='RKD', layer='neck', samples=16),
         {'batch': FEWER, 'bf16': FLAT},
     ),
-    'RKD of images': (
-        'retinanet',
-        'retinanet',
-        dict(type='RKD', layer='neck', between='images'),
-        {
-            'zero': 'the distance of two images is their mean: there is nothing to learn',
-            'batch': 'copies of an image are at distance 0',
-            'padding': WHOLE,
-        },
-    ),
     'SP': ('retinanet', 'retinanet', dict(type='SP', layer='neck', samples=16), {'batch': FEWER}),
+    'SP of images': (
+        'retinanet',
+        'retinanet',
+        dict(type='SP', layer='neck', between='images'),
+        {'batch': 'each image is more like its copies than like others', 'bf16': FLAT, 'padding': WHOLE},
+    ),
     'SP of pixels': (
         'retinanet',
         'retinanet',
