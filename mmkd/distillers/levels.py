@@ -1,5 +1,6 @@
 """Which levels of two networks' layers belong together, and the student's in the teacher's shape."""
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -186,12 +187,13 @@ def layer_names(option: str, layer: Layer | Sequence[Layer]) -> tuple[Layer, ...
 
 
 def maps(taps: Taps, layer: str) -> tuple[torch.Tensor, ...]:
-    """A layer's levels, each (B, C, H, W).
+    """A layer's levels, each (B, C, H, W); tokens, (B, H W, C), that come with their (H, W) are one level.
 
     Raises:
         ConfigError: if it puts out something else, or rows that are not the images of the batch.
     """
-    for level in taps[layer]:
+    levels = _map_of_tokens(taps[layer])
+    for level in levels:
         if not isinstance(level, torch.Tensor):
             raise ConfigError(
                 f'layer {layer!r} puts out a {type(level).__name__} of several outputs, not a map; name the module '
@@ -203,7 +205,16 @@ def maps(taps: Taps, layer: str) -> tuple[torch.Tensor, ...]:
                 f'layer {layer!r} of {type(taps.model).__name__} puts out {len(level)} rows for {images} images (regions '
                 f'or queries, which are others in each network); name a layer that puts out a map of each image'
             )
-    return taps[layer]
+    return levels
+
+
+def _map_of_tokens(output: tuple) -> tuple:
+    """Of tokens and their size, as patch embeddings of mmseg and mmdet put them out, the map; anything else as it is."""
+    if len(output) == 2 and isinstance(output[0], torch.Tensor) and output[0].dim() == 3:
+        tokens, size = output
+        if isinstance(size, tuple) and len(size) == 2 and math.prod(size) == tokens.shape[1]:
+            return (tokens.transpose(1, 2).unflatten(2, size),)
+    return output
 
 
 def match_levels(

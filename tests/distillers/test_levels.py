@@ -5,7 +5,7 @@ import torch
 
 import mmkd
 from mmkd.distillers import LevelPairs
-from mmkd.distillers.levels import match_levels
+from mmkd.distillers.levels import maps, match_levels
 from mmkd.errors import ConfigError
 from mmkd.hosts.running import probe
 from mmkd.taps import Taps
@@ -97,6 +97,27 @@ def test_what_was_paired_of_several_layers():
         'a with a; levels 1 of 2 of b with levels 0 of 1 of c: (C, H, W) of (8, 16, 16) (8, 16, 16), no adapter, 1 resized'
     )
     assert [tuple(pair.student.shape) for pair in levels(student, teacher)] == [(1, 8, 8, 8), (1, 8, 16, 16)]
+
+
+def taps_of(output):
+    model = torch.nn.ModuleDict(dict(embed=torch.nn.Identity()))
+    with Taps(model, ['embed'], images=2) as read:
+        model['embed'](output)
+    return read
+
+
+def test_tokens_with_their_size_are_a_map():
+    """As mmseg's patch embeddings put them out."""
+    tokens = torch.rand(2, 12, 5, dtype=torch.bfloat16)
+    (level,) = maps(taps_of((tokens, (3, 4))), 'embed')
+    assert level.shape == (2, 5, 3, 4)
+    assert torch.equal(level.permute(0, 2, 3, 1).reshape(2, 12, 5), tokens.float())
+
+
+@pytest.mark.parametrize('size', [(3, 5), (12,), None, [2, 2, 3]])
+def test_other_outputs_beside_tokens_are_an_error(size):
+    with pytest.raises(ConfigError, match="layer 'embed' puts out a .* of several outputs, not a map"):
+        maps(taps_of((torch.rand(2, 12, 5), size)), 'embed')
 
 
 def test_nothing_is_said_before_the_setup():
