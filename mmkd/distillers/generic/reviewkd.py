@@ -11,7 +11,7 @@ from torch import nn
 
 from mmkd.adapters import ConvAdapter
 from mmkd.distillers.base import Distiller
-from mmkd.distillers.levels import LevelPairs
+from mmkd.distillers.levels import LevelPair, LevelPairs
 from mmkd.distillers.relations import pool_cells
 from mmkd.distillers.schedule import Weight
 from mmkd.errors import ConfigError
@@ -64,18 +64,66 @@ class Fusion(nn.Module):
     def __init__(self, in_channels: int, out_channels: int, channels: int, deepest: bool):
         super().__init__()
         self.reduce = ConvAdapter(in_channels, channels, bias=False, norm=True)
-        self.attend = None if deepest else nn.Conv2d(2 * channels, 2, 1)
+        self.attend = None if deepest else self.attention(channels)
         self.put_out = ConvAdapter(channels, out_channels, kernel_size=3, bias=False, norm=True)
         for conv in (self.reduce.conv, self.put_out.conv):
             nn.init.kaiming_uniform_(conv.weight, a=1)
+
+    def attention(self, channels: int) -> nn.Module:
+        """What finds a and b."""
+        return nn.Conv2d(2 * channels, 2, 1)
+
+    def shares(self, x: torch.Tensor, y: torch.Tensor) -> Sequence[torch.Tensor]:
+        """a and b."""
+        return self.attend(torch.cat([x, y], 1)).sigmoid().split(1, 1)
 
     def forward(self, level: torch.Tensor, deeper: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         x = self.reduce(level)
         if self.attend is not None and deeper is not None:
             y = F.interpolate(deeper, x.shape[2:], mode='nearest')
-            a, b = self.attend(torch.cat([x, y], 1)).sigmoid().split(1, 1)
+            a, b = self.shares(x, y)
             x = a * x + b * y
         return self.put_out(x), x
+
+
+class Fusions(nn.ModuleList):
+    """A fusion for each level, the finest first, with which it and all deeper ones become the teacher's level.
+
+    Args:
+        kind: :class:`Fusion` or a subclass.
+        student: The levels, (B, C, H, W) each, the finest first.
+        teacher: Those of the teacher.
+        channels: Of the fused maps.
+        layers: What the levels are of, for an error.
+
+    Raises:
+        ConfigError: for a single level.
+    """
+
+    def __init__(
+        self,
+        kind: type[Fusion],
+        student: Sequence[torch.Tensor],
+        teacher: Sequence[torch.Tensor],
+        channels: int,
+        layers: Sequence[str],
+    ):
+        if len(student) < 2:
+            raise ConfigError(
+                f'layer={", ".join(layers)!r}: a single level, and each is fused with the deeper ones; name two layers'
+            )
+        super().__init__(
+            kind(s.shape[1], t.shape[1], channels, deepest=index == len(student) - 1)
+            for index, (s, t) in enumerate(zip(student, teacher, strict=True))
+        )
+
+    def forward(self, pairs: Sequence[LevelPair]) -> torch.Tensor:
+        """The sum over levels of :func:`context_loss` between the fused level and the teacher's."""
+        loss, deeper = 0.0, None
+        for pair, fusion in zip(reversed(pairs), reversed(self), strict=True):
+            fused, deeper = fusion(pair.student, deeper)
+            loss = loss + context_loss(fused, pair.teacher)
+        return loss
 
 
 @DISTILLERS.register_module()
@@ -123,20 +171,7 @@ class ReviewKD(Distiller):
     def setup(self, student: Taps, teacher: Taps) -> None:
         self.levels.setup(student, teacher)
         features, targets = self.levels.unadapted(student, teacher)
-        if len(features) < 2:
-            raise ConfigError(
-                f'layer={", ".join(self.student_layers)!r}: a single level, and ReviewKD fuses each with the deeper ones; name '
-                f'two layers'
-            )
-        self.fusions = nn.ModuleList(
-            Fusion(s.shape[1], t.shape[1], self.channels, deepest=index == len(features) - 1)
-            for index, (s, t) in enumerate(zip(features, targets, strict=True))
-        )
+        self.fusions = Fusions(Fusion, features, targets, self.channels, self.student_layers)
 
     def forward(self, student: Taps, teacher: Taps, data_samples: list | None) -> dict[str, torch.Tensor]:
-        pairs = self.levels(student, teacher)
-        loss, deeper = 0.0, None
-        for pair, fusion in zip(reversed(pairs), reversed(self.fusions), strict=True):
-            fused, deeper = fusion(pair.student, deeper)
-            loss = loss + context_loss(fused, pair.teacher)
-        return {'loss': self.loss_weight() * loss}
+        return {'loss': self.loss_weight() * self.fusions(self.levels(student, teacher))}
