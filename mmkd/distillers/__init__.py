@@ -43,6 +43,7 @@ from mmkd.distillers.segmentation.one import ONE
 from mmkd.distillers.segmentation.rmrkd import RMRKD
 from mmkd.distillers.segmentation.skd import SKD
 from mmkd.distillers.segmentation.tofd import TOFD
+from mmkd.distillers.segmentation.transkd import TransKD
 from mmkd.distillers.segmentation.trust import Trust
 from mmkd.distillers.segmentation.wsld import WSLD
 
@@ -91,6 +92,7 @@ __all__ = [
     'MatchingGuided',
     'OKDDip',
     'ReviewKD',
+    'TransKD',
     'Trust',
 ]
 

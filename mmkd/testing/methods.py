@@ -123,6 +123,7 @@ SEGMENTATION = {
             attnfd=dict(type='AttnFD', layer=['backbone.layer4', 'decode_head.bottleneck']),
         ),
     ),
+    'SegFormer': (segmentors.segformer, segmentors.segformer, dict(transkd=dict(type='TransKD', channels=16))),
     'SegFormer of PSPNet': (
         segmentors.segformer,
         segmentors.pspnet,

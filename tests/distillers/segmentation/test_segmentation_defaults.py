@@ -358,6 +358,15 @@ DEFAULTS = {
         'teacher_layer': (None, NAME),
         'match': ('stride', OURS),
     },
+    'TransKD': {
+        'layer': ('backbone', CODE),
+        'embedding_layer': (tuple(f'backbone.layers.{stage}.0' for stage in range(4)), f"{CODE}; mmseg's names"),
+        'channels': (64, CODE),
+        'feature_weight': (1.0, CODE),
+        'embedding_weight': ((0.1, 0.1, 0.5, 1.0), CODE),
+        'teacher_layer': (None, NAME),
+        'teacher_embedding_layer': (None, NAME),
+    },
     'DAKD': {
         'layer': (None, HEAD),
         'auxiliary_layer': (None, HEAD),

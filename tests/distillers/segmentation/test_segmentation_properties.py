@@ -214,6 +214,12 @@ METHODS = {
             'ignored': dict.fromkeys(('it.loss_feature',), ALL_PIXELS),
         },
     ),
+    'TransKD': (
+        'segformer',
+        'segformer',
+        dict(type='TransKD', channels=16),
+        {'zero': 'fusions and projections are trained', 'ignored': ALL_PIXELS},
+    ),
     'DAKD': (
         'deeplabv3',
         'deeplabv3',
