@@ -2,7 +2,7 @@
 # make demo-seg   the same for segmentation
 # make test   set up, then run the tests (make test-fast: those that take no longer than seconds) but for these:
 # make test-long   two steps of every config on COCO and Cityscapes, processes that are killed, what of the engine works, each scheme in
-#             two processes and resumed, two processes that evaluate or train for long, comparisons and chains of own configs, a dry run of make gpu
+#             two processes and resumed, each method resumed, two processes that evaluate or train for long, comparisons and chains of own configs, a dry run of make gpu
 # make test-kills   kill trainings twenty times (KILLS=20), at random moments, and compare what they end with
 # make test-cluster   set up, then run the tests on several nodes and under a real Slurm; what cannot run here says why
 # make test-matrix   the tests of test-fast with other versions, in .venv-matrix: an hour and 7 GB for each of three (make test-oldest:

@@ -44,7 +44,7 @@ def edit_annotations(folder, edit):
 
 
 @pytest.mark.parametrize('pair', DETECTION)
-@pytest.mark.parametrize('objects', ['on both', 'on one'])
+@pytest.mark.parametrize('objects', [pytest.param('on both', marks=pytest.mark.long), 'on one'])
 def test_both_processes_end_with_the_same_student_and_trained_parts(tmp_path, objects, pair):
     """6 steps; 'on one': the second process has only images without objects. Memories of keys are equal as well."""
     student, teacher, methods = DETECTION[pair]
@@ -66,7 +66,10 @@ def test_both_processes_end_with_the_same_student_and_trained_parts(tmp_path, ob
 @pytest.mark.parametrize(
     ('pair', 'labels'),
     # of two domains, half the images of both processes have no labels as it is
-    [(pair, labels) for pair in SEGMENTATION for labels in ('on both', 'on one')][:-1],
+    [
+        *(pytest.param(pair, 'on both', marks=() if 'domains' in pair else pytest.mark.long) for pair in SEGMENTATION),
+        *((pair, 'on one') for pair in SEGMENTATION if 'domains' not in pair),
+    ],
 )
 def test_both_processes_end_with_the_same_segmentor_and_trained_parts(tmp_path, labels, pair):
     """6 steps; 'on one': all pixels of the second process's images are ignored. Queues are equal as well."""
