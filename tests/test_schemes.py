@@ -255,6 +255,12 @@ def stage_by_stage(folder):
     return detector(folder, dict(teacher=(wide(), {})), distillers)
 
 
+def decoder(folder):
+    """Which learns from the first step on, and the student from the third."""
+    entry = dict(type='ICD', loss_weight=dict(type='constant', value=8.0, begin=2))
+    return detector(folder, dict(a=(wide(), {})), dict(it=entry))
+
+
 def tokens(folder):
     """Which learn for two steps, stay, and are read in both networks from the fifth on."""
     entry = dict(type='MasKD', token_steps=2, both_begin=4)
@@ -291,6 +297,7 @@ SCHEMES = {
     'LabelEnc, first': of_labels('LabelEncoder', 'LabelEnc'),
     'LabelEnc, second': encoded,
     'tokens': tokens,
+    'decoder': decoder,
 }
 
 

@@ -109,6 +109,7 @@ if find_spec('mmdet') is not None:  # segmentation needs no mmdet
     from mmkd.distillers.detection.gdetkd import GDetKD
     from mmkd.distillers.detection.gid import GID
     from mmkd.distillers.detection.head import HEAD
+    from mmkd.distillers.detection.icd import ICD
     from mmkd.distillers.detection.labelenc import LabelEnc
     from mmkd.distillers.detection.ld import LD
     from mmkd.distillers.detection.lgd import LGD
@@ -124,6 +125,7 @@ if find_spec('mmdet') is not None:  # segmentation needs no mmdet
         'FRS',
         'GID',
         'HEAD',
+        'ICD',
         'LD',
         'LGD',
         'PGD',

@@ -12,6 +12,7 @@ DETECTION = {
             cwd=dict(type='CWD', layer='neck'),
             mimic=dict(type='Mimic', head='bbox_head'),
             fgd=dict(type='FGD'),
+            icd=dict(type='ICD', loss_weight=dict(type='constant', value=8.0, begin=2)),
             mgd=dict(type='MGD', layer='neck'),
             pkd=dict(type='PKD', layer='neck'),
             ssim=dict(type='SSIM', layer='neck'),

@@ -158,6 +158,11 @@ DEFAULTS = {
         ('token_steps', 2000, f"{OURS}: that of MasKD's code, as the first training is not in this one's"),
         ('adapter', 'auto', OURS),
     ],
+    'ICD': [
+        ('loss_weight', 8.0, f'lambda: {CODE}, one-stage detectors; its first 1000 steps are a schedule'),
+        ('aux_weight', 1.0, CODE),
+        ('max_instances', 300, f'{CODE}; 100 in the config for Faster R-CNN'),
+    ],
     'LGD': [('loss_weight', 1.0, f'lambda: {CODE}, all shipped configs, which begin with it late')],
     'LabelEnc': [('loss_weight', 1.0, f'{CODE}, in both trainings')],
 }

@@ -28,6 +28,7 @@ TOKENS = "it is the loss of the teacher's heads, with what mmdet does"
 TRAINED = 'parts that are trained'
 DISTANCE = 'a distance over the batch grows with the root of the number of images'
 DRAWN = 'regions are drawn at random'
+FAKES = 'fake instances are drawn at random; test_icd has what is in the padding'
 REMEMBERS = 'the second step reads what the first has left in the queue'
 # method: (student, teacher, distiller, properties that do not hold and why)
 METHODS = {
@@ -183,6 +184,12 @@ METHODS = {
         'retinanet',
         dict(type='FreeKD', token_steps=0),
         {'zero': PHASE, 'padding': WHOLE},
+    ),
+    'ICD': (
+        'retinanet',
+        'retinanet',
+        dict(type='ICD'),
+        {'zero': TRAINED, 'batch': FAKES, 'padding': FAKES},
     ),
     'CanKD': (
         'retinanet',
