@@ -20,6 +20,7 @@ def edit(path, old, new):
     path.write_text(text.replace(old, new))
 
 
+FAMILIES = ('faster_rcnn', 'retinanet', 'fcos', 'gfl', 'pspnet', 'segformer')
 STUDENTS = {
     'dakd_pspnet': 'pspnet_dusk',
     'byot_pspnet': 'pspnet_auxiliary',
@@ -35,7 +36,7 @@ def test_every_config_with_distillers_is_found_with_its_student_and_teacher(suit
     files = {path.stem for path in folder.glob('*.py')}
     assert set(methods) == {name for name in files if not name.endswith(('_student', '_teacher'))}
     for name, method in methods.items():
-        family = next(each for each in ('faster_rcnn', 'retinanet', 'fcos', 'gfl', 'pspnet') if f'_{each}' in name)
+        family = next(each for each in FAMILIES if f'_{each}' in name)
         assert method.student == f'{STUDENTS.get(name, family)}_student'
         teacher = Config.fromfile(folder / f'{name}.py').model.teacher
         named = re.findall(r"'config': 'mmkd::\w+/(\w+_teacher|kd_\w+)\.py'", str(teacher))
