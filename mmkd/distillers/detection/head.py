@@ -245,7 +245,7 @@ class HEAD(Distiller):
         pooled: torch.Tensor | float = 0.0
         for index, (pool, level) in enumerate(zip(self.poolers, levels, strict=True)):
             here = (of_box == index).to(level.dtype)
-            # a region of another level is an empty box, of which nothing is sampled;
+            # a region of another level is an empty box, which takes next to no samples;
             # mmcv's RoIAlign reads memory in the order of NCHW, whatever the strides say
             found = pool(level.contiguous(), rois * here[:, None])
             pooled = pooled + here[:, None, None, None] * found
