@@ -229,6 +229,8 @@ def test_fake_instances_are_spread_over_the_image():
     assert (extent < 0.00201).double().mean() == pytest.approx(0.16, abs=0.02)  # one deviation below the mean
     center = (boxes[..., :2] + boxes[..., 2:]) / 2
     assert center.mean((0, 1)).tolist() == pytest.approx([0.5, 0.5], abs=0.02)
+    narrow = center[extent < 0.00201]  # which are not clipped
+    assert (narrow.min(), narrow.max()) == (pytest.approx(0.03, abs=1e-4), pytest.approx(0.97, abs=1e-4))
     labels = torch.cat([each.labels for each in many], 1)
     assert torch.bincount(labels.flatten()).div(labels.numel()).tolist() == pytest.approx([1 / 3] * 3, abs=0.04)
     positions = torch.cat([each.positions for each in many], 1) / SIZES[:, None]
