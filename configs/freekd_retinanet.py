@@ -7,4 +7,7 @@ model = dict(
     distillers=dict(
         freekd=dict(type='FreeKD', adapter=dict(type='ConvAdapter')),
         mse=dict(type='FitNet', layer='neck', loss_weight=5.0, adapter=dict(type='ConvAdapter'))))
-optim_wrapper = dict(clip_grad=dict(max_norm=35, norm_type=2))
+optim_wrapper = dict(optimizer=dict(lr=0.02), clip_grad=dict(max_norm=35, norm_type=2))
+param_scheduler = [
+    dict(type='LinearLR', start_factor=0.001, by_epoch=False, begin=0, end=1000),
+    dict(type='MultiStepLR', by_epoch=True, begin=0, end=24, milestones=[16, 22], gamma=0.1)]

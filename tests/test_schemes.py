@@ -263,7 +263,7 @@ def decoder(folder):
 
 def tokens(folder):
     """Which learn for two steps, stay, and are read in both networks from the fifth on."""
-    entry = dict(type='MasKD', token_steps=2, both_begin=4)
+    entry = dict(type='MasKD', token_steps=2, both_begin=2)
     return detector(folder, dict(a=(wide(), {})), dict(it=entry))
 
 

@@ -112,6 +112,7 @@ class Distillers(nn.ModuleDict):
                 )
             if isinstance(distiller, Several):
                 self._read_together(name, sources)
+            self._read_at_first(name, sources)
             learner = self.learner_of[name]
             wanted = [
                 *(('teacher', each) for each in self.teacher_of[name]),
@@ -142,6 +143,19 @@ class Distillers(nn.ModuleDict):
             raise ConfigError(
                 f'distillers.{name}: its teachers {", ".join(steps)} have other interval, begin or end, and it learns from '
                 f'all at once; make them equal, or give each an entry of its own'
+            )
+
+    def _read_at_first(self, name: str, sources: Mapping[str, Source]) -> None:
+        """Raise ConfigError if a method that has to learn in the first steps is read in none of them."""
+        of_method = getattr(self[name], 'first', self[name])
+        steps = getattr(of_method, 'first_steps', 0)
+        factor, read = self._factors[name], [sources[each] for each in self.teacher_of[name] if each in sources]
+        off = factor.spec['value'] == 0
+        if not off and steps and not any(factor.at(i) and all(each.due(i) for each in read) for i in range(steps)):
+            raise ConfigError(
+                f'distillers.{name}: {type(of_method).__name__} learns in the first {steps} steps what it teaches by '
+                f'afterwards, and factor, or begin of its teacher, leaves these out; let both begin at 0, and give loss_weight '
+                f'the schedule'
             )
 
     def prepare(self, student: nn.Module, sources: Mapping[str, Source]) -> None:

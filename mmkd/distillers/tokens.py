@@ -78,7 +78,7 @@ class LevelTokens(nn.Module):
         raise NotImplementedError(f'{type(self).__name__} has no mask')
 
     def compare(self, student: torch.Tensor, teacher: torch.Tensor, step: int) -> torch.Tensor:
-        """The distance of both features behind the masks that were learnt, in a step of the training."""
+        """The distance of both features behind the masks that were learnt, in a step counted from the end of their learning."""
         raise NotImplementedError(f'{type(self).__name__} has no compare')
 
 
@@ -119,6 +119,7 @@ class TokenDistiller(Distiller):
         self.levels = LevelPairs(layer or task_layer, teacher_layer, adapter)
         self.loss_weight = Weight(loss_weight, 'loss_weight')
         self.number, self.token_steps = tokens, token_steps
+        self.first_steps = token_steps
         learning = dict(type='constant', value=1.0, end=token_steps) if token_steps else 0.0
         self.token_weight = Weight(learning, 'token_steps')
 
@@ -157,8 +158,8 @@ class TokenDistiller(Distiller):
             covered = torch.stack(overlaps).sum()
             task = task_loss(teacher.model, self.teacher_layers[0], shown, data_samples)
             return {'loss': nothing, 'loss_token': task + covered + idle, 'overlap': covered.detach()}
-        step = self.token_weight.iteration
-        if step == self.token_steps:
+        step = self.token_weight.iteration - self.token_steps
+        if step == 0:
             self._keep()  # what the last of their steps has made of them
         levels = [
             tokens.compare(pair.student, pair.teacher.detach(), step)

@@ -17,7 +17,7 @@ DETECTION = {
             pkd=dict(type='PKD', layer='neck'),
             ssim=dict(type='SSIM', layer='neck'),
             fkd=dict(type='FKD', layer='neck'),
-            maskd=dict(type='MasKD', token_steps=2, both_begin=4),
+            maskd=dict(type='MasKD', token_steps=2, both_begin=2),
             freekd=dict(type='FreeKD', token_steps=2),
             cankd=dict(type='CanKD', layer='neck'),
             fgfi=dict(type='FGFI', head='bbox_head', loss_weight=0.01),

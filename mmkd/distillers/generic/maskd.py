@@ -46,7 +46,7 @@ class ReceptiveTokens(LevelTokens):
         channels: C, of the teacher's feature.
         tokens: T.
         weighted: Whether each image weighs them, softmax_t(W mean_i f_i + b), at first alike. Default True.
-        both_begin: The step from which on the student's masks count as well. Default None: they never do.
+        both_begin: After how many steps of distillation the student's masks count as well. Default None: they never do.
     """
 
     def __init__(self, channels: int, tokens: int, weighted: bool = True, both_begin: int | None = None):
@@ -84,7 +84,7 @@ class MasKD(TokenDistiller):
     Tokens, ``tokens`` of each level, are learnt on the frozen teacher in the first ``token_steps`` steps by
     ``loss_token``, see :class:`mmkd.distillers.tokens.TokenDistiller`. The student learns from the labels alone
     meanwhile. From then on ``loss = loss_weight * sum over levels of masked_loss``, see :func:`masked_loss`, with the masks of
-    the teacher's feature, and from ``both_begin`` on these times those that the same tokens find in the student's.
+    the teacher's feature, and ``both_begin`` steps later these times those that the same tokens find in the student's.
 
     Of a detector the neck is compared, and each image weighs the tokens. Of a segmentor these are the class logits, and all
     tokens count alike. The first steps need labels; images of a detector without are left out of it.
@@ -94,7 +94,8 @@ class MasKD(TokenDistiller):
         loss_weight: Of ``loss``, a number or a schedule. Default 1, for Faster R-CNN; RetinaNet 7, FCOS 10, segmentors 0.5.
         tokens: How many masks there are of each level, at least 2. Default 6.
         token_steps: How many steps the tokens learn. Default 2000.
-        both_begin: The step from which on the student's masks count, too. None: they never do. Default 7000.
+        both_begin: After how many steps of distillation, counted from ``token_steps``, the student's masks count, too. None:
+            they never do. Default 7000.
         teacher_layer: The teacher's layer, where its name differs.
         adapter: ``'auto'`` (1x1 convolution exactly where channels differ), None or a dict.
 
@@ -118,7 +119,7 @@ class MasKD(TokenDistiller):
     ):
         super().__init__(layer, loss_weight, tokens, token_steps, teacher_layer, adapter)
         if both_begin is not None and not is_whole(both_begin):
-            raise ConfigError(f'both_begin={both_begin!r}: expected a step, or None')
+            raise ConfigError(f'both_begin={both_begin!r}: expected a number of steps, or None')
         self.both_begin = both_begin
 
     def level_tokens(self, channels: int, teacher: nn.Module) -> LevelTokens:

@@ -126,7 +126,7 @@ PAIRS = {
 @pytest.mark.parametrize('pair', PAIRS)
 def test_tokens_learn_first_and_stay_then(pair):
     """Whatever momentum and weight decay the optimizer has; in their steps nothing else learns from the method."""
-    model = distilled(*PAIRS[pair], token_steps=3, both_begin=5)
+    model = distilled(*PAIRS[pair], token_steps=3, both_begin=2)
     batch, tokens = batch_of(model), model.distillers['it'].tokens
     optimizer = torch.optim.SGD(tokens.parameters(), lr=1e-3, momentum=0.9, weight_decay=10.0)
     kept, history = [], []
@@ -253,3 +253,21 @@ def test_teachers_without_such_a_loss_are_errors(student, teacher, source, optio
     given = dict(config=config if 'type' in source else models.build(config), **source)
     with pytest.raises(ConfigError, match=message):
         mmkd.distill(getattr(family, student)(), given, dict(it=dict(type='MasKD', **options)))
+
+
+LATE = dict(type='constant', value=1.0, begin=3)
+
+
+@pytest.mark.parametrize('method', ['MasKD', 'FreeKD'])
+@pytest.mark.parametrize(('source', 'factor'), [(dict(begin=3), 1.0), ({}, LATE)])
+def test_tokens_that_would_never_learn_are_an_error(method, source, factor):
+    """They learn in the first steps or not at all, and masks of random tokens say nothing."""
+    student, teacher = detectors.retinanet(), dict(config=models.build(detectors.retinanet()), **source)
+    with pytest.raises(ConfigError, match=f'distillers.it: {method} learns in the first 3 steps.*let both begin at 0'):
+        mmkd.distill(student, teacher, dict(it=dict(type=method, token_steps=3, factor=factor)))
+    for options in (
+        dict(token_steps=4, factor=factor),
+        dict(token_steps=0, factor=factor),
+        dict(token_steps=3, factor=0.0),
+    ):
+        mmkd.distill(student, teacher, dict(it=dict(type=method, **options)))
