@@ -179,6 +179,7 @@ class Several(Distiller):
                 layer[0]._replace(teacher=make(torch.stack([each.teacher for each in layer]), known))
                 for layer, known in zip(layers, labels, strict=True)
             ]
+            targets = [self.first.weigh(each, student, data_samples) for each in targets]
             return {'loss': self.first.compare_weighted(targets, [None] * len(targets))}
         by_layer = [
             entropy_weights(layer) if known is None else label_weights(layer, known)

@@ -222,7 +222,11 @@ class KD(Distiller):
 
     def read(self, student: Taps, teacher: Taps, data_samples: list | None) -> list[ClassLogits]:
         """The class logits that are compared; an entry for each layer."""
-        return self.reader(student, teacher, data_samples)
+        return [self.weigh(each, student, data_samples) for each in self.reader(student, teacher, data_samples)]
+
+    def weigh(self, logits: ClassLogits, student: Taps, data_samples: list | None) -> ClassLogits:
+        """Those of a layer with the weight of each position, which a subclass gives; the teacher's may be made of several."""
+        return logits
 
     def compare_weighted(self, logits: Sequence[ClassLogits], weights: Sequence[torch.Tensor | None]) -> torch.Tensor:
         """The weighted loss, with a weight for each position, (P, ...), or of sigmoid scores for each class too, (P, K, ...)."""

@@ -83,9 +83,6 @@ class WSLD(KD):
             )
         super().prepare(student, teacher)
 
-    def read(self, student: Taps, teacher: Taps, data_samples: list | None) -> list[ClassLogits]:
-        found = []
-        for each in super().read(student, teacher, data_samples):
-            labels = each.positions_of(self.reader.labels(each, student, data_samples))
-            found.append(each._replace(weights=soft_label_weights(each.student, each.teacher, labels)))
-        return found
+    def weigh(self, logits: ClassLogits, student: Taps, data_samples: list | None) -> ClassLogits:
+        labels = logits.positions_of(self.reader.labels(logits, student, data_samples))
+        return logits._replace(weights=soft_label_weights(logits.student, logits.teacher, labels))

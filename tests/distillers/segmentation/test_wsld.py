@@ -84,6 +84,13 @@ def test_several_teachers_weigh_their_own_pixels():
     assert by_entropy < kd
 
 
+@pytest.mark.parametrize('combine', ['mean_logits', 'best', 'min_logits'])
+def test_one_target_of_several_teachers_has_weights_of_its_own(combine):
+    """It is the same whichever teacher is named first."""
+    each = [found(build(dict(type='WSLD', teacher=list(names), combine=combine), teachers='ab')) for names in ('ab', 'ba')]
+    torch.testing.assert_close(*each)
+
+
 def test_a_class_that_the_teacher_does_not_know_is_no_label():
     model = build(dict(type='WSLD'), classes={index: index for index in range(3)})
     seen = []
