@@ -10,5 +10,5 @@ model = dict(
             layer=['neck.out_convs.0.conv', 'neck.out_convs.1.conv', 'neck.out_convs.2.conv'],
             standardize=True,
             adapter=dict(type='ConvAdapter', bias=False),
-            # the first 280 of 300 epochs, of 463 steps with 8 x 32 images
-            loss_weight=dict(type='constant', value=1.0, end=129640))))
+            # the first 280 of 300 epochs, of 459 steps with 8 x 32 of the 117266 images with objects
+            loss_weight=dict(type='constant', value=1.0, end=128520))))

@@ -12,8 +12,8 @@ from mmkd.distillers.uncertainty import Uncertainty
 from mmkd.errors import ConfigError
 from mmkd.taps import Taps, find_layer
 
-Layer = str | Callable[[nn.Module], str]
-"""A layer's name, or what gives it for a model."""
+Layer = str | Callable[[nn.Module], str | Sequence[str]]
+"""A layer's name, or what gives it, or several, for a model."""
 
 
 class LevelPair(NamedTuple):
@@ -35,7 +35,7 @@ class LevelPairs(nn.Module):
 
     Args:
         layer: The student's layer, a dotted name, or a list of them. In place of a name there may be a function that gives
-            it for a model: :meth:`prepare` calls it for each network.
+            it, or several, for a model: :meth:`prepare` calls it for each network.
         teacher_layer: The teacher's, where its name differs.
         adapter: ``'auto'``, None or a dict, see :class:`mmkd.adapters.Adapters`.
         match: Which levels belong together. ``'stride'`` (default): those of equal size for the same image; levels
@@ -91,7 +91,7 @@ class LevelPairs(nn.Module):
     def prepare(self, student: nn.Module, teacher: nn.Module) -> bool:
         """Name the layers that depend on the models; whether there are any."""
         self.student_layers, self.teacher_layers = (
-            tuple(each if isinstance(each, str) else each(model) for each in names)
+            tuple(found for each in names for found in _names_for(each, model))
             for names, model in zip(self._named, (student, teacher), strict=True)
         )
         return not all(isinstance(each, str) for names in self._named for each in names)
@@ -168,6 +168,11 @@ class LevelPairs(nn.Module):
         require_gradient(', '.join(self.student_layers), features)
         adapted = self.adapters(features, targets)
         return [LevelPair(s, t, i, j) for s, t, (_, i, j) in zip(adapted, targets, self.pairs, strict=True)]
+
+
+def _names_for(layer: Layer, model: nn.Module) -> tuple[str, ...]:
+    found = layer if isinstance(layer, str) else layer(model)
+    return (found,) if isinstance(found, str) else tuple(found)
 
 
 def layer_names(option: str, layer: Layer | Sequence[Layer]) -> tuple[Layer, ...]:

@@ -112,6 +112,11 @@ def test_of_several_teachers_each_is_uncertain():
     assert [each.levels.uncertainty.passes for each in methods.values()] == [3, 3]
 
 
+def test_layers_that_are_found_in_the_models_are_uncertain_too():
+    model = distilled(dict(type='TOFD'), segmentors.pspnet(), uncertainty=UNCERTAIN)
+    assert model.distillers['it'].levels.uncertainty.passes == 3
+
+
 def test_the_log_says_it():
     model = distilled(dict(type='PKD', layer='neck'), uncertainty=dict())
     assert model.distillers['it'].levels.describe().endswith("no adapter, the teacher's of 5 dropouts with p=0.1")

@@ -3,6 +3,7 @@
 Zhang, Shi, Shi, Ma, Bao, "Task-Oriented Feature Distillation", NeurIPS 2020.
 """
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 
@@ -10,7 +11,7 @@ import torch
 from torch import nn
 
 from mmkd.distillers.base import Distiller
-from mmkd.distillers.levels import LevelPairs, layer_names
+from mmkd.distillers.levels import LevelPairs
 from mmkd.distillers.schedule import Weight
 from mmkd.errors import ConfigError
 from mmkd.hosts.segmentation.heads import auxiliary_feature_layers, feature_layer
@@ -92,15 +93,16 @@ class TOFD(Distiller):
         teacher_layer: str | Sequence[str] | None = None,
     ):
         super().__init__()
-        self.layer = None if layer is None else layer_names('layer', layer)
-        self.teacher_layer = self.layer if teacher_layer is None else layer_names('teacher_layer', teacher_layer)
+        own = functools.partial(_classified, 'student') if layer is None else layer
+        others = functools.partial(_classified, 'teacher') if layer is None else layer
+        self.levels = LevelPairs(
+            own, others if teacher_layer is None else teacher_layer, dict(type='ConvAdapter', bias=False)
+        )
         self.feature_weight = Weight(feature_weight, 'feature_weight')
         self.orthogonal_weight = Weight(orthogonal_weight, 'orthogonal_weight')
 
     def prepare(self, student: nn.Module, teacher: nn.Module) -> None:
-        own = self.layer or _classified('student', student)
-        others = self.teacher_layer or _classified('teacher', teacher)
-        self.levels = LevelPairs(own, others, dict(type='ConvAdapter', bias=False))
+        self.levels.prepare(student, teacher)
         self.student_layers, self.teacher_layers = self.levels.student_layers, self.levels.teacher_layers
 
     def setup(self, student: Taps, teacher: Taps) -> None:

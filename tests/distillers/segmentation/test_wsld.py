@@ -87,7 +87,9 @@ def test_several_teachers_weigh_their_own_pixels():
 @pytest.mark.parametrize('combine', ['mean_logits', 'best', 'min_logits'])
 def test_one_target_of_several_teachers_has_weights_of_its_own(combine):
     """It is the same whichever teacher is named first."""
-    each = [found(build(dict(type='WSLD', teacher=list(names), combine=combine), teachers='ab')) for names in ('ab', 'ba')]
+    each = [
+        found(build(dict(type='WSLD', teacher=list(names), combine=combine), teachers='ab')) for names in ('ab', 'ba')
+    ]
     torch.testing.assert_close(*each)
 
 
