@@ -7,5 +7,5 @@ model = dict(
     # the authors' script asks for a block in the middle as the mask, and for another generator: docs/methods/afdcd.md
     distillers=dict(
         kd=dict(type='KD'),
-        afdcd=dict(type='AfDCD')))
+        afdcd=dict(type='AfDCD', layer='backbone.layer4')))
 auto_scale_lr = dict(enable=False, base_batch_size=8)

@@ -115,7 +115,7 @@ SEGMENTATION = {
             afd=dict(type='AFD', layer=['backbone.layer3', 'backbone.layer4'], channels=16),
             crd=dict(type='CRD', layer='decode_head.bottleneck', channels=16, memory=64, samples=16),
             crcd=dict(type='CRCD', layer='decode_head.bottleneck', channels=16, memory=64, samples=16),
-            afdcd=dict(type='AfDCD', groups=8),
+            afdcd=dict(type='AfDCD', layer='backbone.layer4', groups=8),
             rmrkd=dict(type='RMRKD', layer='backbone.layer4'),
             bpkd=dict(type='BPKD'),
             tofd=dict(type='TOFD'),

@@ -15,7 +15,6 @@ from mmkd.distillers.generic.mgd import generator, random_mask
 from mmkd.distillers.levels import LevelPairs
 from mmkd.distillers.schedule import Weight
 from mmkd.errors import ConfigError
-from mmkd.hosts.segmentation.heads import feature_layer
 from mmkd.registry import DISTILLERS
 from mmkd.taps import Taps
 from mmkd.values import check_temperature, is_number, is_whole
@@ -98,16 +97,16 @@ class AfDCD(Distiller):
     with the student and not needed afterwards. No augmentation, memory or ground truth. Neither loss is 0 for equal networks.
 
     Args:
-        layer: The student's layer before its classifier, or a list. Default: found by its decode head, see
-            :func:`mmkd.hosts.segmentation.heads.feature_layer`.
-        feature_weight: A number or a schedule, as the next. Default 2e-6; it belongs to a size of the map.
+        layer: The student's layer, or a list. The authors' is the last stage of the backbone.
+        feature_weight: A number or a schedule, as the next. Default 2e-6; it belongs to a size of the map, 2048 channels of
+            64x128 positions.
         contrast_weight: Default 0.005.
         mask_ratio: The probability that a position is masked. Default 0.75.
-        tau: Temperature of the contrast, positive. Default 0.07.
+        tau: Temperature of the contrast, positive. Default 0.07; it belongs to groups of 128 channels.
         groups: Groups of channels that are contrasted; they divide the teacher's channels. Default 16.
         pool: Height and width of what is pooled before the contrast, in positions. Default 4.
         patch: Height and width of a patch, in pooled positions. Default 4.
-        teacher_layer: The teacher's layer, where its name differs from ``layer``. Default, without either: as ``layer``.
+        teacher_layer: The teacher's layer, where its name differs.
         adapter: ``'auto'`` (1x1 convolution exactly where channels differ), None or a dict; before the mask.
         match: ``'stride'`` or ``'index'``: which levels belong together, see
             :class:`mmkd.distillers.levels.LevelPairs`.
@@ -116,14 +115,14 @@ class AfDCD(Distiller):
         ConfigError: where the teacher's channels are no multiple of ``groups``.
 
     Example:
-        >>> distillers = dict(kd=dict(type='KD'), afdcd=dict(type='AfDCD'))
+        >>> distillers = dict(kd=dict(type='KD'), afdcd=dict(type='AfDCD', layer='backbone.layer4'))
     """
 
     any_scale = True
 
     def __init__(
         self,
-        layer: str | Sequence[str] | None = None,
+        layer: str | Sequence[str],
         feature_weight: float | Mapping = 2e-6,
         contrast_weight: float | Mapping = 0.005,
         mask_ratio: float = 0.75,
@@ -136,7 +135,8 @@ class AfDCD(Distiller):
         match: str = 'stride',
     ):
         super().__init__()
-        self.levels = LevelPairs(layer or feature_layer, teacher_layer, adapter, match)
+        self.levels = LevelPairs(layer, teacher_layer, adapter, match)
+        self.student_layers, self.teacher_layers = self.levels.student_layers, self.levels.teacher_layers
         if not (is_number(mask_ratio) and 0 <= mask_ratio < 1):
             raise ConfigError(f'mask_ratio={mask_ratio!r}: expected a probability of at least 0 and below 1')
         check_temperature(tau)
@@ -146,10 +146,6 @@ class AfDCD(Distiller):
         self.feature_weight = Weight(feature_weight, 'feature_weight')
         self.contrast_weight = Weight(contrast_weight, 'contrast_weight')
         self.mask_ratio, self.tau, self.groups, self.pool, self.patch = mask_ratio, tau, groups, pool, patch
-
-    def prepare(self, student: nn.Module, teacher: nn.Module) -> None:
-        self.levels.prepare(student, teacher)
-        self.student_layers, self.teacher_layers = self.levels.student_layers, self.levels.teacher_layers
 
     def setup(self, student: Taps, teacher: Taps) -> None:
         self.levels.setup(student, teacher)

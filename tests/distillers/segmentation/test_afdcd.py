@@ -1,14 +1,19 @@
 import math
+from pathlib import Path
 
 import pytest
 import torch
+from mmengine.config import Config
 
 from mmkd.distill import distill
 from mmkd.distillers.segmentation.afdcd import AfDCD, dense_contrastive_loss, patches
 from mmkd.errors import ConfigError
+from mmkd.registry import DISTILLERS, build
 from mmkd.testing import models, segmentors
 from mmkd.testing.batches import random_batch
 from mmkd.testing.closed_form import closed_form_inputs
+
+ROOT = Path(__file__).resolve().parents[3]
 
 
 def plain_loops(student, teacher, tau, groups, pool, patch):
@@ -111,7 +116,7 @@ def pair(tmp_path, family='pspnet', **options):
     config = segmentors.pspnet(24, base=16)
     checkpoint = models.save_weights(config, tmp_path / 'teacher.pth')
     student = models.build(getattr(segmentors, family)(), seed=0)
-    options = dict(groups=4) | options
+    options = dict(layer='backbone.layer4', groups=4) | options
     model = distill(student, dict(config=config, checkpoint=checkpoint), dict(afdcd=dict(type='AfDCD', **options)))
     model.sources['teacher'].load()
     return model.train()
@@ -119,7 +124,11 @@ def pair(tmp_path, family='pspnet', **options):
 
 @pytest.mark.parametrize(
     ('family', 'options'),
-    [('pspnet', {}), ('segformer', {}), ('deeplabv3', dict(layer=['backbone.layer4', 'decode_head.bottleneck']))],
+    [
+        ('pspnet', {}),
+        ('segformer', dict(layer='decode_head.fusion_conv', teacher_layer='decode_head.bottleneck')),
+        ('deeplabv3', dict(layer=['backbone.layer4', 'decode_head.bottleneck'])),
+    ],
 )
 def test_a_training_step(family, options, tmp_path):
     model = pair(tmp_path, family, **options)
@@ -152,7 +161,21 @@ def test_weights(tmp_path):
 
 def test_groups_that_do_not_divide_the_channels_are_an_error(tmp_path):
     with pytest.raises(ConfigError, match='groups=16: does not divide the 24 channels'):
-        pair(tmp_path, groups=16)
+        pair(tmp_path, layer='decode_head.bottleneck', groups=16)
+
+
+def test_without_a_layer_it_is_an_error():
+    with pytest.raises(ConfigError, match='layer'):
+        build(DISTILLERS, 'distillers.it', dict(type='AfDCD'))
+
+
+@pytest.mark.parametrize('name', ['afdcd_deeplabv3.py', 'afdcd_deeplabv3_mbv2.py', 'streets/afdcd_pspnet.py'])
+def test_its_configs_compare_what_the_backbones_last_stages_put_out(name):
+    """The authors' layers, 512 or MobileNetV2's 320 channels against 2048."""
+    config = Config.fromfile(ROOT / 'configs' / name)
+    spec = config.model.distillers.afdcd
+    last = 'backbone.layer7' if 'mbv2' in name else 'backbone.layer4'
+    assert (spec.layer, spec.get('teacher_layer', spec.layer)) == (last, 'backbone.layer4')
 
 
 @pytest.mark.parametrize(
@@ -169,4 +192,4 @@ def test_groups_that_do_not_divide_the_channels_are_an_error(tmp_path):
 )
 def test_options_out_of_range_are_errors(options):
     with pytest.raises(ConfigError, match=next(iter(options))):
-        AfDCD(**options)
+        AfDCD('backbone.layer4', **options)

@@ -309,7 +309,6 @@ DEFAULTS = {
     'ONE': {'branches': (3, CODE), 'tau': (3.0, CODE), 'loss_weight': (1.0, CODE)},
     'OKDDip': {'branches': (4, CODE), 'tau': (3.0, CODE), 'loss_weight': (1.0, CODE)},
     'AfDCD': {
-        'layer': (None, HEAD),
         'feature_weight': (2e-6, f'{CODE}, Cityscapes'),
         'contrast_weight': (0.005, f'{CODE}, Cityscapes'),
         'mask_ratio': (0.75, CODE),

@@ -188,7 +188,7 @@ METHODS = {
     'AfDCD': (
         'pspnet',
         'pspnet',
-        dict(type='AfDCD', groups=8),
+        dict(type='AfDCD', layer='backbone.layer4', groups=8),
         {
             'zero': 'the generator is not the identity, and other groups are never infinitely far',
             'batch': 'masks are random',
