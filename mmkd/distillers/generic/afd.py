@@ -54,10 +54,10 @@ def matching_loss(
 class Matching(nn.Module):
     r"""Which levels of the student each level of the teacher belongs to, for each image: attention between their means.
 
-    .. math:: \alpha_{bt} = \operatorname{softmax}_s \frac{q_{bt}^\top W_t k_{bs} + p_t^\top p_s}{\sqrt d}
+    .. math:: \alpha_{bt} = \operatorname{softmax}_s \frac{q_{bt}^\top \mathrm{LN}(W_t k_{bs}) + p_t^\top p_s}{\sqrt d}
 
-    with q = LN(linear(mean over positions)) of the teacher's level t, k = ReLU(LN(linear(...))) of the student's level s; W, p
-    and the linear maps are trained.
+    with q = LN(linear(mean over positions)) of the teacher's level t, k = ReLU(LN(linear(...))) of the student's level s; W, p,
+    the linear maps and the norms are trained. Scores begin with a standard deviation of about 1.
 
     Args:
         student: The channels of the student's levels.
@@ -73,8 +73,10 @@ class Matching(nn.Module):
         )
         self.bilinear = nn.Parameter(torch.empty(len(teacher), channels, channels))
         self.places = nn.Parameter(torch.empty(len(student) + len(teacher), channels))
-        nn.init.xavier_normal_(self.bilinear)
-        nn.init.xavier_normal_(self.places)
+        self.norms = nn.ModuleList(nn.LayerNorm(channels) for _ in teacher)
+        # one by one: of a stack torch takes the fans of a convolution
+        for matrix in (*self.bilinear, *self.places.split([len(student), len(teacher)])):
+            nn.init.xavier_normal_(matrix)
 
     def forward(self, student: Sequence[torch.Tensor], teacher: Sequence[torch.Tensor]) -> torch.Tensor:
         """(B, teacher's levels, student's levels), which sum to 1 over the student's."""
@@ -83,7 +85,9 @@ class Matching(nn.Module):
             for readers, levels in ((self.keys, student), (self.queries, teacher))
         )
         own, other = self.places.split([len(self.keys), len(self.queries)])
-        scores = torch.einsum('btc,tcd,bsd->bts', queries, self.bilinear, keys.relu()) + other @ own.mT
+        read = torch.einsum('tcd,bsd->btsc', self.bilinear, keys.relu())
+        read = torch.stack([norm(each) for norm, each in zip(self.norms, read.unbind(1), strict=True)], 1)
+        scores = torch.einsum('btc,btsc->bts', queries, read) + other @ own.mT
         return (scores / math.sqrt(self.places.shape[1])).softmax(2)
 
 

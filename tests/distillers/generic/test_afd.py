@@ -37,6 +37,9 @@ def test_a_larger_level_is_averaged_to_the_teachers_size():
 def test_shares_as_plain_steps():
     torch.manual_seed(0)
     matching = Matching([2, 5, 4], [6, 3], 8).double()
+    for norm in matching.norms:
+        torch.nn.init.normal_(norm.weight)
+        torch.nn.init.normal_(norm.bias)
     student = [torch.randn(2, c, 3, 4, dtype=torch.float64) for c in (2, 5, 4)]
     teacher = [torch.randn(2, c, 3, 4, dtype=torch.float64) for c in (6, 3)]
     found = matching(student, teacher)
@@ -47,8 +50,20 @@ def test_shares_as_plain_steps():
             for s in range(3):
                 k = matching.keys[s](student[s][b].mean((1, 2))).clamp(min=0)
                 place = matching.places[3 + t] @ matching.places[s]
-                scores.append((q @ matching.bilinear[t] @ k + place) / math.sqrt(8))
+                scores.append((q @ matching.norms[t](matching.bilinear[t] @ k) + place) / math.sqrt(8))
             torch.testing.assert_close(found[b, t], torch.stack(scores).softmax(0))
+
+
+def test_matrices_begin_as_xaviers_and_scores_with_a_deviation_of_one():
+    torch.manual_seed(0)
+    channels = 128
+    matching = Matching([16, 32, 64], [16, 32, 64, 128], channels)
+    for matrix in matching.bilinear:
+        assert matrix.std().item() == pytest.approx(channels**-0.5, rel=0.05)
+    levels, others = ([torch.randn(256, c, 1, 1) for c in widths] for widths in ((16, 32, 64), (16, 32, 64, 128)))
+    scores = matching(levels, others).log()
+    scores = scores - scores.mean(2, keepdim=True)
+    assert scores.square().sum(2).mean().item() / 2 == pytest.approx(1, rel=0.3)  # of 3 values and their mean
 
 
 def test_zero_where_only_equal_levels_are_matched():
