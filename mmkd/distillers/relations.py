@@ -139,6 +139,12 @@ class RelationDistiller(Distiller):
 
     def rows(self, student: Taps, teacher: Taps, data_samples: list | None) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Of each level the embeddings of both, (n, D) and (n, D'); the same n of all levels, the teacher's without gradient."""
+        return [(s.flatten(1), t.flatten(1)) for s, t in self.embeddings(student, teacher, data_samples)]
+
+    def embeddings(
+        self, student: Taps, teacher: Taps, data_samples: list | None
+    ) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """As :meth:`rows`, but images are maps, (n, C, H, W)."""
         pairs = self.levels(student, teacher)
         first = pairs[0].teacher
         each = max(self.samples // len(first), 1)
@@ -148,14 +154,14 @@ class RelationDistiller(Distiller):
 
         def embed(feature: torch.Tensor) -> torch.Tensor:
             if self.between == 'images':
-                return feature.flatten(1)
+                return feature
             if self.between == 'pixels':
                 return at_points(feature, points).flatten(0, 1)
             side = math.isqrt(each)
             return pool_cells(feature, (side, side), parts).flatten(2).transpose(1, 2).flatten(0, 1)
 
-        rows = [(embed(pair.student), embed(pair.teacher.detach())) for pair in pairs]
-        number = len(rows[0][1])
+        found = [(embed(pair.student), embed(pair.teacher.detach())) for pair in pairs]
+        number = len(found[0][1])
         if not self._enough and number < self.least:
             advice = (
                 "take between='cells', or a larger train_dataloader.batch_size"
@@ -167,4 +173,4 @@ class RelationDistiller(Distiller):
                 f'needs {self.least} to relate; {advice}'
             )
         self._enough = True
-        return rows
+        return found

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 import torch
 import torch.nn.functional as F
 
-from mmkd.distillers.relations import RelationDistiller, pool_cells, squared_distances
+from mmkd.distillers.relations import RelationDistiller, cell_weights, pool_cells, squared_distances
 from mmkd.distillers.schedule import Weight
 from mmkd.errors import ConfigError
 from mmkd.registry import DISTILLERS
@@ -49,26 +49,42 @@ def transformation_loss(
     .. math:: L = \frac{1}{n} \sum_i (V^S_i - V^T_i)^2, \qquad
         V_i = \frac{\lVert e_i - e'_i \rVert^2}{\max_k \lVert e_k - e'_k \rVert^2}
 
-    with e of a level, e' of the next. Where a network's two differ in length, the longer one is averaged to the other's:
-    neighbouring channels' means.
+    with e of a level, e' of the next. Where a network's two differ, the larger one is averaged to the other's number of
+    channels, over neighbouring ones, and its height and width so, over cells of positions.
 
     Args:
-        student: e, (n, D), and e', (n, E).
-        teacher: The same, of any lengths; no gradient flows into it.
+        student: e, (n, D), and e', (n, E); or maps, (n, C, H, W), of any channels and sizes.
+        teacher: The same, of any; no gradient flows into it.
 
     Returns:
         A scalar.
     """
 
     def moves(before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
-        length = min(before.shape[1], after.shape[1])
-        before, after = (
-            rows if rows.shape[1] == length else pool_cells(rows[None, None], (len(rows), length))[0, 0]
-            for rows in (before, after)
-        )
-        return largest_is_one((before - after).square().sum(1))
+        channels, *size = (min(sides) for sides in zip(before.shape[1:], after.shape[1:], strict=True))
+        before, after = (averaged(each, channels, size) for each in (before, after))
+        return largest_is_one((before - after).square().flatten(1).sum(1))
 
     return F.mse_loss(moves(*student), moves(*(each.detach() for each in teacher)))
+
+
+def averaged(feature: torch.Tensor, channels: int, size: Sequence[int]) -> torch.Tensor:
+    """Means of neighbouring channels, and of the cells of a grid.
+
+    Args:
+        feature: (n, C) or (n, C, H, W).
+        channels: How many channels it becomes.
+        size: Height and width that a map becomes.
+
+    Returns:
+        (n, channels) or (n, channels, height, width).
+    """
+    if list(feature.shape[2:]) != list(size):
+        feature = pool_cells(feature, size)
+    if feature.shape[1] != channels:
+        weights = cell_weights(feature.shape[1], channels, feature.new_ones(1))[0]
+        feature = torch.einsum('dc,nc...->nd...', weights, feature)
+    return feature
 
 
 @DISTILLERS.register_module()
@@ -88,7 +104,7 @@ class IRG(RelationDistiller):
 
     Args:
         layer: The student's layers, two or more, or one of several levels; levels succeed each other in this order.
-        between: ``'cells'`` (default) or ``'pixels'``; ``'images'`` where all levels have as many positions.
+        between: ``'cells'`` (default), ``'images'`` or ``'pixels'``.
         samples: Cells or pixels of a process's batch. Default 64. Memory grows with its square.
         edge_weight: A number or a schedule, as all weights. Default 5.
         transformation_weight: Default 5.
@@ -128,8 +144,8 @@ class IRG(RelationDistiller):
             )
 
     def forward(self, student: Taps, teacher: Taps, data_samples: list | None) -> dict[str, torch.Tensor]:
-        levels = self.rows(student, teacher, data_samples)
-        edges = sum(edge_loss(s, t) for s, t in levels) / len(levels)
+        levels = self.embeddings(student, teacher, data_samples)
+        edges = sum(edge_loss(s.flatten(1), t.flatten(1)) for s, t in levels) / len(levels)
         moves = sum(transformation_loss((s, s2), (t, t2)) for (s, t), (s2, t2) in itertools.pairwise(levels)) / (
             len(levels) - 1
         )

@@ -5,6 +5,7 @@ from mmkd.distill import distill
 from mmkd.distillers.generic.irg import edge_loss, transformation_loss
 from mmkd.errors import ConfigError
 from mmkd.testing import models, segmentors
+from mmkd.testing.batches import random_batch
 
 
 def edge_loops(student, teacher):
@@ -46,6 +47,45 @@ def test_transformations_as_plain_loops(channels):
     student, teacher = each[:2], each[2:]
     found = transformation_loss(student, teacher).item()
     assert found == pytest.approx(move_loops(student, teacher), rel=1e-6)
+
+
+def test_transformations_of_maps_as_plain_loops():
+    """From 2 channels of 4x4 positions to 4 of 2x2: channels are averaged over channels, positions over positions."""
+    maps = [*rows((3, 2, 4, 4), (3, 4, 2, 2)), *rows((3, 2, 4, 4), (3, 4, 2, 2))]
+    found = []
+    for before, after in (maps[:2], maps[2:]):
+        squares = []
+        for x, y in zip(before.tolist(), after.tolist()):
+            cells = [(c, i, j) for c in range(2) for i in range(2) for j in range(2)]
+            squares.append(0.0)
+            for c, i, j in cells:
+                own = sum(x[c][2 * i + v][2 * j + u] for v in range(2) for u in range(2)) / 4
+                squares[-1] += (own - (y[2 * c][i][j] + y[2 * c + 1][i][j]) / 2) ** 2
+        found.append([each / max(squares) for each in squares])
+    expected = sum((a - b) ** 2 for a, b in zip(*found)) / 3
+    assert transformation_loss(tuple(maps[:2]), tuple(maps[2:])).item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_images_of_large_maps():
+    """Of a million numbers to half a million: a matrix of both would be 2 TB."""
+    student = (torch.randn(2, 256, 64, 64, requires_grad=True), torch.randn(2, 512, 32, 32))
+    teacher = (torch.randn(2, 256, 64, 64), torch.randn(2, 512, 64, 64))
+    loss = transformation_loss(student, teacher)
+    loss.backward()
+    assert torch.isfinite(student[0].grad).all()
+
+
+def test_a_training_step_between_images(tmp_path):
+    config = segmentors.pspnet(base=16)
+    teacher = dict(config=config, checkpoint=models.save_weights(config, tmp_path / 'teacher.pth'))
+    student = models.build(segmentors.pspnet(), seed=0)
+    entry = dict(type='IRG', layer=['backbone.layer1', 'backbone.layer3', 'backbone.layer4'], between='images')
+    model = distill(student, teacher, dict(irg=entry)).train()
+    model.sources['teacher'].load()
+    data = model.data_preprocessor(random_batch(model, (2, 3, 64, 96)), True)
+    losses = model(**data, mode='loss')
+    sum(losses[f'irg.loss_{key}'] for key in ('edge', 'transformation')).backward()
+    assert next(model.backbone.parameters()).grad.any()
 
 
 def test_zero_for_equal_inputs_and_for_others_of_another_scale():
