@@ -2,7 +2,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mmkd.distillers.norms import BATCH, INSTANCE, normalized
+from mmkd.distillers.norms import BATCH, INSTANCE, BatchNorm2d, normalized
 from mmkd.hosts.running import counted_once
 
 
@@ -21,6 +21,27 @@ def test_a_constant_and_a_single_value_are_zero_with_a_finite_gradient():
         found.square().sum().backward()
         assert (found == 0).all()
         assert torch.isfinite(feature.grad).all()
+
+
+@pytest.mark.parametrize('shape', [(2, 3, 4, 5), (1, 3, 4, 1), (2, 3, 1, 1)])
+def test_the_module_is_torchs_batch_norm(shape):
+    feature = 3 * torch.randn(shape) + 1
+    norm, other = BatchNorm2d(3), torch.nn.BatchNorm2d(3, track_running_stats=False)
+    assert norm.state_dict().keys() == other.state_dict().keys() == {'weight', 'bias'}
+    torch.nn.init.normal_(norm.weight)
+    torch.nn.init.normal_(norm.bias)
+    other.load_state_dict(norm.state_dict())
+    assert torch.equal(norm(feature), other(feature))
+
+
+def test_the_module_shifts_a_single_value():
+    norm = BatchNorm2d(3)
+    torch.nn.init.normal_(norm.bias)
+    feature = torch.randn(1, 3, 1, 1, requires_grad=True)
+    found = norm(feature)
+    found.square().sum().backward()
+    assert torch.equal(found.flatten(), norm.bias)
+    assert all(torch.isfinite(each.grad).all() for each in (feature, norm.weight, norm.bias))
 
 
 @pytest.mark.parametrize('training', [True, False])

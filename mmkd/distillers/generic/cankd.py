@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from mmkd.distillers.base import FeatureDistiller
-from mmkd.distillers.norms import INSTANCE, normalized
+from mmkd.distillers.norms import INSTANCE, BatchNorm2d, normalized
 from mmkd.registry import DISTILLERS
 from mmkd.taps import Taps
 
@@ -49,7 +49,7 @@ class NonLocal(nn.Module):
         inner = max(1, channels // 2)
         self.query, self.key, self.value = (nn.Conv2d(channels, inner, 1) for _ in range(3))
         self.output = nn.Conv2d(inner, channels, 1)
-        self.norm = nn.BatchNorm2d(channels, track_running_stats=False)  # it runs in training alone
+        self.norm = BatchNorm2d(channels)
         nn.init.zeros_(self.norm.weight)
 
     def forward(self, feature: torch.Tensor, other: torch.Tensor) -> torch.Tensor:

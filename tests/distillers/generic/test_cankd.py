@@ -71,6 +71,13 @@ def test_a_new_block_changes_nothing_and_sees_the_teacher_once_it_is_trained():
     assert not torch.allclose(block(student, teacher), block(student, other), atol=1e-2)
 
 
+def test_a_single_image_of_one_position():
+    student, teacher = torch.randn(2, 1, 6, 1, 1)
+    block = NonLocal(6)
+    torch.nn.init.ones_(block.norm.bias)
+    torch.testing.assert_close(block(student, teacher), student + 1)
+
+
 def test_scale_and_offset_of_a_channel_of_an_image_change_nothing():
     student, teacher = torch.randn(2, 2, 3, 8, 8, dtype=torch.float64)
     scale, offset = torch.rand(2, 2, 3, 1, 1, dtype=torch.float64) + 0.5
