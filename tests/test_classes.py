@@ -157,6 +157,16 @@ def test_a_method_that_runs_the_teachers_head_by_itself_is_refused():
     mmkd.distill(models.build(detectors.faster_rcnn()), teacher, dict(it=dict(type='GID', head='rpn_head')))
 
 
+@pytest.mark.parametrize('kind', ['DKD', 'Chen'])
+def test_methods_that_always_compare_classes_of_regions_are_refused(kind):
+    """Of as many classes as the student's, so that nothing else tells."""
+    teacher = dict(config=models.build(detectors.faster_rcnn()), classes={0: 1, 1: 0, 2: 2})
+    with pytest.raises(
+        ConfigError, match=f'distillers.it: {kind} compares classes, and those of its teacher are others'
+    ):
+        mmkd.distill(models.build(detectors.faster_rcnn()), teacher, dict(it=dict(type=kind)))
+
+
 def rows(tensor, classes, each, background):
     """A classifier's rows by class: (groups, classes, rows of a class that stand together, ...)."""
     return tensor[: len(tensor) - background].unflatten(0, (-1, classes, each))

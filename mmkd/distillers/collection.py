@@ -398,7 +398,8 @@ def _check_view(distiller: Any, source: Source, name: str) -> None:
     if source.classes is not None and not getattr(distiller, 'maps_classes', False):
         if getattr(method, 'compares_classes', False):
             raise ConfigError(
-                f'{kind} compares classes, and those of its teacher are others; use KD for class logits, {kind} for features'
+                f'{kind} compares classes, and those of its teacher are others; use KD for class logits, and for features '
+                f'a method that compares no classes'
             )
         heads = [layer for layer in names_of(distiller.teacher_layers, name) if _puts_out_classes(source.model, layer)]
         if heads:

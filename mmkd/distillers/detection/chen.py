@@ -115,6 +115,7 @@ class Chen(Distiller):
         >>> distillers = dict(chen=dict(type='Chen'))
     """
 
+    compares_classes = True
     renamed = {
         'neck': 'layer',
         'teacher_neck': 'teacher_layer',

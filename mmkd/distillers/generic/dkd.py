@@ -92,7 +92,7 @@ class DKD(Distiller):
         >>> distillers = dict(dkd=dict(type='DKD'))
     """
 
-    any_scale = True
+    any_scale = compares_classes = True
 
     def __init__(
         self,
