@@ -45,6 +45,8 @@ class LogitsReader(nn.Module):
 
     student_layers: Sequence[str] = ()
     teacher_layers: Sequence[str] = ()
+    sigmoid = False
+    """Whether each class has a probability of its own; else all of a position share 1."""
     has_labels = False
     """Whether each position has a label, :meth:`labels`."""
     label_layers: Sequence[str] = ()

@@ -12,7 +12,6 @@ from mmkd.distillers.base import Distiller
 from mmkd.distillers.generic.kd import logits_reader
 from mmkd.distillers.schedule import Weight
 from mmkd.errors import ConfigError
-from mmkd.hosts.segmentation.logits import PixelLogits
 from mmkd.registry import DISTILLERS
 from mmkd.taps import Taps
 from mmkd.values import check_temperature
@@ -43,11 +42,12 @@ def decoupled_divergence(
         Two scalars, TCKD and NCKD.
     """
     classes = torch.arange(student.shape[1], device=labels.device).view(-1, *[1] * (labels.dim() - 1))
-    target = labels[:, None] == classes
+    target, counts = labels[:, None] == classes, labels >= 0
 
     def logarithms(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Of p and 1 - p, (P, ...), and of p-hat, 0 at the target."""
-        logits = logits / tau
+        # not at the end: without a target the probability may be infinite, and 0 times that is NaN
+        logits = torch.where(counts[:, None], logits / tau, 0.0)
         total, others = logits.logsumexp(1), logits.masked_fill(target, -torch.inf).logsumexp(1)
         own = logits.masked_fill(~target, 0.0).sum(1)
         return own - total, others - total, (logits - others[:, None]).masked_fill(target, 0.0)
@@ -56,7 +56,6 @@ def decoupled_divergence(
     t_own, t_rest, t_among = logarithms(teacher.detach())
     binary = t_own.exp() * (t_own - own) + t_rest.exp() * (t_rest - rest)
     others = (t_among.exp() * (t_among - among)).sum(1)  # 0 at the target, where both are 0
-    counts = labels >= 0
     scale = tau**2 / counts.sum().clamp(min=1)
     return (binary * counts).sum() * scale, (others * counts).sum() * scale
 
@@ -109,12 +108,12 @@ class DKD(Distiller):
 
     def prepare(self, student: nn.Module, teacher: nn.Module) -> None:
         self.reader = logits_reader(student, self.layer, self.teacher_layer)
-        if not (isinstance(self.reader, PixelLogits) or self.reader.label_layers):
+        self.reader.prepare(student, teacher)
+        if self.reader.sigmoid:
             raise ConfigError(
                 f'the head {self.reader.student_layers[0]!r} of {type(student).__name__} has sigmoid scores: beside its target a '
                 f'class has no others, which DKD compares; use KD'
             )
-        self.reader.prepare(student, teacher)
         self.student_layers, self.teacher_layers = self.reader.student_layers, self.reader.teacher_layers
         self.training_layers = self.reader.label_layers
 

@@ -19,6 +19,8 @@ class SlotLogits(LogitsReader):
         teacher_head: The teacher's.
     """
 
+    sigmoid = True
+
     def __init__(self, head: str, teacher_head: str):
         super().__init__()
         self.head, self.teacher_head = head, teacher_head

@@ -84,6 +84,20 @@ def test_zero_for_equal_logits_for_other_places_of_zero_and_without_labels():
     assert torch.isfinite(student.grad).all()
 
 
+def test_a_position_without_a_label_may_hold_anything():
+    student, teacher = torch.randn(2, 4, 6)
+    labels = torch.tensor([0, -1, 5, -1])
+    expected = decoupled_divergence(student[::2], teacher[::2], labels[::2])
+    for logits in (student, teacher):
+        logits[1], logits[3] = -95.0, torch.nan  # exp(95) is infinite
+    student.requires_grad_()
+    found = decoupled_divergence(student, teacher, labels)
+    torch.testing.assert_close(found, expected)
+    sum(found).backward()
+    assert torch.isfinite(student.grad).all()
+    assert not student.grad[1::2].any()
+
+
 def test_the_gradient_reaches_the_student_alone():
     student, teacher = (torch.randn(4, 6, requires_grad=True) for _ in range(2))
     sum(decoupled_divergence(student, teacher, LABELS)).backward()
@@ -143,6 +157,19 @@ def test_a_roi_heads_regions_by_the_labels_that_it_is_trained_with(tmp_path, mon
 def test_sigmoid_heads_are_an_error(make, tmp_path):
     with pytest.raises(ConfigError, match=r"head 'bbox_head' .* sigmoid scores: .*; use KD"):
         pair(tmp_path, make(), make())
+
+
+@pytest.mark.parametrize(
+    ('layer', 'message'),
+    [
+        ('roi_heads', r"layer 'roi_heads': FasterRCNN has no such module; the nearest are 'roi_head'"),
+        ('roi_head.bbox_head', r'how to read this head is not known'),
+        ('rpn_head', r"'rpn_head' .* sigmoid scores"),
+    ],
+)
+def test_a_layer_that_is_no_roi_head_is_an_error(layer, message, tmp_path):
+    with pytest.raises(ConfigError, match=message):
+        pair(tmp_path, detectors.faster_rcnn(), detectors.faster_rcnn(), layer=layer)
 
 
 @pytest.mark.parametrize('options', [dict(tau=0), dict(tau='1'), dict(tckd_weight=-1), dict(nckd_weight='1')])
