@@ -204,6 +204,7 @@ def distill(
         labels = TeacherLabels.read(pseudo_labels)
         labels.connect(model, sources)
     weight, frozen = Weight(task_weight, 'task_weight'), []
+    collection.check_task(weight, sources)
     if not weight.scheduled and weight() == 0 and labels is None:
         frozen = _freeze_unread(model, collection, sources)
     model.__class__ = distilled_class(model.__class__)

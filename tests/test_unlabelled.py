@@ -23,10 +23,10 @@ HEADS = {'bbox_head': detectors.retinanet, 'locations': detectors.fcos}
 CWD = dict(type='CWD', layer='neck')
 
 
-def build(make=detectors.retinanet, distillers=None, seed=1, **options):
+def build(make=detectors.retinanet, distillers=None, seed=1, source=None, **options):
     model = mmkd.distill(
         models.build(make(), seed=0),
-        dict(config=models.build(make(), seed=seed)),
+        dict(config=models.build(make(), seed=seed), **(source or {})),
         distillers or dict(it=CWD),
         **options,
     )
@@ -142,6 +142,43 @@ def test_without_the_task_no_label_is_read_and_no_head_is_trained(make):
         if name.split('.')[0] in heads:
             assert not each.requires_grad
     assert model.backbone.layer4[0].conv1.weight.grad.any()
+
+
+LINEAR, LATER = dict(type='linear', value=1.0, end=5), dict(type='constant', value=1.0, begin=1)
+"""A weight that is 0 in the first step alone, and one that is 0 there."""
+
+
+@pytest.mark.parametrize('kind', ['DKD', 'DeFeat', 'Chen'])
+@pytest.mark.parametrize(
+    ('weight', 'step'), [(0, 0), (LINEAR, 0), (dict(type='constant', value=1.0, end=7), 7), (dict(LATER, begin=2.5), 0)]
+)
+def test_methods_that_read_the_students_own_losses_say_so(kind, weight, step):
+    entry = dict(it=dict(type=kind))
+    message = (
+        rf"distillers.it: {kind} reads '.*loss_cls:input', .* task_weight is 0 in step {step}, .*; give it a value"
+    )
+    with pytest.raises(ConfigError, match=message):
+        build(detectors.faster_rcnn, entry, task_weight=weight)
+    build(detectors.faster_rcnn, entry, task_weight=0.1)
+
+
+@pytest.mark.parametrize(
+    ('entry', 'source'),
+    [
+        (dict(type='DKD', factor=LATER), {}),
+        (dict(type='DKD', tckd_weight=LATER, nckd_weight=LATER), {}),
+        (dict(type='DKD'), dict(begin=1)),
+        (dict(type='DeFeat', cls_object_weight=0, cls_background_weight=0), {}),
+    ],
+)
+def test_they_may_begin_when_the_task_does(entry, source):
+    build(detectors.faster_rcnn, dict(it=entry), source=source, task_weight=LINEAR)
+    with pytest.raises(ConfigError, match='task_weight is 0 in step 4'):
+        build(
+            detectors.faster_rcnn,
+            dict(it=dict(type='DKD')),
+            task_weight=dict(type='step', value=1.0, gamma=0, milestones=[4]),
+        )
 
 
 def test_a_head_that_is_read_is_trained_without_the_task():

@@ -254,6 +254,29 @@ class Distillers(nn.ModuleDict):
         always = bool(getattr(self[name], 'unweighted', False))
         return always or not weights or any(weight() for weight in weights)
 
+    def check_task(self, task: Weight, sources: Mapping[str, Source]) -> None:
+        """Raise ConfigError if a distiller reads the student's own losses in a step in which ``task_weight`` leaves them out."""
+        for name, distiller in self.items():
+            layers = names_of(getattr(distiller, 'training_layers', ()))
+            if not layers or self.learner_of[name]:
+                continue
+            teachers = [sources[each] for each in self.teacher_of[name]]
+            weights = [self._factors[name], *self._weights[name]]
+            kind = type(getattr(distiller, 'first', distiller)).__name__
+            turns = set().union(*(each.turns() for each in (task, *weights)), (each.begin for each in teachers))
+            for step in sorted(turns):
+                for weight in weights:
+                    weight.iteration = step
+                read = self.active(name) and all(each.begin <= step < each.end for each in teachers)
+                if read and not task.at(step):
+                    raise ConfigError(
+                        f"distillers.{name}: {kind} reads {layers[0]!r}, which is called in the student's own losses alone, and "
+                        f'task_weight is 0 in step {step}, in which these are not run; give it a value above 0 there, or the '
+                        f'entry a factor that is 0 there'
+                    )
+            for weight in weights:
+                weight.iteration = 0
+
     def wants(self, source: str) -> bool:
         """Whether any distiller reads a source in this step."""
         return any(

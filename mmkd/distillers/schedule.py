@@ -77,6 +77,11 @@ class Weight(nn.Module):
         """Whether it changes during the training."""
         return self.spec.keys() - {'type', 'value'} != set()
 
+    def turns(self) -> set[int]:
+        """The iterations at which it may begin or cease to be 0, the first among them."""
+        points = [self.spec[key] for key in ('begin', 'end') if key in self.spec] + [*self.spec.get('milestones', ())]
+        return {0, *(max(each, 0) for point in points for each in (math.ceil(point), math.floor(point) + 1))}
+
     def at(self, iteration: int) -> float:
         """The weight at an iteration."""
         spec, value = self.spec, self.spec['value']

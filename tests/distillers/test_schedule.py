@@ -82,3 +82,21 @@ def test_a_weight_that_is_no_number_is_named_by_its_option(method, option):
     layer = dict(layer='neck') if given is not None and given.default is given.empty else {}
     with pytest.raises(ConfigError, match=f"^{option}='2'"):
         kind(**layer, **{option: '2'})
+
+
+@pytest.mark.parametrize(
+    'spec',
+    [
+        3.0,
+        dict(type='constant', value=1, begin=2.5, end=7),
+        dict(type='linear', value=1, begin=3, end=8),
+        dict(type='linear', value=0, start=1, begin=2, end=8.5),
+        dict(type='cosine', value=1, begin=2.5, end=6),
+        dict(type='step', value=1, gamma=0, milestones=[4.5, 7]),
+    ],
+)
+def test_between_its_turns_a_weight_is_0_everywhere_or_nowhere(spec):
+    weight = Weight(spec)
+    turns = weight.turns()
+    for iteration in range(1, 12):
+        assert iteration in turns or bool(weight.at(iteration)) == bool(weight.at(iteration - 1))
