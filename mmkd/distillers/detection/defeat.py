@@ -140,7 +140,7 @@ class DeFeat(Distiller):
         self.student_layers, self.teacher_layers = self.levels.student_layers, self.levels.teacher_layers
         self.compares_classes = bool(cls_object_weight) or bool(cls_background_weight)
         if self.compares_classes:
-            self.regions = RegionLogits('roi_head')
+            self.regions = RegionLogits('roi_head', method='DeFeat')
             self.student_layers += self.regions.student_layers
             self.teacher_layers += self.regions.teacher_layers
             self.training_layers = self.regions.label_layers

@@ -107,7 +107,7 @@ class DKD(Distiller):
         self.tckd_weight, self.nckd_weight = Weight(tckd_weight, 'tckd_weight'), Weight(nckd_weight, 'nckd_weight')
 
     def prepare(self, student: nn.Module, teacher: nn.Module) -> None:
-        self.reader = logits_reader(student, self.layer, self.teacher_layer)
+        self.reader = logits_reader(student, self.layer, self.teacher_layer, method='DKD')
         self.reader.prepare(student, teacher)
         if self.reader.sigmoid:
             raise ConfigError(

@@ -128,11 +128,12 @@ def logits_reader(
     teacher_layer: str | Sequence[str] | None,
     label_size: bool = False,
     use_labels: bool = True,
+    method: str = 'KD',
 ) -> LogitsReader:
-    """What reads the class logits of a student's head, see :class:`KD` for the options.
+    """What reads the class logits of a student's head, see :class:`KD` for the options; ``method`` compares them, for errors.
 
     Raises:
-        ConfigError: for several heads of a detector.
+        ConfigError: for several heads of a detector, and for options that its head does not have.
     """
     if hasattr(student, 'decode_head'):
         return PixelLogits(layer, teacher_layer, label_size, use_labels)
@@ -143,7 +144,19 @@ def logits_reader(
         raise ConfigError(
             f"layer={head!r}: of a detector one head is compared, such as 'bbox_head'; give each an entry of its own"
         )
-    return RegionLogits(head) if head == 'roi_head' else SlotLogits(head, teacher_layer or head)
+    for option, value, default in (('label_size', label_size, False), ('use_labels', use_labels, True)):
+        if value != default:
+            raise ConfigError(
+                f'{option}={value!r}: is of the pixels of a segmentor, and the student is a {type(student).__name__}; '
+                f'leave it out'
+            )
+    if head != 'roi_head':
+        return SlotLogits(head, teacher_layer or head)
+    if teacher_layer is not None:
+        raise ConfigError(
+            f"teacher_layer={teacher_layer!r}: the teacher's regions are pooled from its 'neck', for its {head!r}; leave it out"
+        )
+    return RegionLogits(head, method=method)
 
 
 @DISTILLERS.register_module()
@@ -176,10 +189,11 @@ class KD(Distiller):
         use_labels: Whether ignored pixels are left out. Default True. False needs no ground truth, but for
             ``label_size``.
         teacher_layer: The teacher's layer or dense head, where its name differs from ``layer``. Default, without either: as
-            ``layer``.
+            ``layer``. Not for a RoI head, for which the teacher's regions are pooled from its ``'neck'``.
 
     Raises:
-        ConfigError: for heads that do not put out logits of the same classes, or at the same positions.
+        ConfigError: for heads that do not put out logits of the same classes, or at the same positions, and for options that
+            are not of the student's head.
 
     Example:
         >>> distillers = dict(kd=dict(type='KD'))
@@ -213,8 +227,15 @@ class KD(Distiller):
         self.use_labels = use_labels
 
     def prepare(self, student: nn.Module, teacher: nn.Module) -> None:
-        self.reader = logits_reader(student, self.layer, self.teacher_layer, self.label_size, self.use_labels)
+        self.reader = logits_reader(
+            student, self.layer, self.teacher_layer, self.label_size, self.use_labels, type(self).__name__
+        )
         self.reader.prepare(student, teacher)
+        if self.reader.sigmoid and self.reduction != 'pixel_mean':
+            raise ConfigError(
+                f'reduction={self.reduction!r}: is of softmax scores, and those of {self.reader.student_layers[0]!r} are '
+                f'sigmoid, whose sum is divided by how many objects the teacher sees; leave it out'
+            )
         self.student_layers, self.teacher_layers = self.reader.student_layers, self.reader.teacher_layers
 
     def setup(self, student: Taps, teacher: Taps) -> None:

@@ -90,22 +90,26 @@ class RegionLogits(LogitsReader):
     Args:
         head: The RoI head, a dotted name.
         layer: The layer whose levels the teacher pools.
+        method: Who compares them, for errors.
     """
 
-    def __init__(self, head: str, layer: str = 'neck'):
+    def __init__(self, head: str, layer: str = 'neck', method: str = 'KD'):
         super().__init__()
-        self.roi_head, self.layer = RoIHead(head), layer
+        self.roi_head, self.layer, self.method = RoIHead(head), layer, method
         self.student_layers = (*self.roi_head.layers, self.roi_head.bbox_head)
         self.teacher_layers = (layer,)
         self.label_layers = (f'{self.roi_head.bbox_head}.loss_cls{INPUT}',)
 
     def prepare(self, student: nn.Module, teacher: nn.Module) -> None:
+        name = self.roi_head.name
+        for model, whose, option in ((student, 'student', 'stage'), (teacher, 'teacher', 'teacher_stage')):
+            if isinstance(getattr(getattr(model, name, None), 'bbox_head', None), nn.ModuleList):
+                RoIHead(name, 0).check_input(model, whose)
+                raise ConfigError(
+                    f'{name!r} of the {whose} ({type(model).__name__}) is a cascade, whose stages {self.method} does not tell '
+                    f'apart; for its classes use Mimic with cls_weight and {option}'
+                )
         self.roi_head.check(student)
-        if isinstance(getattr(getattr(teacher, self.roi_head.name, None), 'bbox_head', None), nn.ModuleList):
-            raise ConfigError(
-                f'{self.roi_head.name!r} of the teacher ({type(teacher).__name__}) is a cascade, whose stages KD does not tell '
-                f'apart; use Mimic with cls_weight and teacher_stage'
-            )
         self.teacher_head = self.roi_head.of_teacher(teacher)
         if getattr(student.get_submodule(self.roi_head.bbox_head), 'custom_cls_channels', False):
             raise ConfigError(f'{self.roi_head.bbox_head!r}: its channels are no classes; a softmax head is needed')
@@ -113,7 +117,7 @@ class RegionLogits(LogitsReader):
     def setup(self, student: Taps, teacher: Taps) -> None:
         heads = (self.roi_head, student.model), (self.teacher_head, teacher.model)
         check_same_regions(*heads)
-        check_same_predictions(*heads, 'KD', boxes=False, classes=teacher.classes)
+        check_same_predictions(*heads, self.method, boxes=False, classes=teacher.classes)
 
     def forward(self, student: Taps, teacher: Taps, data_samples: list | None) -> list[ClassLogits]:
         own = student[self.roi_head.bbox_head][0]

@@ -162,6 +162,26 @@ REFUSED = [
         "the student .RetinaNet. has no 'roi_head' with boxes; name its he",
     ),
     (FASTER, detectors.retinanet, dict(type='Mimic'), 'a two-stage teacher is needed'),
+    *(
+        (
+            student,
+            teacher,
+            dict(type=name),
+            rf'roi_head. of the {whose} .CascadeRCNN. is a cascade, whose stages {name} does .* {stage}$',
+        )
+        for student, teacher, whose, stage in (
+            (cascade_rcnn, FASTER, 'student', 'stage'),
+            (FASTER, cascade_rcnn, 'teacher', 'teacher_stage'),
+        )
+        for name in ('KD', 'DKD', 'DeFeat')
+    ),
+    (sparse_rcnn, sparse_rcnn, dict(type='KD'), 'DIIHead of SparseRCNN. takes roi_feat and proposal_feat'),
+    (
+        FASTER,
+        lambda: detectors.faster_rcnn(classes=5),
+        dict(type='DeFeat'),
+        'differs in classes: .*; DeFeat compares them',
+    ),
 ]
 
 

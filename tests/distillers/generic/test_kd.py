@@ -360,6 +360,44 @@ def test_regions_by_hand(tmp_path):
     torch.testing.assert_close(found, pixel_divergence(taps['roi_head.bbox_head'][0], logits), rtol=1e-4, atol=1e-6)
 
 
+RETINANET, FASTER = detectors.retinanet(), detectors.faster_rcnn()
+
+
+@pytest.mark.parametrize(
+    ('network', 'options', 'message'),
+    [
+        (
+            RETINANET,
+            dict(label_size=True),
+            'label_size=True: is of the pixels of a segmentor, and the student is a RetinaNet; l',
+        ),
+        (RETINANET, dict(use_labels=False), 'use_labels=False: is of the pixels'),
+        (
+            RETINANET,
+            dict(reduction='sum'),
+            "reduction='sum': is of softmax scores, and those of 'bbox_head' are sigmoid, .*; l",
+        ),
+        (FASTER, dict(label_size=True), 'label_size=True: is of the pixels'),
+        (FASTER, dict(use_labels=False), 'use_labels=False: is of the pixels'),
+        (FASTER, dict(layer='rpn_head', reduction='sum'), "reduction='sum': .* 'rpn_head'"),
+        (
+            FASTER,
+            dict(teacher_layer='backbone'),
+            "teacher_layer='backbone': the teacher's regions are pooled from its 'neck'",
+        ),
+    ],
+)
+def test_options_that_a_detectors_head_does_not_have_are_errors(network, options, message):
+    with pytest.raises(ConfigError, match=f'^distillers.kd: {message}'):
+        distill(models.build(network), models.build(network), dict(kd=dict(type='KD', **options)))
+
+
+def test_a_reduction_of_regions(tmp_path):
+    model = pair(tmp_path, FASTER, FASTER, reduction='sum')
+    data = model.data_preprocessor(random_batch(model, (2, 3, 64, 96)), True)
+    assert model(**data, mode='loss')['kd.loss'] > 0
+
+
 @pytest.mark.parametrize(
     ('student', 'teacher', 'options', 'message'),
     [
