@@ -169,3 +169,27 @@ def test_slots_in_what_pads_an_image_to_the_size_of_the_batch_are_told_apart(fam
     kept = head.priors(large)[found[0]]
     assert torch.equal(kept, head.priors(small))
     assert head.slot_logits(large).shape == (1, found.shape[1], 3)
+
+
+def test_priors_and_flags_of_the_sizes_of_a_data_set_are_made_once(monkeypatch):
+    """As COCO's images are padded to dozens of sizes, which come again and again, and two networks look at each."""
+    heads = [models.build(detectors.retinanet()).bbox_head for _ in range(2)]
+    made = {'grid_priors': 0, 'valid_flags': 0}
+    for head in heads:
+        for name in made:
+            make = getattr(head.prior_generator, name)
+
+            def counted(*given, name=name, make=make, **options):
+                made[name] += 1
+                return make(*given, **options)
+
+            monkeypatch.setattr(head.prior_generator, name, counted)
+    sizes = [(64, 32 * columns) for columns in range(2, 27)]
+    for _ in range(2):
+        for height, width in sizes:
+            outputs = ([torch.zeros(1, 9, height // stride, width // stride) for stride in (8, 16, 32)],)
+            for head in map(dense_head, heads):
+                anchors = head.anchors(outputs)
+                metas = [dict(img_shape=(height, width - 8), pad_shape=(height, width))]
+                assert head.inside(anchors, outputs, metas).sum() <= head.in_image(outputs, metas).sum()
+    assert made == dict.fromkeys(made, 2 * len(sizes))
