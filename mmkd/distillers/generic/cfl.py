@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd.function import once_differentiable
 
 from mmkd.distillers.base import Distiller
 from mmkd.distillers.generic.nst import squared_mmd
@@ -36,8 +37,27 @@ def gaussians(first: torch.Tensor, second: torch.Tensor, widths: Sequence[float]
     Returns:
         (..., n, m).
     """
-    squared = (2 - 2 * first @ second.transpose(-2, -1)).clamp(min=0)
-    return torch.stack([torch.exp(-squared / (2 * width**2)) for width in widths]).sum(0)
+    return _SumOfGaussians.apply((2 - 2 * first @ second.transpose(-2, -1)).clamp(min=0), tuple(widths))
+
+
+class _SumOfGaussians(torch.autograd.Function):
+    """Of squared distances; one matrix is kept for the backward pass, not one for each width."""
+
+    @staticmethod
+    def forward(ctx, squared: torch.Tensor, widths: tuple[float, ...]) -> torch.Tensor:
+        total, slope = torch.zeros_like(squared), torch.zeros_like(squared)
+        for factor in (1 / (2 * width**2) for width in widths):
+            each = (-factor * squared).exp_()
+            total.add_(each)
+            slope.sub_(each, alpha=factor)
+        ctx.save_for_backward(slope)
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        (slope,) = ctx.saved_tensors
+        return gradient * slope, None
 
 
 class Residual(nn.Module):

@@ -24,6 +24,11 @@ def test_the_kernel_as_plain_loops():
             assert found[i, j].item() == pytest.approx(expected, rel=1e-9)
 
 
+def test_the_gradient_of_the_kernel_is_that_of_finite_differences():
+    first, second = (F.normalize(torch.randn(n, 3, dtype=torch.float64), dim=1).requires_grad_() for n in (4, 6))
+    assert torch.autograd.gradcheck(lambda x, y: gaussians(x, y, (0.2, 1.0, 2.0)), (first, second))
+
+
 def test_the_discrepancy_is_that_of_distributions():
     torch.manual_seed(0)
     x, y, z = (F.normalize(torch.randn(400, 4) + shift, dim=1) for shift in (0.0, 0.0, 1.0))
