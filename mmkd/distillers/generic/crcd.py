@@ -71,7 +71,7 @@ class CRCD(CRD):
         layer: The student's layer, or a list; a queue for each level.
         channels: Of the projected embeddings. Default 128.
         tau: Temperature, positive. Default 0.05.
-        memory: Entries of the queue. Default 500.
+        memory: Entries of the queue, at least ``samples``. Default 500.
         samples: Cells of a process's batch, at least 4, and what each process adds to the queue in a step. Default 64.
         loss_weight: A number or a schedule. Default 1.
         teacher_layer: The teacher's layer, where its name differs.

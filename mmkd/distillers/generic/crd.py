@@ -4,6 +4,7 @@ Tian, Krishnan, Isola, "Contrastive Representation Distillation", ICLR 2020, arX
 """
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -78,7 +79,7 @@ class CRD(RelationDistiller):
         layer: The student's layer, or a list; a queue for each level.
         channels: Of the projected embeddings. Default 128.
         tau: Temperature, positive. Default 0.07.
-        memory: Entries of the queue. Default 4096.
+        memory: Entries of the queue, at least ``samples``. Default 4096.
         samples: Cells of a process's batch, and what each process adds to the queue in a step. Default 64.
         loss_weight: A number or a schedule. Default 0.8.
         teacher_layer: The teacher's layer, where its name differs.
@@ -105,6 +106,10 @@ class CRD(RelationDistiller):
             if not (is_whole(value) and value >= 1):
                 raise ConfigError(f'{name}={value!r}: expected a whole number of at least 1')
         check_temperature(tau)
+        if memory < samples:
+            raise ConfigError(
+                f'memory={memory}: expected at least samples={samples}, which are as many as a process adds in a step'
+            )
         self.channels, self.tau, self.memory = channels, tau, memory
         self.loss_weight = Weight(loss_weight, 'loss_weight')
 
@@ -116,20 +121,28 @@ class CRD(RelationDistiller):
         self.memories = nn.ModuleList(Memory(self.memory, level.shape[1], self.samples) for level in others)
         self.register_buffer('log_partitions', torch.zeros(len(own)))
         self.register_buffer('known', torch.zeros(len(own), dtype=torch.bool))  # which of them are
+        # whether all are known and whether there are entries, for which nobody waits for the device; equal on all processes
+        self._all_known = self._added = False
+
+    def _load_from_state_dict(self, state: dict, prefix: str, *options: Any) -> None:
+        super()._load_from_state_dict(state, prefix, *options)
+        self._all_known = self._added = bool(self.known.all())
 
     def forward(self, student: Taps, teacher: Taps, data_samples: list | None) -> dict[str, torch.Tensor]:
-        loss, seen = 0.0, []
+        scores, seen = [], []
         levels = self.rows(student, teacher, data_samples)
         for level, ((s, t), memory) in enumerate(zip(levels, self.memories, strict=True)):
             project = self.teacher_projections[level]
             # copies: the queue changes before the backward pass
             keys, there = memory.keys.clone(), memory.filled.clone()
-            positive, negative = self.scores(self.projections[level](s), project(t), project(keys))
-            log_partition = self._log_partition(level, positive.detach(), negative.detach(), there)
-            loss = loss + contrast_loss(positive, negative, there, log_partition)
+            scores.append((*self.scores(self.projections[level](s), project(t), project(keys)), there))
             seen.append(t)
+        if not self._all_known:
+            self._find_partitions(scores)
+        loss = sum(contrast_loss(*each, log) for each, log in zip(scores, self.log_partitions, strict=True))
         for memory, rows in zip(self.memories, seen, strict=True):
             memory.add(rows)
+        self._added = True
         return {'loss': self.loss_weight() * loss}
 
     def scores(
@@ -139,15 +152,15 @@ class CRD(RelationDistiller):
         return contrast_scores(student, teacher, memory, self.tau)
 
     @torch.no_grad()
-    def _log_partition(
-        self, level: int, positive: torch.Tensor, negative: torch.Tensor, there: torch.Tensor
-    ) -> torch.Tensor:
-        """Of Z of a level; kept from the first step in which there is anything to tell from."""
-        # in float64, whose range is that of any temperature
-        total = positive.double().exp().sum() + (negative.double().exp() * there).sum()
-        mean = total / (len(positive) * (1 + there.sum()))
+    def _find_partitions(self, scores: Sequence[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]) -> None:
+        """Z of each level, kept from the first step in which there is anything to tell from."""
+        means = []
+        for positive, negative, there in scores:
+            # in float64, whose range is that of any temperature
+            total = positive.double().exp().sum() + (negative.double().exp() * there).sum()
+            means.append(total / (len(positive) * (1 + there.sum())))
+        mean = torch.stack(means)
         all_reduce(mean, 'mean')
-        found = torch.where(self.known[level], self.log_partitions[level], mean.log().float())
-        self.log_partitions[level] = found
-        self.known[level] = there.any()
-        return found
+        self.log_partitions.copy_(torch.where(self.known, self.log_partitions, mean.log().float()))
+        self.known.copy_(torch.stack([there.any() for *_, there in scores]))
+        self._all_known = self._added

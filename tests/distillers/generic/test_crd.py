@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from mmkd.distill import distill
+from mmkd.distillers.generic import crd
 from mmkd.distillers.generic.crd import CRD, contrast_loss, contrast_scores
 from mmkd.errors import ConfigError
 from mmkd.testing import models, segmentors
@@ -56,7 +57,7 @@ def test_less_alike_others_and_more_alike_pairs_are_better():
 def trained(tmp_path, **options):
     config = segmentors.pspnet(24)
     checkpoint = models.save_weights(config, tmp_path / 'teacher.pth')
-    entry = dict(type='CRD', layer='decode_head.bottleneck', channels=8, memory=40, samples=18, **options)
+    entry = dict(type='CRD', layer='decode_head.bottleneck', channels=8, memory=40, samples=18) | options
     model = distill(
         models.build(segmentors.pspnet(), seed=0), dict(config=config, checkpoint=checkpoint), dict(crd=entry)
     )
@@ -106,8 +107,26 @@ def test_the_checkpoint_has_queue_and_z(tmp_path):
     torch.testing.assert_close(*found, rtol=0, atol=0)
 
 
+def test_z_is_looked_for_until_it_is_known_and_by_one_reduction_of_all_levels(tmp_path, monkeypatch):
+    """And again after a checkpoint from before it was known; not at all after one that has it."""
+    reduced = []
+    monkeypatch.setattr(crd, 'all_reduce', lambda value, op: reduced.append(len(value)))
+    layers = ['backbone.layer4', 'decode_head.bottleneck']
+    model = trained(tmp_path, layer=layers)
+    batch = model.data_preprocessor(random_batch(model, (2, 3, 64, 128)), True)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    for state, expected in ((None, [2, 2]), (before, [2, 2]), (model.state_dict(), [])):
+        reduced.clear()
+        if state is not None:
+            model.load_state_dict(state)
+        for _ in range(4):
+            model(**batch, mode='loss')
+        assert reduced == expected
+        assert model.distillers.crd.known.all()
+
+
 @pytest.mark.parametrize(
-    'options', [dict(tau=0), dict(tau='0.07'), dict(memory=0), dict(channels=1.5), dict(samples=0)]
+    'options', [dict(tau=0), dict(tau='0.07'), dict(memory=0), dict(memory=63), dict(channels=1.5), dict(samples=0)]
 )
 def test_options_out_of_range_are_errors(options):
     with pytest.raises(ConfigError, match=next(iter(options))):
