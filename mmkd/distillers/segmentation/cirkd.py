@@ -180,6 +180,8 @@ class _Relations(torch.autograd.Function):
                 of_queries[image] = gradient @ keys.flatten(0, 1)
                 if ctx.needs_input_grad[1]:
                     of_keys += gradient.t() @ own
+                del gradient
+            del student, teacher, probability  # before those of the next image
         ctx.save_for_backward(of_queries, of_keys.view_as(keys))
         return total
 
@@ -281,8 +283,10 @@ class CIRKD(Distiller):
         self.levels.setup(student, teacher)
         levels = self.levels.unadapted(student, teacher)
         if len(self.levels.pairs) != 1:
+            names = self.levels.student_layers
             raise ConfigError(
-                f'layer={self.levels.student_layers[0]!r} puts out {len(self.levels.pairs)} maps; name one that puts out one'
+                f'layer={", ".join(names)!r} {"puts" if len(names) == 1 else "put"} out {len(self.levels.pairs)} maps; name one '
+                f'that puts out one'
             )
         in_channels, channels = (maps[0].shape[1] for maps in levels)
         classes = decode_head(student.model).num_classes

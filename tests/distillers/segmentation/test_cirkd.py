@@ -391,11 +391,16 @@ def test_the_checkpoint_has_the_memory(tmp_path):
             r'region_memory_size=54: 106 of each',
         ),
         ('backbone', {}, r"layer='backbone' puts out 4 maps; name one"),
+        (
+            ['backbone.layer4', 'decode_head.bottleneck'],
+            {},
+            r"layer='backbone.layer4, decode_head.bottleneck' put out 2 maps; name one that puts out one",
+        ),
     ],
 )
 def test_pairs_that_cannot_be_compared_are_errors(layer, options, message):
     distiller = CIRKD(layer, **options)
-    taps = [probe(models.build(segmentors.pspnet()), [layer]) for _ in range(2)]
+    taps = [probe(models.build(segmentors.pspnet()), [layer] if isinstance(layer, str) else layer) for _ in range(2)]
     with pytest.raises(ConfigError, match=message):
         distiller.setup(*taps)
 
