@@ -20,8 +20,9 @@ def affinity_loss(student: torch.Tensor, teacher: torch.Tensor, eps: float = 1e-
         u_{bc} = s_{bc} / \max(\lVert s_{bc} \rVert_2, \epsilon), \quad v_{bc} = t_{bc} / \max(\lVert t_{bc} \rVert_2, \epsilon)
 
     with a channel's map as a vector of H W positions. The matrices are not made: for vectors of length 1 their distance is
-    :math:`\lVert u - v \rVert \lVert u + v \rVert / \sqrt 2`. Zero for equal features, and for those that differ in each
-    channel by a factor, of either sign.
+    :math:`\lVert u - v \rVert \lVert u + v \rVert / \sqrt 2`. Where one of the two is 0 throughout, a dead channel, this is
+    :math:`1 / \sqrt 2` and the distance 1. Zero for equal features, and for those that differ in each channel by a factor, of
+    either sign.
 
     Args:
         student: (B, C, H, W), adapted.
