@@ -8,9 +8,11 @@ from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from mmkd.distillers.base import FeatureDistiller
 from mmkd.distillers.generic.kd import pixel_divergence
+from mmkd.errors import ConfigError
 from mmkd.hosts.segmentation.labels import class_masks
 from mmkd.registry import DISTILLERS
 from mmkd.taps import Taps
@@ -73,12 +75,15 @@ class RMRKD(FeatureDistiller):
 
     Args:
         layer: The student's layer, or a list, such as the last stage of its backbone.
-        loss_weight: A number or a schedule. Default 6.4.
+        loss_weight: A number or a schedule. Default 6.4, of maps of 64 columns and the last stage.
         tau: Temperature, positive. Default 0.1.
         teacher_layer: The teacher's layer, where its name differs.
         adapter: ``'auto'`` (1x1 convolution exactly where channels differ), None or a dict.
         match: ``'stride'`` or ``'index'``: which levels belong together, see
             :class:`mmkd.distillers.levels.LevelPairs`.
+
+    Raises:
+        ConfigError: for a detector.
 
     Example:
         >>> distillers = dict(rmrkd=dict(type='RMRKD', layer='backbone.layer4'))
@@ -96,6 +101,13 @@ class RMRKD(FeatureDistiller):
         super().__init__(layer, loss_weight, teacher_layer, adapter, match)
         check_temperature(tau)
         self.tau = tau
+
+    def prepare(self, student: nn.Module, teacher: nn.Module) -> None:
+        if not hasattr(student, 'decode_head'):
+            raise ConfigError(
+                f'{type(student).__name__} is no segmentor, and RMRKD takes the class of each pixel; use MGD for a detector'
+            )
+        super().prepare(student, teacher)
 
     def forward(self, student: Taps, teacher: Taps, data_samples: list | None) -> dict[str, torch.Tensor]:
         losses = [

@@ -1,13 +1,15 @@
 import math
+from pathlib import Path
 
 import pytest
 import torch
+from mmengine.config import Config
 
 from mmkd.distill import distill
 from mmkd.distillers.segmentation.rmrkd import RMRKD, mutual_relation_loss
 from mmkd.errors import ConfigError
 from mmkd.taps import Taps
-from mmkd.testing import models, segmentors
+from mmkd.testing import detectors, models, segmentors
 from mmkd.testing.batches import random_batch
 
 
@@ -201,3 +203,23 @@ def test_labels_of_a_batch_and_weight(tmp_path):
 def test_options_out_of_range_are_errors(options):
     with pytest.raises(ConfigError, match=next(iter(options))):
         RMRKD('backbone.layer4', **options)
+
+
+def test_a_detector_is_an_error():
+    student, teacher = (models.build(detectors.retinanet(), seed=0) for _ in range(2))
+    with pytest.raises(ConfigError, match='RetinaNet is no segmentor, and RMRKD takes the class of each pixel'):
+        distill(student, teacher, dict(it=dict(type='RMRKD', layer='neck')))
+
+
+@pytest.mark.parametrize(
+    ('name', 'layers', 'authors'),
+    [
+        ('rmrkd_pspnet', ['backbone.layer4'], 0.1),
+        ('rmrkd_deeplabv3_mbv2', ['backbone.layer5', 'backbone.layer3'], 1.0),
+    ],
+)
+def test_configs_have_the_authors_stages_and_their_weight_for_the_width_of_the_map(name, layers, authors):
+    config = Config.fromfile(Path(__file__).resolve().parents[3] / 'configs' / f'{name}.py')
+    spec = config.model.distillers.rmrkd
+    assert [spec.layer, *filter(None, [spec.get('teacher_layer')])] == layers
+    assert spec.loss_weight == authors * config.crop_size[1] / 8
