@@ -106,14 +106,14 @@ class OKDDip(Distiller):
         self.student_layers = Branches.layers(student, teacher)
 
     def setup(self, student: Taps, teacher: Taps) -> None:
-        self.peers = Branches(student.model, self.number - 1)
-        self.peers.check(student)
+        self.decode_heads = Branches(student.model, self.number - 1)
+        self.decode_heads.check(student)
         channels = student.model.decode_head.conv_seg.in_channels
         self.query, self.key = (nn.Conv2d(channels, max(1, channels // REDUCTION), 1, bias=False) for _ in range(2))
 
     def forward(self, student: Taps, teacher: Taps, data_samples: list | None) -> dict[str, torch.Tensor]:
         (leader,) = maps(student, self.student_layers[1])
-        peers = self.peers(student, data_samples)
+        peers = self.decode_heads(student, data_samples)
         logits = torch.stack([peer.logits for peer in peers])
         features = [peer.feature.detach() for peer in peers]
         queries, keys = (torch.stack([project(each) for each in features]) for project in (self.query, self.key))

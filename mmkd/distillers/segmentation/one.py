@@ -80,8 +80,8 @@ class ONE(Distiller):
         self.student_layers = Branches.layers(student, teacher)
 
     def setup(self, student: Taps, teacher: Taps) -> None:
-        self.branches = Branches(student.model, self.number - 1)
-        self.branches.check(student)
+        self.decode_heads = Branches(student.model, self.number - 1)
+        self.decode_heads.check(student)
         channels = maps(student, self.student_layers[0])[-1].shape[1]
         self.gate = nn.Sequential(
             nn.Conv2d(channels, self.number, 1, bias=False),
@@ -91,7 +91,7 @@ class ONE(Distiller):
 
     def forward(self, student: Taps, teacher: Taps, data_samples: list | None) -> dict[str, torch.Tensor]:
         features, own = (maps(student, layer) for layer in self.student_layers)
-        branches = self.branches(student, data_samples)
+        branches = self.decode_heads(student, data_samples)
         logits = [own[0], *(branch.logits for branch in branches)]
         ensemble = native_ensemble(logits, self.gate(features[-1]))
         valid = labeled(student.model, data_samples, ensemble.shape[2:])

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from mmengine.optim import build_optim_wrapper
 from torch import nn
 
 import mmkd
@@ -145,6 +146,19 @@ def test_its_losses_are_named_and_reach_every_part(method, family):
 
 
 @methods
+def test_the_branches_have_the_learning_rate_of_heads(method):
+    """As mmseg's SegFormer configs set it."""
+    model = online(method, segmentors.segformer)
+    keys = dict(head=dict(lr_mult=10.0))
+    optimizer = build_optim_wrapper(
+        model, dict(optimizer=dict(type='AdamW', lr=1.0), paramwise_cfg=dict(custom_keys=keys))
+    )
+    rates = {id(parameter): group['lr'] for group in optimizer.param_groups for parameter in group['params']}
+    heads = [model.decode_head, *branches(model)]
+    assert all(rates[id(each)] == 10 for head in heads for each in head.parameters())
+
+
+@methods
 def test_without_a_label_all_is_a_differentiable_zero(method):
     model = online(method)
     found = model(**batch_of(model, objects=0), mode='loss')
@@ -218,7 +232,7 @@ def test_the_ensemble_is_taught_by_labels_alone():
     found = model(**batch_of(model), mode='loss')
     reached = gradients(model, found['it.loss_kl'])
     assert not any('gate' in name for name in reached)
-    assert all(any(name.startswith(f'distillers.it.branches.{i}.') for name in reached) for i in range(2))
+    assert all(any(name.startswith(f'distillers.it.decode_heads.{i}.') for name in reached) for i in range(2))
     assert 'decode_head.conv_seg.weight' in reached
     assert {'distillers.it.gate.0.weight', 'decode_head.conv_seg.weight'} <= gradients(
         model, found['it.loss_ce_ensemble']
