@@ -21,7 +21,6 @@ from mmkd.hosts.detection.rois import (
     best_predictions,
     check_same_predictions,
     check_same_regions,
-    to_rois,
 )
 from mmkd.registry import DISTILLERS
 from mmkd.taps import Taps, find_layer
@@ -212,5 +211,5 @@ def teacher_proposals(teacher: Taps, metas: list[dict]) -> torch.Tensor:
     head = teacher.model.rpn_head
     cfg = teacher.model.train_cfg.get('rpn_proposal', teacher.model.test_cfg.rpn)
     results = head.predict_by_feat(*teacher['rpn_head'], batch_img_metas=metas, cfg=cfg, rescale=False)
-    boxes = [each.bboxes for each in results]
-    return torch.cat([to_rois(each[None]) + each.new_tensor([index, 0, 0, 0, 0]) for index, each in enumerate(boxes)])
+    # the index of the image is filled in, as a tensor of it would be copied from the host, which waits for the device
+    return torch.cat([F.pad(each.bboxes, (1, 0), value=index) for index, each in enumerate(results)])

@@ -146,7 +146,8 @@ class MatchingGuided(Distiller):
         reduction: ``'absmax'`` (default), ``'max'`` or ``'mean'``.
         interval: Training steps between assignments. Default 5000.
         track: How many steps of each interval are looked at. Default 1000.
-        loss_weight: A number or a schedule. Default 2e-7, the authors' for a detector's images: the loss is a sum over positions.
+        loss_weight: A number or a schedule. Default 2.5e-8, the authors' for a detector's images: the loss is a sum over
+            positions.
         teacher_layer: The teacher's layer, where its name differs.
         match: ``'stride'`` or ``'index'``: which levels belong together, see
             :class:`mmkd.distillers.levels.LevelPairs`.
@@ -166,7 +167,7 @@ class MatchingGuided(Distiller):
         reduction: str = 'absmax',
         interval: int = 5000,
         track: int = 1000,
-        loss_weight: float | Mapping = 2e-7,
+        loss_weight: float | Mapping = 2.5e-8,
         teacher_layer: str | Sequence[str] | None = None,
         match: str = 'stride',
     ):

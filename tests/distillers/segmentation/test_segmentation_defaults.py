@@ -198,7 +198,7 @@ DEFAULTS = {
         'reduction': ('absmax', PAPER),
         'interval': (5000, f'{CODE}, for a detector'),
         'track': (1000, f'{CODE}, for a detector'),
-        'loss_weight': (2e-7, f'{CODE}, for a detector'),
+        'loss_weight': (2.5e-8, f'{CODE}, for a detector: 2e-7, of a sum over 2 of 16 images that is divided by 16'),
         'teacher_layer': (None, NAME),
         'match': ('stride', OURS),
     },
