@@ -102,7 +102,7 @@ class DSD(Distiller):
         teacher_auxiliary_layer: The same of its auxiliary logits.
 
     Raises:
-        ConfigError: for logits of other classes, a model without an auxiliary head, or three maps that differ in size.
+        ConfigError: for logits of other classes, a model without an auxiliary head, or maps of a network that differ in size.
 
     Example:
         >>> distillers = dict(kd=dict(type='KD'), dsd=dict(type='DSD'))
@@ -146,12 +146,14 @@ class DSD(Distiller):
         require_class_logits(student, self.student_layers[-1], teacher, self.teacher_layers[-1])
         for each in (self.attention, self.logits):
             each.setup(student, teacher)
-        sizes = [tuple(each.shape[2:]) for each in self.attention.unadapted(student, teacher)[1]]
-        if len(sizes) != 3 or len(set(sizes)) > 1:
-            raise ConfigError(
-                f'teacher layers {", ".join(self.teacher_layers)} put out maps of {sizes} positions; name three that put out one '
-                f'map each, of one size'
-            )
+        whose = (('student', self.student_layers), ('teacher', self.teacher_layers))
+        for (name, layers), maps in zip(whose, self.attention.unadapted(student, teacher), strict=True):
+            sizes = [tuple(each.shape[2:]) for each in maps]
+            if len(sizes) != 3 or len(set(sizes)) > 1:
+                raise ConfigError(
+                    f'{name} layers {", ".join(layers)} put out maps of {sizes} positions; name three that put out one map each, '
+                    f'of one size'
+                )
 
     def forward(self, student: Taps, teacher: Taps, data_samples: list | None) -> dict[str, torch.Tensor]:
         pairs = self.attention(student, teacher)

@@ -136,9 +136,12 @@ def test_a_model_without_an_auxiliary_head_is_an_error(tmp_path):
         pair(tmp_path, 'segformer', segmentors.segformer())
 
 
-def test_maps_of_several_sizes_are_an_error(tmp_path):
-    with pytest.raises(ConfigError, match='of one size'):
-        pair(tmp_path, auxiliary_layer='backbone.layer1')
+@pytest.mark.parametrize('whose', ['student', 'teacher'])
+def test_maps_of_several_sizes_are_an_error(whose, tmp_path):
+    layers = dict.fromkeys(('auxiliary_layer', 'teacher_auxiliary_layer'), 'backbone.layer3')
+    layers['auxiliary_layer' if whose == 'student' else 'teacher_auxiliary_layer'] = 'backbone.layer1'
+    with pytest.raises(ConfigError, match=f'{whose} layers backbone.layer1, .* of one size'):
+        pair(tmp_path, **layers)
 
 
 def test_logits_of_other_classes_are_an_error(tmp_path):
