@@ -91,7 +91,7 @@ class OFD(FeatureDistiller):
             :class:`mmkd.distillers.levels.LevelPairs`.
 
     Example:
-        >>> distillers = dict(ofd=dict(type='OFD', layer=[f'backbone.layer{i}' for i in (1, 2, 3, 4)]))
+        >>> distillers = dict(ofd=dict(type='OFD', layer=[f'backbone.layer{i}' for i in (2, 3, 4)]))
     """
 
     renamed = {}
