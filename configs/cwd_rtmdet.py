@@ -12,3 +12,4 @@ model = dict(
             adapter=dict(type='ConvAdapter', bias=False),
             # the first 280 of 300 epochs, of 459 steps with 8 x 32 of the 117266 images with objects
             loss_weight=dict(type='constant', value=1.0, end=128520))))
+auto_scale_lr = dict(base_batch_size=256)

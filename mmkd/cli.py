@@ -168,7 +168,8 @@ def check_work_dir(args: argparse.Namespace, config: Config) -> None:
 def was_trained(config: Config) -> bool:
     """Whether the work directory is that of a training that began before."""
     folder = Path(config.work_dir)
-    return bool(config.get('resume')) or any(folder.glob('*/vis_data')) or (folder / 'last_checkpoint').exists()
+    # the Runner makes vis_data before there is a model; a .json is of what was logged in training
+    return bool(config.get('resume')) or any(folder.glob('*/vis_data/*.json')) or (folder / 'last_checkpoint').exists()
 
 
 def scale_learning_rate(config: Config) -> None:
@@ -176,6 +177,9 @@ def scale_learning_rate(config: Config) -> None:
     if 'base_batch_size' not in (config.get('auto_scale_lr') or {}):
         raise ConfigError('--auto-scale-lr: the config has no auto_scale_lr.base_batch_size to scale from')
     config.auto_scale_lr.enable = True
+    accumulated = config.optim_wrapper.get('accumulative_counts', 1)
+    if accumulated > 1:  # mmengine scales by the images of one forward pass, and a step has so many times as many
+        config.auto_scale_lr.base_batch_size /= accumulated
 
 
 # where each launcher tells a process its number, how many there are and its number on this machine; what else has to be set, and
@@ -343,7 +347,7 @@ def end_processes() -> None:
 def draw_predictions(runner: Runner, folder: str) -> SavePictures:
     """Have every prediction drawn and written to a folder."""
     if runner.world_size > 1:
-        raise ConfigError('--show-dir: mmengine draws in one process alone; run tools/test.py without a launcher')
+        raise ConfigError('--show-dir: mmengine draws in one process alone; run the test without a launcher')
     if type(runner.visualizer).add_datasample is Visualizer.add_datasample:
         raise ConfigError(
             f'--show-dir: visualizer={type(runner.visualizer).__name__} draws no predictions; set visualizer=dict(type='

@@ -46,6 +46,25 @@ def test_the_figures_are_written_as_they_are_printed(tmp_path):
     assert steps['plain student']['peak_mib'] < steps['distilled']['peak_mib']
 
 
+@pytest.mark.parametrize(
+    ('arguments', 'message'),
+    [
+        (('mmkd::gid_retinanet.py', '--device', 'nonsense'), 'nonsense'),
+        (
+            ('mmkd::shapes/retinanet_student.py', '--device', 'cpu'),
+            'trains a plain model; what is measured is the cost',
+        ),
+    ],
+)
+def test_what_cannot_be_measured_is_said_in_one_line(arguments, message):
+    done = benchmark(*arguments)
+    assert done.returncode == 1
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith('error: '), done.stderr
+    assert message in last
+    assert 'Traceback' not in done.stderr
+
+
 def test_a_round_is_the_least():
     done = benchmark('mmkd::gid_retinanet.py', '--rounds', 0)
     assert done.returncode == 2

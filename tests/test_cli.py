@@ -2,19 +2,25 @@
 
 import argparse
 import json
+import logging
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from mmengine.config import Config
 from mmengine.hooks import Hook
 from mmengine.model import BaseModel
+from mmengine.optim import OptimWrapper
+from mmengine.runner import Runner
 
+import mmkd
 from mmkd import cli
 from mmkd.errors import ConfigError, Stopped
 from mmkd.hosts.hooks import StopAtInvalidLoss
 from mmkd.testing import detectors, models, segmentors
+from mmkd.testing.batches import random_batch
 from mmkd.testing.runs import distilled, shapes_config, streets_config
 
 pytestmark = pytest.mark.slow
@@ -227,6 +233,36 @@ def test_a_run_may_be_shorter_than_its_warm_up(name, tmp_path):
 # stopping what cannot work
 
 
+def test_a_training_that_never_began_is_none(tmp_path):
+    """What the Runner writes before there is a model does not count, so that the teachers are looked at again."""
+    config = Config(
+        dict(model=dict(type='test_cli.Line'), launcher='none', work_dir=str(tmp_path), experiment_name=tmp_path.name)
+    )
+    assert not cli.was_trained(config)
+    runner = cli.build_runner(config)
+    assert list(tmp_path.glob('*/vis_data'))
+    assert not cli.was_trained(config)
+    runner.visualizer.add_scalars(dict(loss=1.0), step=1)
+    assert cli.was_trained(config)
+
+
+@pytest.mark.parametrize(('accumulated', 'expected'), [(1, 0.1), (4, 0.4)])
+def test_the_learning_rate_is_scaled_by_what_a_step_sees(accumulated, expected):
+    config = Config(
+        dict(
+            auto_scale_lr=dict(base_batch_size=16),
+            optim_wrapper=dict(accumulative_counts=accumulated, optimizer=dict(lr=0.1)),
+        )
+    )
+    cli.scale_learning_rate(config)
+    wrapper = OptimWrapper(torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1))
+    runner = SimpleNamespace(
+        world_size=2, _train_dataloader=dict(batch_size=8), logger=logging.getLogger(), param_schedulers=None
+    )
+    Runner.scale_lr(runner, wrapper, config.auto_scale_lr)
+    assert wrapper.optimizer.param_groups[0]['lr'] == pytest.approx(expected)
+
+
 class Broken(Line):
     def forward(self, inputs, mode='tensor'):
         loss = super().forward(inputs, mode)['loss']
@@ -261,6 +297,16 @@ def test_an_invalid_loss_ends_the_training(tmp_path, interval, last):
     report = json.loads((tmp_path / 'invalid_loss.json').read_text())
     assert report['iteration'] == 1
     assert math.isnan(report['terms']['loss_b'])
+
+
+def test_the_layers_of_an_invalid_loss_are_those_of_the_student_where_it_teaches_itself():
+    entry = dict(type='AT', layer='backbone.layer3', teacher_layer='backbone.layer4')
+    model = mmkd.distill(models.build(segmentors.pspnet(), seed=0), dict(own=dict(type='Own')), dict(at=entry)).train()
+    hook = StopAtInvalidLoss()
+    hook._batch = random_batch(model, (2, 3, 64, 64))
+    found = hook._statistics(SimpleNamespace(model=model))
+    assert found.keys() == {'student'}
+    assert found['student'].keys() == {'backbone.layer3', 'backbone.layer4'}
 
 
 def test_what_is_watched_by_default(tmp_path):

@@ -59,7 +59,7 @@ def check_full_size(name, model):
             assert config.train_cfg.max_epochs in (
                 (16,) if name.startswith('labelenc_step1') else (12, 24, 300)
             )  # 300: RTMDet
-        assert config.auto_scale_lr.base_batch_size == 16
+        assert config.auto_scale_lr.base_batch_size == (256 if name == 'cwd_rtmdet.py' else 16)
     else:
         assert config.train_cfg.max_iters in (80000, 160000)
         assert config.auto_scale_lr.base_batch_size == 8

@@ -1,6 +1,7 @@
 """What student and teacher see of a batch, and what their tapped layers make of it, side by side."""
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -64,10 +65,8 @@ def tap(model: nn.Module, inputs: torch.Tensor, samples: list) -> tuple[Taps, di
 
     Layers that a loss alone calls were not called. The model's state stays as it is.
     """
-    modes = {module: module.training for module in model.modules()}
     layers = tuple(dict.fromkeys(layer for each in model.distillers.values() for layer in _names(each.student_layers)))
-    model.eval()
-    try:
+    with _in_eval_mode(model):
         found = {}
         for name, source in model.sources.items():
             if isinstance(source, Own):
@@ -80,10 +79,18 @@ def tap(model: nn.Module, inputs: torch.Tensor, samples: list) -> tuple[Taps, di
                 found[name] = taps
         with Taps(model, layers, images=len(inputs)) as student:
             run(model, layers, inputs, samples)
+    return student, found
+
+
+@contextlib.contextmanager
+def _in_eval_mode(model: nn.Module) -> Iterator[None]:
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
     finally:
         for module, mode in modes.items():
             module.training = mode
-    return student, found
 
 
 def _names(layers: Any) -> tuple[str, ...]:
@@ -127,7 +134,8 @@ def draw_batch(model: nn.Module, inputs: torch.Tensor, samples: list, images: in
             preprocessor = model.sources[name].model.data_preprocessor
         pictures = [shown(each, preprocessor) for each in seen]
         rows.append((name, [('input', pictures, None), *_energies(taps, inputs)]))
-    rows += _of_methods(model, student, others, samples, of_student)
+    with _in_eval_mode(model):
+        rows += _of_methods(model, student, others, samples, of_student)
     columns, (height, width) = max(len(each) for _, each in rows), inputs.shape[2:]
     side = min(2.4, 14 / columns)
     figure = Figure(

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from mmkd import cli
+from mmkd.errors import ConfigError
 from mmkd.testing.steps import device_name, measure, networks, steps
 
 
@@ -30,10 +31,15 @@ def main() -> None:
     args = parser.parse_args()
     if args.rounds < 1:
         parser.error(f'--rounds: expected at least 1, but got {args.rounds}')
-    device = torch.device(args.device)
     with cli.clear_errors(args.debug):
-        built = networks(cli.read_config(args), tuple(args.shape), args.objects, device)
-    found = measure(built, steps(built, args.amp), device, args.rounds)
+        device = torch.device(args.device)
+        config = cli.read_config(args)
+        if 'teacher' not in config.model:
+            raise ConfigError(f'{args.config}: trains a plain model; what is measured is the cost of a distilled step')
+        if args.json:
+            args.json.parent.mkdir(parents=True, exist_ok=True)
+        built = networks(config, tuple(args.shape), args.objects, device)
+        found = measure(built, steps(built, args.amp), device, args.rounds)
 
     on = device_name(device)
     shape = 'x'.join(map(str, args.shape))
@@ -53,5 +59,4 @@ def main() -> None:
             'device': on,
             'torch': torch.__version__,
         }
-        args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps({**about, **found}, indent=2) + '\n')

@@ -268,7 +268,7 @@ def lock(folder: Path) -> IO:
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
-        raise ConfigError(f'{folder}: another compare.py is at work there; wait for it or use --report-only') from None
+        raise ConfigError(f'{folder}: another comparison is at work there; wait for it or use --report-only') from None
     return file
 
 

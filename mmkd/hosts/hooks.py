@@ -154,8 +154,11 @@ class StopAtInvalidLoss(Hook):
         with torch.no_grad():
             data = model.data_preprocessor(self._batch, True)
             inputs, samples = data['inputs'], data['data_samples']
-            found = {name: source.read(model, inputs, samples)[0] for name, source in model.sources.items()}
-            with Taps(model, model.distillers.student_layers, images=len(inputs)) as student:
+            read = {name: source.read(model, inputs, samples)[0] for name, source in model.sources.items()}
+            found = {name: taps for name, taps in read.items() if taps is not None}  # an Own is the student
+            own = [layer for name in read.keys() - found.keys() for layer in model.sources[name].layers]
+            layers = dict.fromkeys((*model.distillers.student_layers, *own))
+            with Taps(model, layers, images=len(inputs)) as student:
                 model.forward(inputs, samples, mode='loss')
         return {
             name: {layer: [_describe(each) for each in tensors(taps[layer])] for layer in taps if taps.calls[layer]}

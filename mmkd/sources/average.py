@@ -19,7 +19,8 @@ class Average(Copied):
     averaged in the steps in which it is due, whether it is read then or not, and only if the student's weights have
     changed since, so that gradient accumulation changes nothing.
     Buffers, such as the statistics of batch norms, are averaged as well, over all processes. It runs in eval mode and
-    without gradient, is in the checkpoint as ``sources.<name>.*``, and ``tools/export.py`` leaves it out.
+    without gradient, is in the checkpoint as ``sources.<name>.*``, and ``mmkd export`` leaves it out unless told to
+    write it.
 
     Tarvainen, Valpola, "Mean teachers are better role models", NeurIPS 2017, arXiv 1703.01780.
 

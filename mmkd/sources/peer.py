@@ -22,7 +22,8 @@ class Peer(Source):
     """A model that is trained beside the student, by its own losses and by the distillers whose ``learner`` it is.
 
     Its own losses are logged as ``<name>.loss_*``. What the student reads of it has no gradient. It is trained by the same
-    optimizer, is in the checkpoint as ``sources.<name>.*``, and ``tools/export.py`` leaves it out.
+    optimizer, is in the checkpoint as ``sources.<name>.*``, and ``mmkd export`` leaves it out unless told to
+    write it.
 
     Args:
         config: A config's name or path, or a model's config, as for a teacher.

@@ -15,7 +15,8 @@ class Snapshot(Copied):
 
     After each ``cycle`` training steps its weights are copied, whether it is read then or not; before the first cycle has
     ended it is not read. Buffers, such as the statistics of batch norms, are averaged over all processes. It runs in eval
-    mode and without gradient, is in the checkpoint as ``sources.<name>.*``, and ``tools/export.py`` leaves it out.
+    mode and without gradient, is in the checkpoint as ``sources.<name>.*``, and ``mmkd export`` leaves it out unless told to
+    write it.
 
     Yang, Xie, Su, Yuille, "Snapshot Distillation: Teacher-Student Optimization in One Generation", CVPR 2019, arXiv
     1812.00123, where each cycle is one of a learning rate that is restarted.

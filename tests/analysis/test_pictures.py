@@ -63,6 +63,19 @@ def test_segmentation_methods_too():
     assert found['kd'] == {}
 
 
+def test_what_a_method_trains_is_in_eval_mode_for_its_picture():
+    student, teacher = (models.build(detectors.retinanet(channels)) for channels in (16, 24))
+    model, batch, _ = looked_at(student, teacher, dict(ssim=dict(type='SSIM', layer='neck')))
+    model.train()
+    adapter = model.distillers['ssim'].levels.adapters[0]
+    norm = torch.nn.BatchNorm2d(24)
+    adapter.register_forward_hook(lambda module, inputs, output: norm.train(module.training)(output))
+    draw_batch(model, batch['inputs'], batch['data_samples'])
+    assert norm.num_batches_tracked == 0
+    assert model.training
+    assert adapter.training
+
+
 def test_closed_forms():
     feature = torch.tensor([0.0, 1.0, 2.0, 3.0]).reshape(1, 1, 2, 2)
     assert channel_maps(feature, 2.0).flatten().tolist() == pytest.approx(

@@ -121,7 +121,7 @@ def test_a_run_begun_with_another_config_is_an_error_that_names_its_folder(tmp_p
 
 
 def test_a_second_queue_in_the_same_folder_is_refused(tmp_path, notes, compare):
-    with lock(tmp_path / 'work'), pytest.raises(SystemExit, match='another compare.py is at work'):
+    with lock(tmp_path / 'work'), pytest.raises(SystemExit, match='another comparison is at work'):
         compare('shapes', 'gid_retinanet', '--work-dir', tmp_path / 'work')
     assert notes() == []
 
