@@ -19,3 +19,4 @@ train_dataloader = dict(
     dataset=dict(_delete_=True, type='ConcatDataset', datasets=[labelled, unlabelled]))
 train_cfg = dict(_delete_=True, type='IterBasedTrainLoop', max_iters=180000, val_interval=10000)
 param_scheduler = [dict(type='MultiStepLR', by_epoch=False, milestones=[120000, 165000], gamma=0.1)]
+default_hooks = dict(checkpoint=dict(by_epoch=False, interval=10000))

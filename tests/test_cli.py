@@ -309,6 +309,43 @@ def test_the_layers_of_an_invalid_loss_are_those_of_the_student_where_it_teaches
     assert found['student'].keys() == {'backbone.layer3', 'backbone.layer4'}
 
 
+class Scaler:
+    """As torch's in float16: a scale, which falls where a step was left out."""
+
+    def __init__(self, *scales):
+        self.scales = list(scales)
+
+    def is_enabled(self):
+        return True
+
+    def get_scale(self):
+        return self.scales.pop(0)
+
+
+@pytest.mark.parametrize(
+    ('scales', 'loss', 'clean'),
+    [
+        ((8.0, 4.0), float('nan'), True),  # the scaler left it out
+        ((8.0, 8.0), float('nan'), False),  # it did not
+        ((8.0, 4.0, 2.0), float('nan'), False),  # more in a row than may be
+        ((8.0, 4.0), 1.0, True),  # the scale was too large, which is no fault of the loss
+    ],
+)
+def test_steps_that_a_gradient_scaler_leaves_out_are_counted(scales, loss, clean):
+    hook = StopAtInvalidLoss(skip=1)
+    runner = SimpleNamespace(
+        optim_wrapper=SimpleNamespace(loss_scaler=Scaler(*scales)), iter=0, max_iters=99, world_size=1
+    )
+    module = torch.nn.Identity().train()
+    for step in range(len(scales)):
+        hook._iteration = step
+        hook._look(module, (), dict(loss=torch.tensor(loss if step else 1.0)))
+        hook.after_train_iter(runner, step)
+    found = [bool((first != 2**40).any()) for first, _ in hook._found.values()]
+    assert any(found) != clean
+    assert hook.skipped == (len(scales) - 1 if loss != loss and scales[0] > scales[1] else 0)
+
+
 def test_what_is_watched_by_default(tmp_path):
     def hooks(config, **changes):
         config.merge_from_dict(dict(launcher='none', **changes))

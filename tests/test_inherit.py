@@ -29,6 +29,21 @@ def test_parts_start_from_the_teachers_weights_and_the_others_do_not(teacher):
     assert all(parameter.requires_grad for parameter in model.neck.parameters())
 
 
+def test_a_teacher_that_was_loaded_before_is_an_error_and_not_left_out(teacher):
+    model = distill(TEACHER, teacher, CWD, inherit=['neck'])
+    model.sources['teacher'].load()
+    with pytest.raises(
+        ConfigError, match='^teacher: was loaded by itself, before the parts that start from its weights'
+    ):
+        model.init_weights()
+    model = distill(TEACHER, teacher, CWD)
+    model.sources['teacher'].load()
+    model.init_weights()
+    again = distill(TEACHER, teacher, CWD, inherit=['neck'])
+    again.init_weights()
+    again.init_weights()  # as a Runner does after the user
+
+
 def test_student_and_teacher_share_no_memory(teacher):
     model = distill(TEACHER, teacher, CWD, inherit=['bbox_head'])
     model.init_weights()

@@ -101,9 +101,29 @@ def _check_training(config: Config) -> None:
             f"not end; train_cfg=dict(type='IterBasedTrainLoop', max_iters=..., val_interval=...)"
         )
     _check_turns(config)
+    if not by_epoch:
+        _check_counted_by_iteration(config)
     for option, least in (('max_iters', 1), ('max_epochs', 1), ('val_interval', 1), ('val_begin', 0)):
         if option in training:
             _count(f'train_cfg.{option}', training[option], least)
+
+
+def _check_counted_by_iteration(config: Config) -> None:
+    """Check that nothing waits for the end of an epoch, which a training that counts iterations has at its very end alone."""
+    found = config.get('param_scheduler') or []
+    for index, each in enumerate([found] if isinstance(found, Mapping) else found):
+        turns = isinstance(each, Mapping) and each.get('by_epoch', True) and not each.get('convert_to_iter_based')
+        if turns and not str(type_name(each)).startswith('ReduceOnPlateau'):  # which looks at each evaluation
+            raise ConfigError(
+                f'param_scheduler[{index}]: {type_name(each)} counts epochs, and train_cfg iterations: it would never step; '
+                f'by_epoch=False, and its numbers in iterations'
+            )
+    saved = (config.get('default_hooks') or {}).get('checkpoint')
+    if isinstance(saved, Mapping) and saved.get('by_epoch', True):
+        raise ConfigError(
+            'default_hooks.checkpoint: it counts epochs, and train_cfg iterations: there would be no checkpoint before the end; '
+            'default_hooks=dict(checkpoint=dict(by_epoch=False, interval=...))'
+        )
 
 
 def passes_apart(config: Config) -> bool:
@@ -187,8 +207,8 @@ def _check_optimizer(config: Config) -> None:
                     f'optim_wrapper.paramwise_cfg.custom_keys.{key}.{name}={change[name]!r}: expected a number of at least 0'
                 )
     base = (config.get('auto_scale_lr') or {}).get('base_batch_size')
-    if base is not None:
-        _whole('auto_scale_lr.base_batch_size', base)
+    if base is not None and not (is_number(base) and base > 0):  # a part of an image, where gradients are accumulated
+        raise ConfigError(f'auto_scale_lr.base_batch_size={base!r}: expected a positive number')
 
 
 def _check_schedulers(config: Config) -> None:

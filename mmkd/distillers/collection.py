@@ -7,6 +7,7 @@ import torch
 from mmengine.logging import MessageHub, print_log
 from torch import nn
 
+from mmkd.distillers.base import Distiller
 from mmkd.distillers.levels import LevelPairs
 from mmkd.distillers.schedule import Weight
 from mmkd.distillers.several import Several
@@ -150,12 +151,21 @@ class Distillers(nn.ModuleDict):
         of_method = getattr(self[name], 'first', self[name])
         steps = getattr(of_method, 'first_steps', 0)
         factor, read = self._factors[name], [sources[each] for each in self.teacher_of[name] if each in sources]
+        shares = self[name].weights.values() if isinstance(self[name], Several) else ()
+        on = [share for share in shares if share.spec['value']] or [factor]
         off = factor.spec['value'] == 0
-        if not off and steps and not any(factor.at(i) and all(each.due(i) for each in read) for i in range(steps)):
+        if (
+            not off
+            and steps
+            and not all(
+                any(factor.at(i) and each.at(i) and all(source.due(i) for source in read) for i in range(steps))
+                for each in on
+            )
+        ):
             raise ConfigError(
                 f'distillers.{name}: {type(of_method).__name__} learns in the first {steps} steps what it teaches by '
-                f'afterwards, and factor, or begin of its teacher, leaves these out; let both begin at 0, and give loss_weight '
-                f'the schedule'
+                f'afterwards, and factor, combine, or begin of its teacher, leaves these out; let all begin at 0, and give '
+                f'loss_weight the schedule'
             )
 
     def prepare(self, student: nn.Module, sources: Mapping[str, Source]) -> None:
@@ -231,6 +241,13 @@ class Distillers(nn.ModuleDict):
             each = self[name].methods[source] if isinstance(self[name], Several) else self[name]
             if hasattr(each, 'start_from'):
                 each.start_from(model)
+
+    def starts_from(self, source: str) -> bool:
+        """Whether any distiller takes weights of a source."""
+        methods = (getattr(self[name], 'first', self[name]) for name in filter(self.taught_by(source), self))
+        return any(
+            getattr(type(each), 'start_from', Distiller.start_from) is not Distiller.start_from for each in methods
+        )
 
     def start_step(self, counts: bool = True) -> int:
         """Count a training step and set the schedules; its number."""

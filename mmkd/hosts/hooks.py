@@ -35,7 +35,8 @@ class StopAtInvalidLoss(Hook):
         interval: The number of iterations between two looks at the result; there is one in the last iteration, and before
             each checkpoint. Each waits for the device once.
         skip: Leave out steps whose losses or gradients are not finite, up to so many in a row. With more than 0, the default,
-            every step waits for the device. (In mixed precision mmengine's wrapper leaves them out by itself.)
+            every step waits for the device. In float16 torch's gradient scaler leaves out steps by itself, also such whose
+            losses are finite, which are not counted.
 
     Raises:
         Stopped: by all processes together.
@@ -48,6 +49,7 @@ class StopAtInvalidLoss(Hook):
         self._images: deque[tuple[int, list[str]]] = deque(maxlen=max(interval, 1) + 1)
         self._found: dict[tuple[str, ...], tuple[torch.Tensor, torch.Tensor]] = {}
         self._batch: dict | None = None
+        self._scale = 0.0
 
     def before_train(self, runner: Runner) -> None:
         model = getattr(runner.model, 'module', runner.model)
@@ -78,6 +80,9 @@ class StopAtInvalidLoss(Hook):
     def after_train_iter(
         self, runner: Runner, batch_idx: int, data_batch: dict | None = None, outputs: dict | None = None
     ) -> None:
+        scaler = getattr(runner.optim_wrapper, 'loss_scaler', None) if self.skip else None
+        if scaler is not None and scaler.is_enabled():
+            self._leave_out_with(scaler)
         if self.every_n_train_iters(runner, self.interval) or self.is_last_train_iter(runner):
             self.before_checkpoint(runner)
 
@@ -145,6 +150,19 @@ class StopAtInvalidLoss(Hook):
             logger='current',
             level=logging.WARNING,
         )
+
+    def _leave_out_with(self, scaler: torch.amp.GradScaler) -> None:
+        """What the scaler has left out, which does so without a call of the optimizer: it has lowered its scale."""
+        before, self._scale = self._scale, scaler.get_scale()
+        if self._scale >= before:
+            return
+        invalid = torch.tensor(int(any((first != NEVER).any() for first, _ in self._found.values())))
+        all_reduce(invalid, 'max')
+        if not invalid:
+            return  # its scale was too large, which says nothing of the losses
+        self.skipped += 1
+        if self.skipped <= self.skip:
+            self._found.clear()
 
     def _statistics(self, runner: Runner) -> dict:
         """Of the layers that are compared, in student and teachers, over the batch at hand."""

@@ -12,7 +12,7 @@ from torch import nn
 
 from mmkd.errors import ConfigError
 from mmkd.hosts.detection.ground_truth import ground_truth, ground_truth_labels
-from mmkd.hosts.detection.second_pass import check_heads, classes_of, losses_of_maps
+from mmkd.hosts.detection.second_pass import check_heads, classes_of, losses_of_maps, refuse_partly_labelled
 from mmkd.registry import SOURCES
 from mmkd.sources.source import Kept, Source
 from mmkd.taps import Taps
@@ -241,6 +241,7 @@ class LabelEncoder(Source):
             raise ConfigError(
                 f'{self.name}: its weights are not loaded yet; call init_weights() of the student before training'
             )
+        refuse_partly_labelled(data_samples)
         with torch.set_grad_enabled(self.has_gradient), Taps(self.model, self.layers, images=len(inputs)) as taps:
             maps = self.model(inputs, data_samples)
         if self.frozen:

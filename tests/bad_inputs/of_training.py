@@ -234,6 +234,16 @@ CASES = [
         "default_hooks = dict(checkpoint=dict(save_best='bbox_mAP'))",
     ),
     Case('a seed that is a string', r"randomness.seed='0': expected a whole number", "randomness = dict(seed='0')"),
+    Case(
+        'schedulers of epochs in a training of iterations',
+        r'param_scheduler\[0\]: MultiStepLR counts epochs, and train_cfg iterations',
+        "param_scheduler = [dict(type='MultiStepLR', milestones=[1])]",
+    ),
+    Case(
+        'checkpoints of epochs in a training of iterations',
+        r'default_hooks.checkpoint: it counts epochs, and train_cfg iterations',
+        'default_hooks = dict(checkpoint=dict(by_epoch=True))',
+    ),
     Case('a base batch of 0', r'auto_scale_lr.base_batch_size=0: expected', 'auto_scale_lr = dict(base_batch_size=0)'),
     Case(
         'a visualizer with a typo',

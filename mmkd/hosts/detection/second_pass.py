@@ -28,6 +28,15 @@ def classes_of(model: nn.Module) -> int:
     return (head[0] if isinstance(head, nn.ModuleList) else head).num_classes  # of a cascade all have as many
 
 
+def refuse_partly_labelled(data_samples: Sequence | None) -> None:
+    """Raise ConfigError for images that are labelled for some classes alone."""
+    if partly_labelled(data_samples):
+        raise ConfigError(
+            'a batch has images that are labelled for some classes alone, of whose labels no maps of all objects can be made; '
+            'train on images with all labels'
+        )
+
+
 def losses_of_maps(model: nn.Module, maps: Sequence[torch.Tensor], data_samples: Sequence) -> torch.Tensor:
     """The sum of a detector's own losses, as if ``maps`` were what its neck put out.
 
@@ -42,11 +51,7 @@ def losses_of_maps(model: nn.Module, maps: Sequence[torch.Tensor], data_samples:
     Raises:
         ConfigError: for images that are labelled for some classes alone.
     """
-    if partly_labelled(data_samples):
-        raise ConfigError(
-            'a batch has images that are labelled for some classes alone, of whose labels no maps of all objects can be made; '
-            'train on images with all labels'
-        )
+    refuse_partly_labelled(data_samples)
     with _features(model, maps), counted_once(model):
         losses = model.loss(None, copy.deepcopy(list(data_samples)))
     values = (value for key, value in losses.items() if 'loss' in key)

@@ -263,7 +263,7 @@ LATE = dict(type='constant', value=1.0, begin=3)
 def test_tokens_that_would_never_learn_are_an_error(method, source, factor):
     """They learn in the first steps or not at all, and masks of random tokens say nothing."""
     student, teacher = detectors.retinanet(), dict(config=models.build(detectors.retinanet()), **source)
-    with pytest.raises(ConfigError, match=f'distillers.it: {method} learns in the first 3 steps.*let both begin at 0'):
+    with pytest.raises(ConfigError, match=f'distillers.it: {method} learns in the first 3 steps.*let all begin at 0'):
         mmkd.distill(student, teacher, dict(it=dict(type=method, token_steps=3, factor=factor)))
     for options in (
         dict(token_steps=4, factor=factor),
@@ -271,3 +271,11 @@ def test_tokens_that_would_never_learn_are_an_error(method, source, factor):
         dict(token_steps=3, factor=0.0),
     ):
         mmkd.distill(student, teacher, dict(it=dict(type=method, **options)))
+
+
+def test_so_is_one_of_several_teachers_whose_tokens_would_not_learn():
+    student, teachers = detectors.retinanet(), {name: models.build(detectors.retinanet()) for name in 'ab'}
+    entry = dict(type='MasKD', token_steps=3, teacher=['a', 'b'], combine=dict(a=1.0, b=LATE))
+    with pytest.raises(ConfigError, match='distillers.it: MasKD learns in the first 3 steps.*combine'):
+        mmkd.distill(student, teachers, dict(it=entry))
+    mmkd.distill(student, teachers, dict(it=dict(entry, combine=dict(a=1.0, b=0.0))))
