@@ -231,6 +231,19 @@ def test_a_frozen_encoder_that_was_not_loaded_is_no_teacher(tmp_path):
         model(**batch_of(model), mode='loss')
 
 
+@pytest.mark.parametrize('second', [False, True])
+def test_images_with_some_labels_are_refused(second, tmp_path):
+    """Of the second training as well, whose frozen encoder has no losses of its own."""
+    model = distilled()
+    if second:
+        model = distilled(inherit=['neck', 'bbox_head'], checkpoint=saved(model, tmp_path / 'first.pth'))
+        model.init_weights()
+    batch = batch_of(model)
+    batch['data_samples'][0].set_metainfo(dict(labelled_for=(0, 1)))
+    with pytest.raises(ConfigError, match='labelled for some classes alone'):
+        model(**batch, mode='loss')
+
+
 def test_the_pyramid_has_the_necks_shapes():
     model = distilled('faster_rcnn')
     batch = batch_of(model)
