@@ -35,7 +35,6 @@ class Distilled(BaseModel if TYPE_CHECKING else object):  # type: ignore[misc]
     distillers: Distillers
     sources: Sources
     _inherit: dict[str, Sequence[str]]
-    _inherited: set[str]
     _task_weight: Callable[[int], float]
     _teacher_labels: TeacherLabels | None
     _class_names: Sequence[str] | None
@@ -122,14 +121,13 @@ class Distilled(BaseModel if TYPE_CHECKING else object):  # type: ignore[misc]
         self.sources.load(device, self._inherit_from)
         for name in self.sources:
             taken = name in self._inherit or self.distillers.starts_from(name)
-            if taken and name not in self._inherited:
+            if taken and self.sources[name].loaded_alone:
                 raise ConfigError(
                     f'{name}: was loaded by itself, before the parts that start from its weights could take them; call '
                     f'init_weights() alone'
                 )
 
     def _inherit_from(self, name: str, teacher: nn.Module) -> None:
-        self._inherited.add(name)
         inherit_weights(self, teacher, self._inherit.get(name, ()), self.sources[name].classes)
         self.distillers.start_from(name, teacher)
 
@@ -137,7 +135,7 @@ class Distilled(BaseModel if TYPE_CHECKING else object):  # type: ignore[misc]
         """The student as the plain model again, in place: without distillers and without what it learnt from."""
         for name in self._frozen:  # without the task, which nobody leaves out any more
             self.get_parameter(name).requires_grad_(True)
-        del self.distillers, self.sources, self._inherit, self._inherited, self._task_weight, self._teacher_labels
+        del self.distillers, self.sources, self._inherit, self._task_weight, self._teacher_labels
         del self._class_names, self._frozen
         self.__class__ = type(self).__mro__[2]
         return self
@@ -219,7 +217,7 @@ def distill(
     model.__class__ = distilled_class(model.__class__)
     model._task_weight, model._class_names, model._frozen = weight.at, class_names, frozen
     model._teacher_labels = labels
-    model._inherit, model._inherited = parts, set()
+    model._inherit = parts
     model.distillers = collection.to(device)
     model.sources = Sources(sources)
     return model

@@ -194,7 +194,7 @@ class LabelEncoder(Source):
     def load(self, device: torch.device | str = 'cpu', then: Callable[[nn.Module], None] | None = None) -> None:
         if self._loaded:
             return
-        self._loaded = True
+        self._loaded, self.loaded_alone = True, then is None
         if self.checkpoint is None:
             self.model.init_weights()
         else:

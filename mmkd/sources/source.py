@@ -46,6 +46,8 @@ class Source:
     """The size of the images that the model sees, relative to the student's."""
     frozen: bool = False
     """Whether :meth:`load` reads its weights, which then stay as they are, so that a student can inherit them."""
+    loaded_alone: bool = False
+    """Whether :meth:`load` was called by itself, so that nothing of the student could start from its weights."""
     view: str | None = None
     labels: bool = False
     """Whether it is asked for pseudo labels; set by :func:`mmkd.distill`."""

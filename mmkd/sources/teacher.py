@@ -164,6 +164,7 @@ class Teacher(Source):
             load_weights(self.model, self.checkpoint)
         elif not self._has_weights:
             raise ConfigError(f'{self.name}: no checkpoint for {type(self.model).__name__}; {NO_WEIGHTS}')
+        self.loaded_alone = then is None
         if then is not None:
             then(self.model)
         self._accelerate(
