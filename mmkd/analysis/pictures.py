@@ -1,7 +1,6 @@
 """What student and teacher see of a batch, and what their tapped layers make of it, side by side."""
 
-import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,7 +17,7 @@ from torch import nn
 from mmkd.analysis.gradients import check_distilled
 from mmkd.distillers.base import Boxes, Distiller
 from mmkd.errors import ConfigError
-from mmkd.hosts.running import run
+from mmkd.hosts.running import modes_kept, run
 from mmkd.normalize import normalization
 from mmkd.registry import HOOKS
 from mmkd.sources import Own, Teacher
@@ -66,7 +65,8 @@ def tap(model: nn.Module, inputs: torch.Tensor, samples: list) -> tuple[Taps, di
     Layers that a loss alone calls were not called. The model's state stays as it is.
     """
     layers = tuple(dict.fromkeys(layer for each in model.distillers.values() for layer in _names(each.student_layers)))
-    with _in_eval_mode(model):
+    with modes_kept(model):
+        model.eval()
         found = {}
         for name, source in model.sources.items():
             if isinstance(source, Own):
@@ -80,17 +80,6 @@ def tap(model: nn.Module, inputs: torch.Tensor, samples: list) -> tuple[Taps, di
         with Taps(model, layers, images=len(inputs)) as student:
             run(model, layers, inputs, samples)
     return student, found
-
-
-@contextlib.contextmanager
-def _in_eval_mode(model: nn.Module) -> Iterator[None]:
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
 
 
 def _names(layers: Any) -> tuple[str, ...]:
@@ -134,7 +123,8 @@ def draw_batch(model: nn.Module, inputs: torch.Tensor, samples: list, images: in
             preprocessor = model.sources[name].model.data_preprocessor
         pictures = [shown(each, preprocessor) for each in seen]
         rows.append((name, [('input', pictures, None), *_energies(taps, inputs)]))
-    with _in_eval_mode(model):
+    with modes_kept(model):
+        model.eval()
         rows += _of_methods(model, student, others, samples, of_student)
     columns, (height, width) = max(len(each) for _, each in rows), inputs.shape[2:]
     side = min(2.4, 14 / columns)

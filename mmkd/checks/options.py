@@ -95,7 +95,8 @@ def _check_training(config: Config) -> None:
     if not training.get('type') and 'by_epoch' not in training:
         raise ConfigError("train_cfg: it has no type, such as 'IterBasedTrainLoop' or 'EpochBasedTrainLoop'")
     sampler = _part(config, 'train_dataloader').get('sampler') or {}
-    if _counts_epochs(training) and type_name(sampler) in ENDLESS:
+    by_epoch = training.get('by_epoch', type_name(training) == 'EpochBasedTrainLoop')
+    if by_epoch and type_name(sampler) in ENDLESS:
         raise ConfigError(
             f'train_dataloader.sampler: {type_name(sampler)} has no end, and train_cfg counts epochs, of which the first would '
             f"not end; train_cfg=dict(type='IterBasedTrainLoop', max_iters=..., val_interval=...)"
@@ -106,14 +107,10 @@ def _check_training(config: Config) -> None:
             _count(f'train_cfg.{option}', training[option], least)
 
 
-def _counts_epochs(training: Mapping) -> bool:
-    return bool(training.get('by_epoch', type_name(training) == 'EpochBasedTrainLoop'))
-
-
 def _check_counted_by_iteration(config: Config) -> None:
     """Check that nothing waits for the end of an epoch, which a training that counts iterations has at its very end alone."""
-    if _counts_epochs(config.train_cfg):
-        return
+    if config.train_cfg.get('by_epoch', type_name(config.train_cfg) != 'IterBasedTrainLoop'):
+        return  # or nobody knows, of a loop of somebody's own
     found = config.get('param_scheduler') or []
     for index, each in enumerate([found] if isinstance(found, Mapping) else found):
         turns = isinstance(each, Mapping) and each.get('by_epoch', True) and not each.get('convert_to_iter_based')

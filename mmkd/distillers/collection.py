@@ -1,5 +1,6 @@
 """The distillers that a student trains with: who learns from whom, and when."""
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -11,6 +12,7 @@ from mmkd.distillers.base import Distiller
 from mmkd.distillers.levels import LevelPairs
 from mmkd.distillers.schedule import Weight
 from mmkd.distillers.several import Several
+from mmkd.distillers.steps import check_first_steps, check_task, check_together
 from mmkd.distillers.uncertainty import Uncertainty
 from mmkd.errors import ConfigError
 from mmkd.registry import DISTILLERS, build
@@ -111,9 +113,6 @@ class Distillers(nn.ModuleDict):
                     f'distillers.{name}: teacher_layers names {", ".join(sorted(unknown))}; its teachers are '
                     f'{", ".join(self.teacher_of[name])}'
                 )
-            if isinstance(distiller, Several):
-                self._read_together(name, sources)
-            self._read_at_first(name, sources)
             learner = self.learner_of[name]
             wanted = [
                 *(('teacher', each) for each in self.teacher_of[name]),
@@ -124,49 +123,19 @@ class Distillers(nn.ModuleDict):
                     raise ConfigError(
                         f'distillers.{name}: {option}={each!r}: there is none; there are {", ".join(sources)}'
                     )
+            teachers = {each: sources[each] for each in self.teacher_of[name]}
+            of_method, shares = getattr(distiller, 'first', distiller), []
+            if isinstance(distiller, Several):
+                check_together(name, teachers)
+                shares = list(distiller.weights.values())
+            check_first_steps(name, of_method, self._factors[name], shares, teachers)
             if learner and not (sources[learner].has_gradient and sources[learner].kept is not None):
                 raise ConfigError(f'distillers.{name}: learner={learner!r} is not trained; a Peer is')
-            of_method = getattr(distiller, 'first', distiller)
             if hasattr(of_method, 'label_weights') and (several or learner or isinstance(sources[named], Own)):
                 raise ConfigError(
                     f'distillers.{name}: {type(of_method).__name__} weighs the labels of the student by one teacher, which '
                     f'is run before it; name one that is no Own, without a learner'
                 )
-
-    def _read_together(self, name: str, sources: Mapping[str, Source]) -> None:
-        """Raise ConfigError unless all teachers of an entry are read in the same steps, without which it learns nothing."""
-        steps = {
-            each: (sources[each].interval, sources[each].begin, sources[each].end)
-            for each in self.teacher_of[name]
-            if each in sources
-        }
-        if len(set(steps.values())) > 1:
-            raise ConfigError(
-                f'distillers.{name}: its teachers {", ".join(steps)} have other interval, begin or end, and it learns from '
-                f'all at once; make them equal, or give each an entry of its own'
-            )
-
-    def _read_at_first(self, name: str, sources: Mapping[str, Source]) -> None:
-        """Raise ConfigError if a method that has to learn in the first steps is read in none of them."""
-        of_method = getattr(self[name], 'first', self[name])
-        steps = getattr(of_method, 'first_steps', 0)
-        factor, read = self._factors[name], [sources[each] for each in self.teacher_of[name] if each in sources]
-        shares = self[name].weights.values() if isinstance(self[name], Several) else ()
-        on = [share for share in shares if share.spec['value']] or [factor]
-        off = factor.spec['value'] == 0
-        if (
-            not off
-            and steps
-            and not all(
-                any(factor.at(i) and each.at(i) and all(source.due(i) for source in read) for i in range(steps))
-                for each in on
-            )
-        ):
-            raise ConfigError(
-                f'distillers.{name}: {type(of_method).__name__} learns in the first {steps} steps what it teaches by '
-                f'afterwards, and factor, combine, or begin of its teacher, leaves these out; let all begin at 0, and give '
-                f'loss_weight the schedule'
-            )
 
     def prepare(self, student: nn.Module, sources: Mapping[str, Source]) -> None:
         """Let each distiller name its layers and refuse networks that it cannot read, before any of them is run."""
@@ -275,24 +244,10 @@ class Distillers(nn.ModuleDict):
         """Raise ConfigError if a distiller reads the student's own losses in a step in which ``task_weight`` leaves them out."""
         for name, distiller in self.items():
             layers = names_of(getattr(distiller, 'training_layers', ()))
-            if not layers or self.learner_of[name]:
-                continue
-            teachers = [sources[each] for each in self.teacher_of[name]]
-            weights = [self._factors[name], *self._weights[name]]
-            kind = type(getattr(distiller, 'first', distiller)).__name__
-            turns = set().union(*(each.turns() for each in (task, *weights)), (each.begin for each in teachers))
-            for step in sorted(turns):
-                for weight in weights:
-                    weight.iteration = step
-                read = self.active(name) and all(each.begin <= step < each.end for each in teachers)
-                if read and not task.at(step):
-                    raise ConfigError(
-                        f"distillers.{name}: {kind} reads {layers[0]!r}, which is called in the student's own losses alone, and "
-                        f'task_weight is 0 in step {step}, in which these are not run; give it a value above 0 there, or the '
-                        f'entry a factor that is 0 there'
-                    )
-            for weight in weights:
-                weight.iteration = 0
+            if layers and not self.learner_of[name]:
+                teachers = {each: sources[each] for each in self.teacher_of[name]}
+                weights, active = [self._factors[name], *self._weights[name]], functools.partial(self.active, name)
+                check_task(name, getattr(distiller, 'first', distiller), layers, task, weights, active, teachers)
 
     def wants(self, source: str) -> bool:
         """Whether any distiller reads a source in this step."""

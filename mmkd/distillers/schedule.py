@@ -79,8 +79,12 @@ class Weight(nn.Module):
 
     def turns(self) -> set[int]:
         """The iterations at which it may begin or cease to be 0, the first among them."""
-        points = [self.spec[key] for key in ('begin', 'end') if key in self.spec] + [*self.spec.get('milestones', ())]
-        return {0, *(max(each, 0) for point in points for each in (math.ceil(point), math.floor(point) + 1))}
+        points = [
+            0,
+            *(self.spec[key] for key in ('begin', 'end') if key in self.spec),
+            *self.spec.get('milestones', ()),
+        ]
+        return {*(max(each, 0) for point in points for each in (math.ceil(point), math.floor(point) + 1))}
 
     def at(self, iteration: int) -> float:
         """The weight at an iteration."""

@@ -137,11 +137,15 @@ class StopAtInvalidLoss(Hook):
         if not invalid:
             self.skipped = 0
             return
+        if self._skip_step():
+            for each in parameters:
+                each.grad = None  # a parameter without gradient is left as it is
+
+    def _skip_step(self) -> bool:
+        """Count a step that is left out, and forget what was found in it, unless there are too many in a row."""
         self.skipped += 1
         if self.skipped > self.skip:
-            return  # what the loss shows in the next iteration ends the training
-        for each in parameters:
-            each.grad = None  # a parameter without gradient is left as it is
+            return False  # what the loss shows in the next look ends the training
         self._found.clear()
         images = ', '.join(self._images[-1][1]) if self._images else 'unknown'
         print_log(
@@ -150,6 +154,7 @@ class StopAtInvalidLoss(Hook):
             logger='current',
             level=logging.WARNING,
         )
+        return True
 
     def _leave_out_with(self, scaler: torch.amp.GradScaler) -> None:
         """What the scaler has left out, which does so without a call of the optimizer: it has lowered its scale."""
@@ -158,11 +163,8 @@ class StopAtInvalidLoss(Hook):
             return
         invalid = torch.tensor(int(any((first != NEVER).any() for first, _ in self._found.values())))
         all_reduce(invalid, 'max')
-        if not invalid:
-            return  # its scale was too large, which says nothing of the losses
-        self.skipped += 1
-        if self.skipped <= self.skip:
-            self._found.clear()
+        if invalid:  # else its scale was too large, which says nothing of the losses
+            self._skip_step()
 
     def _statistics(self, runner: Runner) -> dict:
         """Of the layers that are compared, in student and teachers, over the batch at hand."""

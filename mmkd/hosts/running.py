@@ -121,11 +121,11 @@ def probe(
         raise ConfigError(
             f'{name}: {type(model).__name__} is trained on several branches of images at once; distil the model inside it'
         )
-    modes = {module: module.training for module in model.modules()}
     device = next(model.parameters()).device
     samples = [empty_sample(size).to(device) for _ in range(batch)]
     try:
         with (
+            modes_kept(model),
             torch.random.fork_rng([device] if device.type == 'cuda' else []),
             Probe(model, layers, images=batch) as taps,
         ):
@@ -144,10 +144,18 @@ def probe(
             f'{name}: {type(model).__name__} cannot be run as far as {", ".join(map(repr, layers))} over images of '
             f'{size[0]}x{size[1]} ({type(error).__name__}: {reason}); tap other layers'
         ) from error
+    return taps
+
+
+@contextmanager
+def modes_kept(model: nn.Module) -> Iterator[None]:
+    """Afterwards each module is in training or in eval mode as before."""
+    modes = {module: module.training for module in model.modules()}
+    try:
+        yield
     finally:
         for module, mode in modes.items():
             module.training = mode
-    return taps
 
 
 def predict(model: BaseModel, inputs: torch.Tensor, data_samples: list, size: Sequence[int]) -> list:

@@ -10,7 +10,7 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from mmkd.errors import ConfigError
 from mmkd.hosts.detection.second_pass import check_heads, losses_of_maps
-from mmkd.hosts.running import unlabelled
+from mmkd.hosts.running import modes_kept, unlabelled
 from mmkd.hosts.segmentation.heads import logits_layer
 
 CLASSIFIER = '.conv_seg'
@@ -75,14 +75,10 @@ def task_loss(
 @contextmanager
 def _in_training(model: nn.Module) -> Iterator[None]:
     # some heads put out other things in evaluation, such as FCOS's boxes in pixels
-    modes = {module: module.training for module in model.modules()}
-    try:
-        for module in modes:
+    with modes_kept(model):
+        for module in model.modules():
             module.training = not isinstance(module, (_NormBase, _DropoutNd))
         yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
 
 
 @contextmanager

@@ -89,6 +89,7 @@ def test_a_weight_that_is_no_number_is_named_by_its_option(method, option):
     [
         3.0,
         dict(type='constant', value=1, begin=2.5, end=7),
+        dict(type='linear', value=1, end=8),
         dict(type='linear', value=1, begin=3, end=8),
         dict(type='linear', value=0, start=1, begin=2, end=8.5),
         dict(type='cosine', value=1, begin=2.5, end=6),

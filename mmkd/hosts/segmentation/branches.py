@@ -10,6 +10,7 @@ from torch import nn
 
 from mmkd.errors import ConfigError, describe
 from mmkd.hosts.partial_labels import partly_labelled
+from mmkd.hosts.running import modes_kept
 from mmkd.hosts.segmentation.heads import feature_layer, inputs_layer, logits_layer
 from mmkd.hosts.segmentation.logits import require_class_logits
 from mmkd.taps import Taps
@@ -61,10 +62,9 @@ class Branches(nn.ModuleList):
         """Raise ConfigError unless they put out, of the same image, logits like the student's."""
         features, logits = self._features, logits_layer(student.model)
         require_class_logits(student, logits, student, logits)
-        modes = {module: module.training for module in self.modules()}
         try:
-            self.eval()
-            with torch.no_grad():
+            with modes_kept(self), torch.no_grad():
+                self.eval()
                 shapes = {tuple(logits.shape) for logits, _, _ in self._run(student[features])}
         except ConfigError:
             raise
@@ -73,9 +73,6 @@ class Branches(nn.ModuleList):
             raise ConfigError(
                 f'decode_head: a second {kind} cannot be run over what {features!r} puts out; {describe(error)}'
             ) from error
-        finally:
-            for module, mode in modes.items():
-                module.training = mode
         expected = tuple(student[logits][0].shape)
         if shapes != {expected}:
             raise ConfigError(
