@@ -9,6 +9,7 @@ import torch
 from tool import ROOT, tool
 
 from mmkd.testing.device import NoWaiting, RandomOnCPU
+from mmkd.testing.elsewhere import ELSEWHERE, elsewhere
 from mmkd.testing.gpu.__main__ import SECTIONS
 from mmkd.testing.gpu.cases import compare, method_cases, source_cases
 from mmkd.testing.gpu.correctness import waiting
@@ -202,7 +203,8 @@ def names_of_methods():
 
 @pytest.mark.long
 @pytest.mark.parametrize('name', names_of_methods())
-def test_no_method_and_no_source_waits_for_the_device(name):
-    """What a CPU can show of it, see :class:`NoWaiting`; `make gpu` asks CUDA."""
-    check = dict(waiting(setting(quick=False)))[name]
-    assert check().found.startswith('never waits')
+def test_no_method_and_no_source_waits_for_the_device_or_leaves_a_tensor_on_the_host(name):
+    """What a CPU can show of it, see :class:`NoWaiting` and :func:`elsewhere`; `make gpu` asks CUDA."""
+    check = dict(waiting(setting(quick=False)._replace(device=ELSEWHERE)))[name]
+    with elsewhere():
+        assert check().found.startswith('never waits')

@@ -62,8 +62,10 @@ def at_points(feature: torch.Tensor, points: torch.Tensor) -> torch.Tensor:
     Returns:
         (B, n, C).
     """
-    size = points.new_tensor(feature.shape[2:])
-    row, column = torch.minimum((points * size).floor(), size - 1).long().unbind(2)
+    row, column = (
+        (part * size).floor().clamp(max=size - 1).long()
+        for part, size in zip(points.unbind(2), feature.shape[2:], strict=True)
+    )
     place = (row * feature.shape[3] + column)[:, None].expand(-1, feature.shape[1], -1)
     return feature.flatten(2).gather(2, place).transpose(1, 2)
 

@@ -8,12 +8,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-INDEXING = (
-    torch.ops.aten.index,
-    torch.ops.aten.index_put,
-    torch.ops.aten.index_put_,
-    torch.ops.aten._index_put_impl_,
-)
+INDEXING = (torch.ops.aten.index, torch.ops.aten.index_put, torch.ops.aten.index_put_, torch.ops.aten._index_put_impl_)
 
 
 class RandomOnCPU(TorchFunctionMode):
@@ -35,7 +30,7 @@ class NoWaiting:
     On CUDA that is :func:`torch.cuda.set_sync_debug_mode`, which sees copies to the host and from memory that is not
     pinned, and operations whose result's size the host has to know; it holds in the backward pass too. On a CPU, where
     nothing is waited for, it refuses the operations that would: those whose output's shape, or whose value on the host,
-    depends on values. Copies from the host are not seen there.
+    depends on values. Copies are seen where tensors are :mod:`mmkd.testing.elsewhere`.
 
     Args:
         device: Where the tensors are.
@@ -84,9 +79,10 @@ class _NoHostReads(TorchDispatchMode):
         self.refuses = True
 
     def __torch_dispatch__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        if self.refuses and _reads_values(function, args):
+        kwargs = kwargs or {}
+        if self.refuses and (_reads_values(function, args) or _copies(function, args, kwargs)):
             raise RuntimeError(f'called an operation that waits for the device: {function}')
-        return function(*args, **(kwargs or {}))
+        return function(*args, **kwargs)
 
 
 def _reads_values(function: Any, args: tuple) -> bool:
@@ -94,3 +90,15 @@ def _reads_values(function: Any, args: tuple) -> bool:
         # their shape depends on values where an index is a mask
         return any(each is not None and each.dtype in (torch.bool, torch.uint8) for each in args[1])
     return bool({torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape} & set(function.tags))
+
+
+def _copies(function: Any, args: tuple, kwargs: dict) -> bool:
+    """Whether the host waits for a copy from one device to another."""
+    packet = function.overloadpacket
+    if packet in INDEXING:
+        return any(each is not None and each.device != args[0].device for each in args[1])
+    if packet is torch.ops.aten.copy_:
+        return args[0].device != args[1].device and not (kwargs.get('non_blocking') or True in args[2:])
+    if packet is torch.ops.aten._to_copy and kwargs.get('device') is not None:
+        return args[0].device.type != torch.device(kwargs['device']).type and not kwargs.get('non_blocking')
+    return False

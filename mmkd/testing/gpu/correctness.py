@@ -3,13 +3,16 @@
 import contextlib
 import copy
 import statistics
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
+from unittest import mock
 
 import torch
 from mmcv import ops
 from mmdet.models.roi_heads.roi_extractors import SingleRoIExtractor
 
+from mmkd.distillers.generic import matching_guided
 from mmkd.errors import first_line
 from mmkd.sources import Peer
 from mmkd.taps import Taps, tensors
@@ -124,32 +127,37 @@ def waiting(setting: Setting) -> Cases:
 
     The backward pass as far as the tapped tensors; behind them is the student's own. Not in it: the student's forward pass
     with mmdet's assigners, samplers and losses; what else of mmdet's waits by itself: the forward pass of a Peer, which is a
-    training step, and the RoI extractor that pools a teacher's regions.
+    training step, and the RoI extractor that pools a teacher's regions; and what is computed on the processor once in many steps,
+    the assignment of channels.
     """
 
     def never_waits(student: dict, teacher: Any, distillers: dict) -> Callable[[], Finding]:
         def check() -> Finding:
             model = build(student, teacher, distillers, setting.device)
-            guard, forward, stock = NoWaiting(setting.device), model.distillers.forward, SingleRoIExtractor.forward
+            guard, forward = NoWaiting(setting.device), model.distillers.forward
             read: list[torch.Tensor] = []
-            extractions = 0
+            paused: Counter[str] = Counter()
 
-            def extract(*args: Any) -> Any:
-                nonlocal extractions
-                extractions += 1
-                with guard.paused():
-                    return stock(*args)
+            def may_wait(owner: Any, name: str, what: str) -> Any:
+                stock = getattr(owner, name)
+
+                def call(*args: Any) -> Any:
+                    paused[what] += 1
+                    with guard.paused():
+                        return stock(*args)
+
+                return mock.patch.object(owner, name, call)
 
             def distill_guarded(own: Taps, knowledge: dict[str, Taps | None], samples: list) -> dict:
                 for taps in (own, *filter(None, knowledge.values())):
                     found = [taps.per_call(layer) for layer, calls in taps.calls.items() if calls]
                     read.extend(each for each in tensors(found) if each.requires_grad)
-                SingleRoIExtractor.forward = extract
-                try:
-                    with guard:
-                        return forward(own, knowledge, samples)
-                finally:
-                    SingleRoIExtractor.forward = stock
+                with (
+                    may_wait(SingleRoIExtractor, 'forward', "mmdet's RoI extractor"),
+                    may_wait(matching_guided, 'assign', 'the assignment of channels'),
+                    guard,
+                ):
+                    return forward(own, knowledge, samples)
 
             def guarded(function: Callable) -> Callable:
                 def call(*args: Any) -> Any:
@@ -172,7 +180,7 @@ def waiting(setting: Setting) -> Cases:
                 loss = total({key: value for key, value in of_methods.items() if '.loss' in key})
                 with guard:
                     torch.autograd.grad(loss, [*read, *model.distillers.parameters()], allow_unused=True)
-            apart = [f"{extractions // 2} calls of mmdet's RoI extractor"] * bool(extractions)
+            apart = [f'{number} calls of {what} in two steps' for what, number in paused.items()]
             apart += ["the peer's training step"] * bool(peers)
             return Finding('never waits' + ''.join(f'; apart from {each}' for each in apart), 'no wait')
 
