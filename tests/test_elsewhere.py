@@ -4,10 +4,12 @@ import pytest
 import torch
 from mmcv import ops
 from mmcv.utils import ext_loader
+from mmengine.runner import Runner
 from mmengine.structures import InstanceData
 
 from mmkd.testing.device import NoWaiting
 from mmkd.testing.elsewhere import ELSEWHERE, elsewhere
+from mmkd.testing.runs import of_all_sources, shapes_config, streets_config
 
 CPU = torch.device('cpu')
 
@@ -127,3 +129,32 @@ def test_afterwards_all_is_as_before():
     assert not torch._C._only_lift_cpu_tensors()
     with pytest.raises((RuntimeError, NotImplementedError)):
         torch.ones(2, device=there)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(('family', 'make'), [('RetinaNet', shapes_config), ('PSPNet', streets_config)])
+def test_a_whole_training_there_and_its_resumption_end_with_the_weights_of_the_cpus(tmp_path, family, make):
+    """All kinds of sources, an average of mmengine's, evaluation and checkpoints; no tensor is left on the host."""
+
+    def trained(folder):
+        folder.mkdir()
+        config = make(folder, of_all_sources(folder, family))
+        config.train_cfg.val_interval = config.default_hooks.checkpoint.interval = 2
+        config.custom_hooks = [dict(type='EMAHook')]
+        runner = Runner.from_cfg(config)
+        runner.train()
+        yield runner.model.state_dict()
+        config.update(
+            resume=True, load_from=str(folder / 'work' / 'iter_2.pth'), experiment_name='resumed' + folder.name
+        )
+        resumed = Runner.from_cfg(config)
+        resumed.train()
+        yield resumed.model.state_dict()
+
+    expected, resumed = trained(tmp_path / 'here')
+    with elsewhere() as there:
+        for found in trained(tmp_path / 'there'):
+            assert {value.device for value in found.values()} == {there}
+            for name, value in found.items():
+                assert torch.equal(value.cpu(), expected[name]), name
+    assert all(torch.equal(value, expected[name]) for name, value in resumed.items())

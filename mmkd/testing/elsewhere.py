@@ -10,6 +10,7 @@ from unittest import mock
 
 import torch
 from mmcv.utils import ext_loader
+from mmengine.device import utils as device_of_mmengine
 from mmengine.structures import instance_data
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
@@ -27,8 +28,8 @@ def elsewhere() -> Iterator[torch.device]:
     """Inside it ``tensor.to(ELSEWHERE)`` and ``device=ELSEWHERE`` work, and what is computed there is what the CPU computes.
 
     As on CUDA, an operation on tensors of both devices is an error, but for a copy, for a CPU's tensor without dimensions
-    beside elementwise others, and for an index that is on the CPU. mmcv's compiled operations take them as well. Autocast does
-    nothing to them.
+    beside elementwise others, and for an index that is on the CPU. mmcv's compiled operations take such tensors as well, and
+    mmengine's Runner trains there. Autocast does nothing to them; saved ones are plain tensors.
 
     Yields:
         :data:`ELSEWHERE`.
@@ -37,7 +38,9 @@ def elsewhere() -> Iterator[torch.device]:
         RuntimeError: at an operation on tensors of both devices; its traceback shows where.
     """
     with contextlib.ExitStack() as stack:
+        stack.enter_context(mock.patch.object(device_of_mmengine, 'DEVICE', str(ELSEWHERE)))
         stack.enter_context(mock.patch.object(torch, 'autocast', _Autocast))
+        stack.enter_context(mock.patch.object(torch, 'load', _load(torch.load)))
         # an InstanceData is indexed by these
         index = instance_data.IndexType | _Elsewhere
         stack.enter_context(mock.patch.object(instance_data, 'IndexType', index))
@@ -81,6 +84,9 @@ class _Elsewhere(torch.Tensor):
     def tolist(self) -> Any:
         return self.cpu().tolist()
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.detach().cpu().__reduce_ex__(protocol)
+
     # torch makes tensors of lists in an index where no mode sees it
     def __getitem__(self, index: Any) -> torch.Tensor:
         return super().__getitem__(_index(index))
@@ -99,6 +105,15 @@ class _Mode(TorchDispatchMode):
 class _Autocast(torch.autocast):
     def __init__(self, device_type: str, *args: Any, **kwargs: Any):
         super().__init__('cpu' if device_type == ELSEWHERE.type else device_type, *args, **kwargs)
+
+
+def _load(load: Callable) -> Callable:
+    def call(file: Any, map_location: Any = None, **options: Any) -> Any:
+        if not isinstance(map_location, (str, torch.device)) or torch.device(map_location).type != ELSEWHERE.type:
+            return load(file, map_location, **options)
+        return tree_map_only(torch.Tensor, lambda each: each.to(ELSEWHERE), load(file, 'cpu', **options))
+
+    return call
 
 
 def _index(index: Any) -> Any:
