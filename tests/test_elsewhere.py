@@ -12,6 +12,7 @@ from mmkd.testing.elsewhere import ELSEWHERE, elsewhere
 from mmkd.testing.runs import of_all_sources, shapes_config, streets_config
 
 CPU = torch.device('cpu')
+pytestmark = pytest.mark.skipif(not hasattr(torch._C, '_only_lift_cpu_tensors'), reason='needs torch 2.4')
 
 
 @pytest.fixture

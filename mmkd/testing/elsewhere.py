@@ -13,8 +13,9 @@ from mmcv.utils import ext_loader
 from mmengine.device import utils as device_of_mmengine
 from mmengine.structures import instance_data
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_flatten, tree_map_only
 
+from mmkd.errors import ConfigError
 from mmkd.testing.device import INDEXING
 
 ELSEWHERE = torch.device('lazy', 0)
@@ -35,8 +36,11 @@ def elsewhere() -> Iterator[torch.device]:
         :data:`ELSEWHERE`.
 
     Raises:
+        ConfigError: before torch 2.4.
         RuntimeError: at an operation on tensors of both devices; its traceback shows where.
     """
+    if not hasattr(torch._C, '_only_lift_cpu_tensors'):
+        raise ConfigError(f'mmkd.testing.elsewhere needs torch 2.4 or later, found {torch.__version__}')
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.object(device_of_mmengine, 'DEVICE', str(ELSEWHERE)))
         stack.enter_context(mock.patch.object(torch, 'autocast', _Autocast))
@@ -132,7 +136,7 @@ def _there(tree: Any, known: dict[int, torch.Tensor]) -> Any:
 
 
 def _run(function: Any, args: tuple, kwargs: dict) -> Any:
-    tensors = [each for each in tree_leaves((args, kwargs)) if isinstance(each, torch.Tensor)]
+    tensors = [each for each in tree_flatten((args, kwargs))[0] if isinstance(each, torch.Tensor)]
     there = [each for each in tensors if isinstance(each, _Elsewhere)]
     packet = function.overloadpacket
     if there and packet not in COPYING:
@@ -154,7 +158,7 @@ def _run(function: Any, args: tuple, kwargs: dict) -> Any:
 
 def _of_mmcv(name: str, operation: Callable) -> Callable:
     def run(*args: Any, **kwargs: Any) -> Any:
-        tensors = [each for each in tree_leaves((args, kwargs)) if isinstance(each, torch.Tensor)]
+        tensors = [each for each in tree_flatten((args, kwargs))[0] if isinstance(each, torch.Tensor)]
         there = [each for each in tensors if isinstance(each, _Elsewhere)]
         if there and len(there) < len(tensors):
             raise RuntimeError(f'{name}: expected all tensors on {ELSEWHERE}')
