@@ -51,6 +51,12 @@ def source_cases(quick: bool) -> Iterator[tuple[str, dict, dict, dict]]:
         for kind, (sources, distillers) in kinds.items():
             if not quick or f'{family} {kind}' == 'RetinaNet Average':
                 yield f'{family} of {kind}', make(), sources, distillers
+    if not quick:
+        itself, labels = dict(type='Own'), dict(type='LabelEncoder')
+        yield 'RetinaNet of labels, LGD', detectors.retinanet(), itself, dict(it=dict(type='LGD'))
+        yield 'RetinaNet of labels, LabelEnc', detectors.retinanet(), labels, dict(it=dict(type='LabelEnc'))
+        yield 'PSPNet of more heads, ONE', segmentors.pspnet(), itself, dict(it=dict(type='ONE'))
+        yield 'PSPNet of more heads, OKDDip', segmentors.pspnet(), itself, dict(it=dict(type='OKDDip'))
 
 
 def build(student: dict, teacher: Any, distillers: dict, device: Any) -> Any:

@@ -127,8 +127,8 @@ def waiting(setting: Setting) -> Cases:
 
     The backward pass as far as the tapped tensors; behind them is the student's own. Not in it: the student's forward pass
     with mmdet's assigners, samplers and losses; what else of mmdet's waits by itself: the forward pass of a Peer, which is a
-    training step, and the RoI extractor that pools a teacher's regions; and what is computed on the processor once in many steps,
-    the assignment of channels.
+    training step, the losses of a head that is run once more, and the RoI extractor that pools a teacher's regions; and what is
+    computed on the processor once in many steps, the assignment of channels.
     """
 
     def never_waits(student: dict, teacher: Any, distillers: dict) -> Callable[[], Finding]:
@@ -141,27 +141,35 @@ def waiting(setting: Setting) -> Cases:
             def may_wait(owner: Any, name: str, what: str) -> Any:
                 stock = getattr(owner, name)
 
-                def call(*args: Any) -> Any:
+                def call(*args: Any, **options: Any) -> Any:
                     paused[what] += 1
                     with guard.paused():
-                        return stock(*args)
+                        return stock(*args, **options)
 
                 return mock.patch.object(owner, name, call)
+
+            @contextlib.contextmanager
+            def guarded() -> Iterator[None]:
+                head = model.decode_head if hasattr(model, 'decode_head') else getattr(model, 'bbox_head', None)
+                with contextlib.ExitStack() as stack:
+                    stack.enter_context(may_wait(SingleRoIExtractor, 'forward', "mmdet's RoI extractor"))
+                    stack.enter_context(may_wait(matching_guided, 'assign', 'the assignment of channels'))
+                    owner = next((each for each in type(head).__mro__ if 'loss_by_feat' in vars(each)), None)
+                    if owner is not None:
+                        stack.enter_context(may_wait(owner, 'loss_by_feat', f"{owner.__name__}'s losses"))
+                    stack.enter_context(guard)
+                    yield
 
             def distill_guarded(own: Taps, knowledge: dict[str, Taps | None], samples: list) -> dict:
                 for taps in (own, *filter(None, knowledge.values())):
                     found = [taps.per_call(layer) for layer, calls in taps.calls.items() if calls]
                     read.extend(each for each in tensors(found) if each.requires_grad)
-                with (
-                    may_wait(SingleRoIExtractor, 'forward', "mmdet's RoI extractor"),
-                    may_wait(matching_guided, 'assign', 'the assignment of channels'),
-                    guard,
-                ):
+                with guarded():
                     return forward(own, knowledge, samples)
 
-            def guarded(function: Callable) -> Callable:
+            def read_guarded(function: Callable) -> Callable:
                 def call(*args: Any) -> Any:
-                    with guard:
+                    with guarded():
                         return function(*args)
 
                 return call
@@ -172,7 +180,7 @@ def waiting(setting: Setting) -> Cases:
             model.distillers.forward = distill_guarded
             peers = [source for source in model.sources.values() if isinstance(source, Peer)]
             for source in set(model.sources.values()) - set(peers):
-                source.read = guarded(source.read)
+                source.read = read_guarded(source.read)
             for seed in (0, 1):
                 read.clear()
                 losses = model(**batch_of(model, seed), mode='loss')
