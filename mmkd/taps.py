@@ -40,6 +40,13 @@ def find_layer(model: nn.Module, layer: str, whose: str = '') -> nn.Module:
 AnyTaps = TypeVar('AnyTaps', bound='Taps')
 
 
+def names_of(layers: Any, of: str | None = None) -> tuple[str, ...]:
+    """The names of layers, of one or several, as a tuple; where teachers differ, those of one teacher."""
+    if isinstance(layers, Mapping):
+        layers = layers.get(of, ())
+    return (layers,) if isinstance(layers, str) else tuple(layers)
+
+
 class Taps(Mapping):
     """The outputs of named layers, recorded while the ``with`` block runs.
 

@@ -1,5 +1,7 @@
 """mmkd.testing.elsewhere: a device that is none does what another one does, and refuses what that would."""
 
+import copy
+
 import pytest
 import torch
 from mmcv import ops
@@ -24,9 +26,7 @@ def there():
 def test_what_is_computed_there_is_what_the_cpu_computes(there):
     torch.manual_seed(0)
     here = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4), torch.nn.ReLU(), torch.nn.Flatten())
-    other = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4), torch.nn.ReLU(), torch.nn.Flatten())
-    other.load_state_dict(here.state_dict())
-    other.to(there)
+    other = copy.deepcopy(here).to(there)
     image = torch.randn(2, 3, 8, 8)
     steps = [torch.optim.SGD(each.parameters(), lr=0.1, momentum=0.9) for each in (here, other)]
     for _ in range(2):

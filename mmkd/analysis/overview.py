@@ -17,11 +17,11 @@ from mmkd.analysis.layers import Survey, survey
 from mmkd.analysis.schedules import Curve
 from mmkd.checks import compare_batch_size
 from mmkd.distill import Distilled
-from mmkd.distillers.entry import names_of
 from mmkd.distillers.levels import LevelPairs
 from mmkd.distillers.several import Several
 from mmkd.errors import ConfigError
 from mmkd.sources import Own
+from mmkd.taps import names_of
 
 
 @dataclass(frozen=True)

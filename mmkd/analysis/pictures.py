@@ -21,7 +21,7 @@ from mmkd.hosts.running import modes_kept, run
 from mmkd.normalize import normalization
 from mmkd.registry import HOOKS
 from mmkd.sources import Own, Teacher
-from mmkd.taps import Taps, tensors
+from mmkd.taps import Taps, names_of, tensors
 from mmkd.values import is_whole
 
 LEVELS = 3
@@ -64,7 +64,9 @@ def tap(model: nn.Module, inputs: torch.Tensor, samples: list) -> tuple[Taps, di
 
     Layers that a loss alone calls were not called. The model's state stays as it is.
     """
-    layers = tuple(dict.fromkeys(layer for each in model.distillers.values() for layer in _names(each.student_layers)))
+    layers = tuple(
+        dict.fromkeys(layer for each in model.distillers.values() for layer in names_of(each.student_layers))
+    )
     with modes_kept(model):
         model.eval()
         found = {}
@@ -80,10 +82,6 @@ def tap(model: nn.Module, inputs: torch.Tensor, samples: list) -> tuple[Taps, di
         with Taps(model, layers, images=len(inputs)) as student:
             run(model, layers, inputs, samples)
     return student, found
-
-
-def _names(layers: Any) -> tuple[str, ...]:
-    return (layers,) if isinstance(layers, str) else tuple(layers)
 
 
 def maps_of(taps: Taps, inputs: torch.Tensor) -> list[tuple[str, torch.Tensor]]:

@@ -39,6 +39,8 @@ class Distiller(nn.Module):
     its entry in the config names a list, and ``teacher_layers`` may be a dict as well."""
     maps_classes: bool = False
     """True for a method that compares classes by ``teacher.classes``, where those of the teacher are not the student's."""
+    compares_classes: bool = False
+    """True for a method that takes the teacher's classes for the student's; a teacher of others is refused."""
     first_steps: int = 0
     """In how many first steps of the training the method learns what it teaches by afterwards; it has to be read in these."""
     trains_heads: bool = False

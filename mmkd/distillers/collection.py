@@ -9,7 +9,7 @@ from mmengine.logging import MessageHub, print_log
 from torch import nn
 
 from mmkd.distillers.base import Distiller
-from mmkd.distillers.entry import check_view, for_each_teacher, make_uncertain, names_of, refuse_the_same
+from mmkd.distillers.entry import check_view, for_each_teacher, make_uncertain, refuse_the_same
 from mmkd.distillers.levels import LevelPairs
 from mmkd.distillers.schedule import Weight
 from mmkd.distillers.several import Several
@@ -18,7 +18,7 @@ from mmkd.errors import ConfigError
 from mmkd.registry import DISTILLERS, build
 from mmkd.sources.own import Own
 from mmkd.sources.source import Source
-from mmkd.taps import Taps, find_layer
+from mmkd.taps import Taps, find_layer, names_of
 
 
 class Distillers(nn.ModuleDict):

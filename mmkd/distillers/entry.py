@@ -11,7 +11,7 @@ from mmkd.distillers.uncertainty import Uncertainty
 from mmkd.errors import ConfigError
 from mmkd.registry import DISTILLERS, build
 from mmkd.sources.source import Source
-from mmkd.taps import Taps
+from mmkd.taps import Taps, names_of
 
 
 def for_each_teacher(name: str, made: nn.Module, options: Mapping, named: Any, combine: Any) -> nn.Module:
@@ -101,10 +101,3 @@ def _puts_out_classes(model: nn.Module, layer: str) -> bool:
     """Whether a layer is a head, or a classifier of one."""
     parts = layer.partition(':')[0].split('.')
     return 'conv_seg' in parts or parts[0] in ('bbox_head', 'roi_head')
-
-
-def names_of(layers: Any, of: str | None = None) -> tuple[str, ...]:
-    """Layers as a tuple; of a dict those of one teacher."""
-    if isinstance(layers, Mapping):
-        layers = layers.get(of, ())
-    return (layers,) if isinstance(layers, str) else tuple(layers)

@@ -13,7 +13,7 @@ from mmkd.distillers.base import Distiller
 from mmkd.distillers.schedule import Weight
 from mmkd.errors import ConfigError
 from mmkd.hosts.class_logits import ClassLogits
-from mmkd.taps import Taps
+from mmkd.taps import Taps, names_of
 from mmkd.values import is_number
 
 
@@ -114,11 +114,13 @@ class Several(Distiller):
     def _read_layers(self) -> None:
         self.student_layers, self.training_layers = (
             tuple(
-                dict.fromkeys(layer for each in self.methods.values() for layer in _names(getattr(each, attribute, ())))
+                dict.fromkeys(
+                    layer for each in self.methods.values() for layer in names_of(getattr(each, attribute, ()))
+                )
             )
             for attribute in ('student_layers', 'training_layers')
         )
-        self.teacher_layers = {name: _names(each.teacher_layers) for name, each in self.methods.items()}
+        self.teacher_layers = {name: names_of(each.teacher_layers) for name, each in self.methods.items()}
 
     def prepare(self, student: nn.Module, teacher: Mapping[str, nn.Module]) -> None:
         for name, method in self.methods.items():
@@ -191,10 +193,6 @@ class Several(Distiller):
             for (name, method), weights in zip(self.methods.items(), by_teacher, strict=True)
         ]
         return {'loss': sum(losses)}
-
-
-def _names(layers: Any) -> tuple[str, ...]:
-    return (layers,) if isinstance(layers, str) else tuple(layers)
 
 
 def entropy_weights(logits: Sequence[ClassLogits]) -> list[torch.Tensor]:
